@@ -1,0 +1,1 @@
+//! Role: image files of one disk.

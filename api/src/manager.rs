@@ -1,0 +1,100 @@
+//! BackingImageManager: the agent of one disk (LF 1.2).
+
+use std::collections::BTreeMap;
+
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::image::CopyState;
+use crate::{Condition, Unknown};
+
+/// State of an agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ManagerState {
+    #[default]
+    #[serde(rename = "")]
+    NotStarted,
+    Starting,
+    Running,
+    Stopped,
+    Error,
+    Unknown,
+}
+
+/// The wish for an agent.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "longhorn.io",
+    version = "v1beta2",
+    kind = "BackingImageManager",
+    plural = "backingimagemanagers",
+    shortname = "lhbim",
+    namespaced,
+    status = "BackingImageManagerStatus",
+    derive = "PartialEq",
+    derive = "Default",
+    printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.currentState"}"#,
+    printcolumn = r#"{"name":"Node","type":"string","jsonPath":".spec.nodeID"}"#,
+    printcolumn = r#"{"name":"DiskUUID","type":"string","jsonPath":".spec.diskUUID"}"#,
+    printcolumn = r#"{"name":"DiskPath","type":"string","jsonPath":".spec.diskPath"}"#,
+    printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BackingImageManagerSpec {
+    pub image: String,
+    #[serde(rename = "nodeID")]
+    pub node_id: String,
+    #[serde(rename = "diskUUID")]
+    pub disk_uuid: String,
+    pub disk_path: String,
+    /// Image name → image uuid: the copies that this disk shall hold.
+    pub backing_images: BTreeMap<String, String>,
+    #[serde(flatten)]
+    pub other: Unknown,
+}
+
+/// What is known of an agent.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct BackingImageManagerStatus {
+    #[serde(rename = "ownerID")]
+    pub owner_id: String,
+    pub current_state: ManagerState,
+    /// Image name → file.
+    pub backing_image_file_map: BTreeMap<String, FileInfo>,
+    /// Its address: gRPC on port 8000, chunk transfer on port 8001.
+    pub ip: String,
+    #[serde(rename = "storageIP")]
+    pub storage_ip: String,
+    pub api_min_version: i64,
+    pub api_version: i64,
+    /// Ours.
+    pub conditions: Vec<Condition>,
+    #[serde(flatten)]
+    pub other: Unknown,
+}
+
+/// One file as its agent reports it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FileInfo {
+    pub name: String,
+    pub uuid: String,
+    pub size: u64,
+    pub virtual_size: u64,
+    pub real_size: u64,
+    pub state: CopyState,
+    pub current_checksum: String,
+    pub message: String,
+    pub sending_reference: u32,
+    pub sender_manager_address: String,
+    /// Percent.
+    pub progress: u32,
+    /// Ours: `raw` or `qcow2`; empty until known.
+    pub format: String,
+    /// Ours: when the controller tries this file again, RFC 3339; empty when nothing is scheduled.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub next_retry_time: String,
+}

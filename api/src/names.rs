@@ -1,0 +1,68 @@
+//! Names that others rely on: group, labels, condition types, ports, object names.
+
+use crate::ids::{DiskId, ImageName};
+
+/// API group of the custom resources.
+pub const GROUP: &str = "longhorn.io";
+/// API version of the custom resources.
+pub const VERSION: &str = "v1beta2";
+/// Default namespace of the custom resources.
+pub const DEFAULT_NAMESPACE: &str = "longhorn-system";
+/// Default CSI driver name and StorageClass provisioner.
+pub const DEFAULT_DRIVER_NAME: &str = "driver.longhorn.io";
+/// Finalizer on every custom resource (LF 1.1).
+pub const FINALIZER: &str = "longhorn.io";
+/// Value of [`label::MANAGED_BY`].
+pub const MANAGED_BY: &str = "longhorn-manager";
+
+/// gRPC of a backing image manager; HTTP of a data source (LF 5.5).
+pub const MANAGER_PORT: u16 = 8000;
+/// Chunk transfer between managers (LF 5.5: the sync server).
+pub const SYNC_PORT: u16 = 8001;
+
+/// Label keys (LF 1.1, 1.6).
+pub mod label {
+    pub const COMPONENT: &str = "longhorn.io/component";
+    pub const MANAGED_BY: &str = "longhorn.io/managed-by";
+    pub const DISK_UUID: &str = "longhorn.io/disk-uuid";
+    pub const NODE: &str = "longhorn.io/node";
+    pub const DATA_SOURCE: &str = "longhorn.io/backing-image-data-source";
+    /// On replicas: the image that they use.
+    pub const BACKING_IMAGE: &str = "longhorn.io/backing-image";
+    /// On managers (`longhornnode`) and replicas and engines.
+    pub const LONGHORN_NODE: &str = "longhornnode";
+    pub const LONGHORN_DISK_UUID: &str = "longhorndiskuuid";
+    /// On engines and replicas: the volume that they belong to.
+    pub const LONGHORN_VOLUME: &str = "longhornvolume";
+}
+
+/// Types of conditions.
+pub mod condition {
+    /// Everything: it does what it is for.
+    pub const READY: &str = "Ready";
+    /// Volume and replica: waits for a copy of its image.
+    pub const WAIT_FOR_BACKING_IMAGE: &str = "WaitForBackingImage";
+    /// Volume: it cannot use its image at all.
+    pub const BACKING_IMAGE_INCOMPATIBLE: &str = "BackingImageIncompatible";
+    /// Volume: replicas are placed. Node and disk: something may be placed there.
+    pub const SCHEDULABLE: &str = "Schedulable";
+    /// Volume (Longhorn's name): every replica has a place.
+    pub const SCHEDULED: &str = "Scheduled";
+    /// Volume: its detachment or deletion waits for something.
+    pub const DETACHED: &str = "Detached";
+}
+
+/// The object and workload name of the manager of a disk (Longhorn: `bim-` and a digest; ours: the disk UUID itself, so that it can be read).
+pub fn manager_name(disk: &DiskId) -> String {
+    format!("bim-{}", disk.as_str().to_ascii_lowercase())
+}
+
+/// The workload name of the data source of an image (LF 1.6).
+pub fn data_source_workload_name(image: &ImageName) -> String {
+    format!("backing-image-ds-{image}")
+}
+
+/// The name of the engine of a volume.
+pub fn engine_name(volume: &str) -> String {
+    format!("{volume}-e-0")
+}

@@ -1,0 +1,123 @@
+//! Setting: one global value, by Longhorn's name (LF 4.1).
+
+use std::borrow::Cow;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde::{Deserialize, Serialize};
+
+/// A setting: `metadata.name` says which, `value` is its text. It has no `spec`, as in Longhorn.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Setting {
+    #[serde(rename = "apiVersion", default = "api_version")]
+    pub api_version: String,
+    #[serde(default = "kind")]
+    pub kind: String,
+    pub metadata: ObjectMeta,
+    #[serde(default)]
+    pub value: String,
+}
+
+fn api_version() -> String {
+    format!("{}/{}", crate::names::GROUP, crate::names::VERSION)
+}
+
+fn kind() -> String {
+    "Setting".into()
+}
+
+impl kube::Resource for Setting {
+    type DynamicType = ();
+    type Scope = kube::core::NamespaceResourceScope;
+
+    fn kind(_: &()) -> Cow<'_, str> {
+        "Setting".into()
+    }
+    fn group(_: &()) -> Cow<'_, str> {
+        crate::names::GROUP.into()
+    }
+    fn version(_: &()) -> Cow<'_, str> {
+        crate::names::VERSION.into()
+    }
+    fn plural(_: &()) -> Cow<'_, str> {
+        "settings".into()
+    }
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+/// A setting that this version knows: its name, default and range.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    pub name: &'static str,
+    pub default: &'static str,
+    /// What its value may be, a phrase for messages.
+    pub rule: &'static str,
+    check: fn(&str) -> bool,
+}
+
+impl Known {
+    /// Whether a text is a legal value.
+    pub fn accepts(&self, value: &str) -> bool {
+        (self.check)(value)
+    }
+}
+
+fn at_least_one(text: &str) -> bool {
+    text.parse::<u32>().is_ok_and(|n| n >= 1)
+}
+fn whole_number(text: &str) -> bool {
+    text.parse::<u32>().is_ok()
+}
+fn boolean(text: &str) -> bool {
+    matches!(text, "true" | "false")
+}
+
+/// Replicas of a volume that does not say how many.
+pub const DEFAULT_REPLICA_COUNT: &str = "default-replica-count";
+/// Copies of an image that does not say how many.
+pub const DEFAULT_MIN_COPIES: &str = "default-min-number-of-backing-image-copies";
+/// How many copies may be made on one node at a time without a replica asking; 0: none.
+pub const REPLENISH_LIMIT: &str = "concurrent-backing-image-replenish-per-node-limit";
+/// Minutes that an unused copy stays.
+pub const CLEANUP_WAIT_INTERVAL: &str = "backing-image-cleanup-wait-interval";
+/// Seconds before an image with failed copies only is prepared again.
+pub const RECOVERY_WAIT_INTERVAL: &str = "backing-image-recovery-wait-interval";
+/// Whether an image or volume without node selector may use tagged nodes.
+pub const ALLOW_EMPTY_NODE_SELECTOR: &str = "allow-empty-node-selector-volume";
+/// Whether an image or volume without disk selector may use tagged disks.
+pub const ALLOW_EMPTY_DISK_SELECTOR: &str = "allow-empty-disk-selector-volume";
+/// Percent of a disk's size that may be promised.
+pub const OVER_PROVISIONING: &str = "storage-over-provisioning-percentage";
+
+/// Every setting that this version reads, with Longhorn's defaults.
+pub const KNOWN: [Known; 8] = [
+    Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
+    Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
+    Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
+    Known { name: CLEANUP_WAIT_INTERVAL, default: "60", rule: "minutes, a whole number, 0 or more", check: whole_number },
+    Known { name: RECOVERY_WAIT_INTERVAL, default: "300", rule: "seconds, a whole number, 0 or more", check: whole_number },
+    Known { name: ALLOW_EMPTY_NODE_SELECTOR, default: "true", rule: "true or false", check: boolean },
+    Known { name: ALLOW_EMPTY_DISK_SELECTOR, default: "true", rule: "true or false", check: boolean },
+    Known { name: OVER_PROVISIONING, default: "100", rule: "percent, a whole number, 0 or more", check: whole_number },
+];
+
+/// The known setting of a name.
+pub fn known(name: &str) -> Option<&'static Known> {
+    KNOWN.iter().find(|k| k.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_default_is_a_legal_value() {
+        for k in &KNOWN {
+            assert!(k.accepts(k.default), "{}", k.name);
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Role: reconcilers and HTTP API.

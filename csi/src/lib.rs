@@ -1,0 +1,1 @@
+//! Role: CSI Identity, Controller and Node services.

@@ -1,0 +1,1 @@
+//! Role: supervises one node's data-plane processes.

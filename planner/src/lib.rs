@@ -1,0 +1,1 @@
+//! Decisions: an observed world in, actions out; pure.

@@ -1,0 +1,12 @@
+//! Wire contracts and their generated code.
+//!
+//! `cargo xtask generate` writes `src/generated/` from the `.proto` files; the result is committed, so that a build needs no compiler of them.
+
+/// Longhorn's backing image manager API.
+#[allow(clippy::all, missing_docs, reason = "generated code")]
+pub mod bimrpc {
+    include!("generated/bimrpc.rs");
+}
+
+pub mod engine;
+pub mod replica;

@@ -1,0 +1,1 @@
+//! The control plane in a seeded fake world.

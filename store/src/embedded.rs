@@ -1,0 +1,1 @@
+//! The embedded store: objects in one redb file.

@@ -1,0 +1,42 @@
+//! What can go wrong with a store.
+
+use api::ErrorKind;
+
+/// A failed call to a store. The sentence names the object.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{resource} `{name}` does not exist")]
+    NotFound { resource: String, name: String },
+    #[error("{resource} `{name}` exists already")]
+    AlreadyExists { resource: String, name: String },
+    #[error("{resource} `{name}` was changed by somebody else in the meantime; read it again")]
+    Conflict { resource: String, name: String },
+    #[error("{resource} `{name}` is not the object that the request was decided on")]
+    Precondition { resource: String, name: String },
+    #[error("{resource} `{name}` is invalid: {reason}")]
+    Invalid { resource: String, name: String, reason: String },
+    #[error("the store does not answer")]
+    Unavailable { source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("stored {resource} `{name}` cannot be read")]
+    Corrupt { resource: String, name: String, source: serde_json::Error },
+}
+
+impl StoreError {
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            StoreError::NotFound { .. } => ErrorKind::NotFound,
+            StoreError::AlreadyExists { .. } => ErrorKind::Incompatible,
+            StoreError::Conflict { .. } => ErrorKind::Pending,
+            StoreError::Precondition { .. } => ErrorKind::NotReady,
+            StoreError::Invalid { .. } => ErrorKind::Invalid,
+            StoreError::Unavailable { .. } => ErrorKind::Unavailable,
+            StoreError::Corrupt { .. } => ErrorKind::Internal,
+        }
+    }
+
+    /// Somebody else was faster: observe again.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, StoreError::Conflict { .. })
+    }
+}

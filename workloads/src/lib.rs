@@ -1,0 +1,96 @@
+//! Where role processes run: one trait, two implementations (pods, or local processes).
+//!
+//! A workload is one process of a role (a disk's manager, an image's data source) with an address of its own and fixed ports.
+//! It is never restarted by itself: who wants it alive observes and starts it again, with a back-off of its own.
+
+pub mod local;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use api::ErrorKind;
+use api::ids::NodeName;
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+
+/// What shall run.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct WorkloadSpec {
+    /// Unique within the cluster, a DNS label: the pod's name.
+    pub name: String,
+    pub node: NodeName,
+    pub labels: BTreeMap<String, String>,
+    /// Arguments of our binary: the role's subcommand and its flags. `$(POD_IP)` is replaced by the address of the workload.
+    pub args: Vec<String>,
+    /// Files that args may carry no secret in; also `POD_IP` is set.
+    pub env: BTreeMap<String, String>,
+    /// The directory of its disk; the only host directory that it sees.
+    pub disk_path: PathBuf,
+    /// TCP ports on its address that accept connections once it is ready.
+    pub ready_ports: Vec<u16>,
+}
+
+/// How a workload does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WorkloadState {
+    /// Started, not ready yet.
+    Starting,
+    /// Its ports accept connections.
+    Running,
+    /// It ended, however; the sentence says how, with the last lines of its log.
+    Failed { message: String },
+    /// Its node does not answer.
+    Unknown { message: String },
+}
+
+/// One observed workload.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    pub spec: WorkloadSpec,
+    pub state: WorkloadState,
+    pub ip: Option<IpAddr>,
+}
+
+/// A failed call.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkloadError {
+    #[error("workload `{name}` runs with another specification")]
+    Different { name: String },
+    #[error("cannot start workload `{name}`")]
+    Start { name: String, source: std::io::Error },
+    #[error("cannot {action}")]
+    Io { action: String, source: std::io::Error },
+    #[error("the workload service does not answer")]
+    Unavailable { source: Box<dyn std::error::Error + Send + Sync> },
+}
+
+impl WorkloadError {
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            WorkloadError::Different { .. } => ErrorKind::Incompatible,
+            WorkloadError::Start { .. } | WorkloadError::Io { .. } => ErrorKind::Internal,
+            WorkloadError::Unavailable { .. } => ErrorKind::Unavailable,
+        }
+    }
+}
+
+/// A place where role processes run.
+#[async_trait]
+pub trait Workloads: Send + Sync + 'static {
+    /// Starts a workload unless one of that name exists (in whatever state). Same name with another spec: `Incompatible`.
+    async fn ensure(&self, spec: &WorkloadSpec) -> Result<Workload, WorkloadError>;
+
+    /// The workload of that name, or `None`.
+    async fn get(&self, name: &str) -> Result<Option<Workload>, WorkloadError>;
+
+    /// All workloads.
+    async fn list(&self) -> Result<Vec<Workload>, WorkloadError>;
+
+    /// Ends a workload (SIGTERM, then SIGKILL after a grace time) and forgets it; returns when it is gone. OK when there is none.
+    async fn remove(&self, name: &str) -> Result<(), WorkloadError>;
+
+    /// The name of each workload whose state changed, from now on.
+    fn changes(&self) -> BoxStream<'static, String>;
+}
