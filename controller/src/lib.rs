@@ -1,1 +1,2 @@
 //! Role: reconcilers and HTTP API.
+pub mod http;
