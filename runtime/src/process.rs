@@ -62,8 +62,7 @@ impl ProcessIdentity {
     /// Returns when the process has ended, at once when it has already.
     pub async fn wait(&self) -> io::Result<()> {
         let Some(fd) = self.open()? else { return Ok(()) };
-        let fd = AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)?;
-        fd.readable().await?.retain_ready();
+        readable(fd)?.readable().await?.retain_ready();
         Ok(())
     }
 
@@ -148,6 +147,12 @@ impl Launch {
         // Dropped: tokio's orphan queue reaps it. Not yet reaped, so its stat file exists even if it has ended already.
         ProcessIdentity::of(pid)
     }
+}
+
+#[allow(unsafe_code, reason = "tokio asks for the promise that the descriptor is not swapped")]
+fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd always returns the same descriptor, which stays open until the AsyncFd is dropped.
+    unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }.map_err(io::Error::from)
 }
 
 #[allow(unsafe_code, reason = "pre_exec is unsafe; setsid is async-signal-safe")]
