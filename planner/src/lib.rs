@@ -1,1 +1,2 @@
 //! Decisions: an observed world in, actions out; pure.
+pub mod why;
