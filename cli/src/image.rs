@@ -96,10 +96,11 @@ pub async fn typed<T: DeserializeOwned>(client: &Client, resource: &ResourceType
 }
 
 /// `node/disk` of every disk, by UUID.
-struct Disks(Vec<(String, String)>);
+pub struct Disks(Vec<(String, String)>);
 
 impl Disks {
-    async fn fetch(client: &Client, namespace: &str) -> anyhow::Result<Disks> {
+    /// As the nodes report them.
+    pub async fn fetch(client: &Client, namespace: &str) -> anyhow::Result<Disks> {
         let nodes: Vec<Node> = typed(client, &ResourceType::of::<Node>(), namespace).await?;
         let of = |node: Node| {
             let name = node.name_any();
@@ -212,7 +213,7 @@ async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -
 }
 
 /// Shows how far the copies are; whether the image is ready.
-fn show(progress: &Progress, disks: &Disks, image: &BackingImage) -> bool {
+pub fn show(progress: &Progress, disks: &Disks, image: &BackingImage) -> bool {
     let status = image.status.clone().unwrap_or_default();
     for (uuid, copy) in &status.disk_file_status_map {
         let percent = if copy.state == CopyState::Ready { 100 } else { copy.progress };

@@ -23,7 +23,7 @@ use store::Store;
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
-pub use api::router;
+pub use api::{Operation, Voice, router, streamed};
 use clients::Sockets;
 
 use crate::failure::Failure;

@@ -110,3 +110,23 @@ pub async fn of_attachment(orchestrator: &Orchestrator, attachment: &VolumeAttac
     }
     Ok(orchestrator.store().get::<Volume>(&name).await?.as_ref().map(of_volume))
 }
+
+/// Unmounts whatever shows the device of a volume: of a CSI client that went away without unstaging.
+pub async fn unmount_device(orchestrator: &Orchestrator, volume: &str) -> Result<(), Failure> {
+    let engine: Option<::api::Engine> = orchestrator.store().get(&::api::names::engine_name(volume)).await?;
+    let device = engine.and_then(|e| e.status).map(|s| s.endpoint).unwrap_or_default();
+    if device.is_empty() {
+        return Ok(());
+    }
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let places = table.lines().filter(|line| {
+        let source = line.split(" - ").nth(1).and_then(|rest| rest.split(' ').nth(1));
+        source == Some(device.as_str())
+    });
+    for place in places.filter_map(|line| line.split(' ').nth(4)) {
+        let place = super::mounts::unescape(place);
+        rustix::mount::unmount(place.as_str(), rustix::mount::UnmountFlags::empty())
+            .map_err(|e| Failure::new(ErrorKind::NotReady, format!("cannot unmount `{place}`: {e}; end what uses it")))?;
+    }
+    Ok(())
+}
