@@ -23,7 +23,9 @@ use store::Store;
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
-pub use api::{Operation, Voice, router, streamed};
+pub use api::{Operation, router, streamed};
+pub use clients::connect;
+pub use mounts::unescape;
 use clients::Sockets;
 
 use crate::failure::Failure;
