@@ -27,6 +27,8 @@ pub struct Report {
     pub progress: u32,
     pub checksum: String,
     pub message: String,
+    /// When the process itself tries again; empty when it does not wait.
+    pub next_retry_time: String,
 }
 
 /// One reading.
@@ -200,7 +202,7 @@ fn follow(o: &Observed, status: &mut BackingImageDataSourceStatus, workload: &Wo
             status.progress = report.progress;
             status.checksum.clone_from(&report.checksum);
             status.message.clone_from(&report.message);
-            status.next_retry_time.clear();
+            status.next_retry_time.clone_from(&report.next_retry_time);
             if matches!(report.state, CopyState::ReadyForTransfer | CopyState::Ready) {
                 status.failures = 0;
                 status.progress = 100;
@@ -252,20 +254,24 @@ fn fail_for_good(status: &mut BackingImageDataSourceStatus, message: String) {
 
 /// Whether a repetition will hardly help: the content or the address is wrong. It is tried again slowly, since sources do change.
 pub fn is_permanent(message: &str) -> bool {
-    let text = message.to_lowercase();
+    let text = without_quotes(message).to_lowercase();
     let signs = [
-        "checksum", "404", "not found", "410", "401", "403", "forbidden", "qcow2", "multiple of 512", "encrypt", "backing file",
-        "data file", "too large", "virtual size", "unsupported", "not offered", "invalid",
+        "checksum", "sha-512", "answered 400", "answered 401", "answered 403", "answered 404", "answered 410", "is refused", "qcow2",
+        "multiple of 512", "encrypt", "backing file", "data file", "is empty", "that are accepted", "not supported", "not offered",
+        "invalid", "source parameter",
     ];
     signs.iter().any(|sign| text.contains(sign))
 }
 
 /// Whether a failure says that the disk is full.
 pub fn says_no_room(message: &str) -> bool {
-    let text = message.to_lowercase();
-    ["no space", "no room", "not enough space", "not enough room", "disk is full", "does not fit", "bytes are free"]
-        .iter()
-        .any(|sign| text.contains(sign))
+    let text = without_quotes(message).to_lowercase();
+    ["no space left", "no room", "bytes free, the file needs", "disk is full"].iter().any(|sign| text.contains(sign))
+}
+
+/// A sentence without what it quotes: an address may contain any word.
+fn without_quotes(message: &str) -> String {
+    message.split('`').step_by(2).collect()
 }
 
 /// What the user can do about a failure.
