@@ -147,7 +147,11 @@ impl Store {
         T: Resource<DynamicType = ()> + DeserializeOwned,
         T::Scope: Scoped,
     {
-        self.objects.delete(&ResourceType::of::<T>(), &self.key::<T>(name), preconditions).await?.map(decode).transpose()
+        self.objects
+            .delete(&ResourceType::of::<T>(), &self.key::<T>(name), preconditions)
+            .await?
+            .map(decode)
+            .transpose()
     }
 
     /// Every object of the kind in all namespaces, first as it is, then each change.
@@ -169,6 +173,7 @@ impl Store {
 }
 
 fn decode<T: DeserializeOwned>(object: Object) -> Result<T, StoreError> {
-    let (resource, name) = (object.0.get("kind").and_then(Value::as_str).unwrap_or("object").to_owned(), object.name().to_owned());
+    let (resource, name) =
+        (object.0.get("kind").and_then(Value::as_str).unwrap_or("object").to_owned(), object.name().to_owned());
     serde_json::from_value(Value::Object(object.0)).map_err(|source| StoreError::Corrupt { resource, name, source })
 }
