@@ -182,7 +182,6 @@ impl FileSet {
     pub fn remove(&self) -> Result<(), AgentError> {
         for path in [&self.file, &self.partial, &self.config, &self.manifest] {
             durable::remove_file(path)?;
-            durable::remove_file(&durable::partial_of(path))?;
         }
         Ok(())
     }
