@@ -232,7 +232,10 @@ fn create(path: &Path, length: Option<u64>) -> Result<File, AgentError> {
         .open(path)
         .map_err(AgentError::io("create", path))?;
     if let Some(length) = length.filter(|length| *length > 0) {
-        let room = sparse::check_free(parent, length).and_then(|()| sparse::reserve(&file, path, 0, length));
+        // The length comes first: behind the end of a file ext4 makes no holes, so reserved zeros would keep their blocks.
+        let room = sparse::check_free(parent, length)
+            .and_then(|()| file.set_len(length).map_err(AgentError::io("set the length of", path)))
+            .and_then(|()| sparse::reserve(&file, path, 0, length));
         if let Err(error) = room {
             durable::remove_file(path)?;
             return Err(error);

@@ -41,7 +41,7 @@ pub(crate) fn write_at(file: &File, offset: u64, bytes: &[u8], punch: bool) -> i
     flush(run_start, position, run_is_zero)
 }
 
-/// Frees a range of a file, which then reads as zeros.
+/// Frees a range of a file, which then reads as zeros. Has no effect behind the end of the file.
 pub(crate) fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     if length == 0 {
         return Ok(());
@@ -104,11 +104,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
         reserve(&file, &path, 0, 1 << 20).unwrap();
         let mut bytes = vec![0; 1 << 20];
         bytes[300_000] = 7;
         write_at(&file, 0, &bytes, true).unwrap();
-        file.set_len(1 << 20).unwrap();
         file.sync_all().unwrap();
         assert!(std::fs::read(&path).unwrap() == bytes);
         let used = file.metadata().unwrap().blocks() * 512;
