@@ -71,6 +71,20 @@ impl Calls {
     }
 }
 
+/// Runs a call in a task of its own with everything it needs; in parentheses the request's fields with volume and node.
+macro_rules! call {
+    ($self:ident, $name:literal, $request:ident, ($($volume:ident $(, $node:ident)?)?), $work:path) => {{
+        let deadline = $self.calls.deadline($request.metadata());
+        let request = $request.into_inner();
+        let volume = String::new() $(+ &request.$volume)?;
+        let node = String::new() $($(+ &request.$node)?)?;
+        let context = $self.context.clone();
+        let work = async move { $work(&context, request, &deadline).await };
+        $self.calls.run($name, $crate::rpc::Ids { volume: &volume, node: &node }, work).await
+    }};
+}
+pub(crate) use call;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -57,6 +57,20 @@ pub fn true_condition<'a>(volume: &'a Volume, r#type: &str) -> Option<&'a Condit
     condition::find(&volume.status.as_ref()?.conditions, r#type).filter(|c| c.is_true())
 }
 
+/// What a volume says it waits for, in its own words, with what the user can do.
+pub fn unmet(volume: &Volume) -> Option<String> {
+    use api::names::condition::{BACKING_IMAGE_INCOMPATIBLE, DETACHED, READY, SCHEDULED, WAIT_FOR_BACKING_IMAGE};
+    let conditions = &volume.status.as_ref()?.conditions;
+    let ill = |r#type: &str, when: bool| condition::find(conditions, r#type).filter(|c| c.is_true() == when && !c.message.is_empty());
+    let condition = ill(BACKING_IMAGE_INCOMPATIBLE, true)
+        .or_else(|| ill(SCHEDULED, false))
+        .or_else(|| ill(WAIT_FOR_BACKING_IMAGE, true))
+        .or_else(|| ill(DETACHED, false).filter(|_| volume.spec.node_id.is_empty()))
+        .or_else(|| ill(READY, false))?;
+    let hint = if condition.hint.is_empty() { String::new() } else { format!(" ({})", condition.hint) };
+    Some(format!("{}{hint}", condition.message))
+}
+
 /// The problems of a volume, none when it is well. A volume that waits for its image is not ill.
 pub fn health(volume: &Volume) -> csi::VolumeHealth {
     let mut entries = vec![];
