@@ -77,9 +77,14 @@ impl Usage {
         let single_writer = match Mode::try_from(mode) {
             Ok(Mode::SingleNodeWriter | Mode::SingleNodeMultiWriter) => false,
             Ok(Mode::SingleNodeSingleWriter) => true,
-            Ok(Mode::Unknown) => return refuse("it has no access mode; SINGLE_NODE_WRITER (ReadWriteOnce) is what fits most".into()),
+            Ok(Mode::Unknown) => {
+                return refuse("it has no access mode; SINGLE_NODE_WRITER (ReadWriteOnce) is what fits most".into());
+            }
             Ok(
-                Mode::SingleNodeReaderOnly | Mode::MultiNodeReaderOnly | Mode::MultiNodeSingleWriter | Mode::MultiNodeMultiWriter,
+                Mode::SingleNodeReaderOnly
+                | Mode::MultiNodeReaderOnly
+                | Mode::MultiNodeSingleWriter
+                | Mode::MultiNodeMultiWriter,
             ) => {
                 let name = Mode::try_from(mode).map_or("", |m| m.as_str_name());
                 return refuse(format!(

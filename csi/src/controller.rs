@@ -53,8 +53,10 @@ impl ControllerConfig {
 pub async fn serve_controller(config: ControllerConfig, shutdown: CancellationToken) -> Result<(), CsiError> {
     let ControllerConfig { store, driver_name, socket, wait } = config;
     let calls = Calls::new(wait, &shutdown);
-    let service = ControllerService { context: Context { store, in_flight: InFlight::default() }, calls: calls.clone() };
-    let routes = Routes::new(IdentityServer::new(IdentityService::new(&driver_name))).add_service(ControllerServer::new(service));
+    let service =
+        ControllerService { context: Context { store, in_flight: InFlight::default() }, calls: calls.clone() };
+    let routes = Routes::new(IdentityServer::new(IdentityService::new(&driver_name)))
+        .add_service(ControllerServer::new(service));
     server::serve(&socket, routes, calls).await
 }
 
@@ -191,7 +193,10 @@ impl Controller for ControllerService {
         Err(status::not_offered("ListSnapshots"))
     }
 
-    async fn get_snapshot(&self, _: Request<csi::GetSnapshotRequest>) -> Result<Response<csi::GetSnapshotResponse>, Status> {
+    async fn get_snapshot(
+        &self,
+        _: Request<csi::GetSnapshotRequest>,
+    ) -> Result<Response<csi::GetSnapshotResponse>, Status> {
         Err(status::not_offered("GetSnapshot"))
     }
 

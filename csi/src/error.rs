@@ -101,10 +101,13 @@ impl CsiError {
             | CsiError::NotOffered { .. }
             | CsiError::Image { .. } => ErrorKind::Invalid,
             CsiError::Size { .. } | CsiError::TooSmall { .. } => ErrorKind::OutOfRange,
-            CsiError::NoVolume { .. } | CsiError::NoNode { .. } | CsiError::NoImage { .. } | CsiError::NotThere { .. } => {
-                ErrorKind::NotFound
+            CsiError::NoVolume { .. }
+            | CsiError::NoNode { .. }
+            | CsiError::NoImage { .. }
+            | CsiError::NotThere { .. } => ErrorKind::NotFound,
+            CsiError::VolumeDiffers { .. } | CsiError::ImageDiffers { .. } | CsiError::PathTaken { .. } => {
+                ErrorKind::Incompatible
             }
-            CsiError::VolumeDiffers { .. } | CsiError::ImageDiffers { .. } | CsiError::PathTaken { .. } => ErrorKind::Incompatible,
             CsiError::ImageDeleting { .. }
             | CsiError::VolumeDeleting { .. }
             | CsiError::AttachedElsewhere { .. }
@@ -116,7 +119,9 @@ impl CsiError {
             | CsiError::StillWaiting { .. }
             | CsiError::Contended { .. } => ErrorKind::Pending,
             CsiError::Store(error) => error.kind(),
-            CsiError::Mount { .. } | CsiError::Path { .. } | CsiError::Listen { .. } | CsiError::Serve { .. } => ErrorKind::Internal,
+            CsiError::Mount { .. } | CsiError::Path { .. } | CsiError::Listen { .. } | CsiError::Serve { .. } => {
+                ErrorKind::Internal
+            }
         }
     }
 }

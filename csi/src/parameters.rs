@@ -27,11 +27,15 @@ pub enum ParameterError {
     NotOffered { key: String, value: String, what: &'static str, instead: String },
     #[error("parameter `{key}` is unknown; {hint}")]
     Unknown { key: String, hint: String },
-    #[error("parameter `{key}` is no JSON object of strings: {reason}; write for example {{\"url\": \"https://example.com/image.qcow2\"}}")]
+    #[error(
+        "parameter `{key}` is no JSON object of strings: {reason}; write for example {{\"url\": \"https://example.com/image.qcow2\"}}"
+    )]
     Json { key: &'static str, reason: String },
     #[error("parameters `{first}` and `{second}` contradict each other: {reason}")]
     Contradiction { first: &'static str, second: &'static str, reason: String },
-    #[error("parameter `{key}` says something about an image, but `backingImage` names none; add `backingImage`, or remove `{key}`")]
+    #[error(
+        "parameter `{key}` says something about an image, but `backingImage` names none; add `backingImage`, or remove `{key}`"
+    )]
     WithoutImage { key: &'static str },
 }
 
@@ -68,7 +72,8 @@ impl Parameters {
     pub fn parse(given: &BTreeMap<String, String>) -> Result<Parameters, ParameterError> {
         keys::check(given)?;
         let given = Given(given);
-        let number_of_replicas = given.count("numberOfReplicas", MAX_REPLICAS, "a whole number from 1 to 20 (0: the default)")?;
+        let number_of_replicas =
+            given.count("numberOfReplicas", MAX_REPLICAS, "a whole number from 1 to 20 (0: the default)")?;
         let stale = given.count("staleReplicaTimeout", u32::MAX, "minutes, a whole number, 0 or more")?;
         let exclusive = given.switch("exclusive")?.unwrap_or(false);
         Ok(Parameters {

@@ -17,9 +17,11 @@ impl Bounds {
     pub fn of(range: Option<&CapacityRange>) -> Result<Bounds, CsiError> {
         let range = range.copied().unwrap_or_default();
         let bytes = |field, value: i64| {
-            u64::try_from(value)
-                .map(|bytes| Some(bytes).filter(|b| *b > 0))
-                .map_err(|_| CsiError::Field { field, value: value.to_string(), right: "a number of bytes, 0 or more" })
+            u64::try_from(value).map(|bytes| Some(bytes).filter(|b| *b > 0)).map_err(|_| CsiError::Field {
+                field,
+                value: value.to_string(),
+                right: "a number of bytes, 0 or more",
+            })
         };
         let bounds = Bounds {
             required: bytes("capacity_range.required_bytes", range.required_bytes)?,
@@ -37,7 +39,8 @@ impl Bounds {
 
     /// Whether a volume of that size is what was asked for.
     pub fn accept(&self, size_bytes: u64) -> bool {
-        self.required.is_none_or(|required| size_bytes >= required) && self.limit.is_none_or(|limit| size_bytes <= limit)
+        self.required.is_none_or(|required| size_bytes >= required)
+            && self.limit.is_none_or(|limit| size_bytes <= limit)
     }
 
     /// The size of a new volume, given what the image (if any) makes a guest see.

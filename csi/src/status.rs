@@ -36,7 +36,10 @@ pub fn not_offered(call: &str) -> Status {
 
 /// The answer after a bug of ours.
 pub fn bug(call: &str) -> Status {
-    Status::new(code(ErrorKind::Internal), format!("{call} failed by a bug of ours; see the log of the driver, then repeat the call"))
+    Status::new(
+        code(ErrorKind::Internal),
+        format!("{call} failed by a bug of ours; see the log of the driver, then repeat the call"),
+    )
 }
 
 /// An error and its causes in one line.

@@ -61,7 +61,9 @@ pub fn true_condition<'a>(volume: &'a Volume, r#type: &str) -> Option<&'a Condit
 pub fn unmet(volume: &Volume) -> Option<String> {
     use api::names::condition::{BACKING_IMAGE_INCOMPATIBLE, DETACHED, READY, SCHEDULED, WAIT_FOR_BACKING_IMAGE};
     let conditions = &volume.status.as_ref()?.conditions;
-    let ill = |r#type: &str, when: bool| condition::find(conditions, r#type).filter(|c| c.is_true() == when && !c.message.is_empty());
+    let ill = |r#type: &str, when: bool| {
+        condition::find(conditions, r#type).filter(|c| c.is_true() == when && !c.message.is_empty())
+    };
     let condition = ill(BACKING_IMAGE_INCOMPATIBLE, true)
         .or_else(|| ill(SCHEDULED, false))
         .or_else(|| ill(WAIT_FOR_BACKING_IMAGE, true))
@@ -127,9 +129,13 @@ mod tests {
         volume.status = Some(status.clone());
         assert_eq!(health(&volume).health_statuses[0].status(), csi::VolumeHealthErrorType::Degraded);
         status.robustness = Robustness::Faulted;
-        status.conditions = vec![Condition::new("Ready", api::ConditionStatus::False, "Faulted", "both disks are gone")];
+        status.conditions =
+            vec![Condition::new("Ready", api::ConditionStatus::False, "Faulted", "both disks are gone")];
         volume.status = Some(status);
         let entry = &health(&volume).health_statuses[0];
-        assert_eq!((entry.status(), entry.message.as_str()), (csi::VolumeHealthErrorType::Inaccessible, "both disks are gone"));
+        assert_eq!(
+            (entry.status(), entry.message.as_str()),
+            (csi::VolumeHealthErrorType::Inaccessible, "both disks are gone")
+        );
     }
 }

@@ -38,7 +38,8 @@ where
                 event = events.next() => event,
                 () = deadline.passed() => return Ok(Outcome::Late(last)),
             };
-            let ours = |object: &T| object.name_any() == name && object.namespace().as_deref() == Some(store.namespace());
+            let ours =
+                |object: &T| object.name_any() == name && object.namespace().as_deref() == Some(store.namespace());
             match event {
                 None => return Err(StoreError::Unavailable { source: "the watch ended".into() }),
                 Some(event) => match event? {

@@ -48,7 +48,8 @@ pub async fn get_capacity(
 ) -> Result<csi::GetCapacityResponse, CsiError> {
     let given: BTreeMap<String, String> = request.parameters.into_iter().collect();
     let parameters = Parameters::parse(&given)?;
-    let nothing = csi::GetCapacityResponse { available_capacity: 0, maximum_volume_size: Some(0), minimum_volume_size: None };
+    let nothing =
+        csi::GetCapacityResponse { available_capacity: 0, maximum_volume_size: Some(0), minimum_volume_size: None };
     if request.volume_capabilities.iter().any(|c| Usage::of(c).is_err()) {
         return Ok(nothing);
     }
@@ -164,7 +165,11 @@ fn holds(conditions: &[Condition]) -> bool {
 fn fits(tags: &[String], selectors: &[Vec<String>], allow_untagged: bool) -> bool {
     let tags: BTreeSet<&String> = tags.iter().collect();
     selectors.iter().all(|selector| {
-        if selector.is_empty() { allow_untagged || tags.is_empty() } else { selector.iter().all(|tag| tags.contains(tag)) }
+        if selector.is_empty() {
+            allow_untagged || tags.is_empty()
+        } else {
+            selector.iter().all(|tag| tags.contains(tag))
+        }
     })
 }
 
@@ -176,7 +181,11 @@ mod tests {
 
     fn node(name: &str, gib: u64, tags: &[&str]) -> Node {
         let mut node = Node::new(name, Default::default());
-        let disk = DiskSpec { storage_reserved: 1 << 30, tags: tags.iter().map(|t| t.to_string()).collect(), ..Default::default() };
+        let disk = DiskSpec {
+            storage_reserved: 1 << 30,
+            tags: tags.iter().map(|t| t.to_string()).collect(),
+            ..Default::default()
+        };
         node.spec.disks.insert("disk-1".into(), disk);
         let disk = DiskStatus { disk_uuid: format!("uuid-{name}"), storage_maximum: gib << 30, ..Default::default() };
         node.status = Some(NodeStatus { disk_status: [("disk-1".to_owned(), disk)].into(), ..Default::default() });

@@ -75,15 +75,21 @@ pub async fn create_volume(
     };
     let virtual_size_bytes = match &image {
         // Without a size in the request the image's decides, so it must be known.
-        Some(image) if wish.bounds.required.is_none() => Some(image::virtual_size(context, image, id.as_str(), deadline).await?),
+        Some(image) if wish.bounds.required.is_none() => {
+            Some(image::virtual_size(context, image, id.as_str(), deadline).await?)
+        }
         Some(image) => image.status.as_ref().map(|s| s.virtual_size).filter(|size| *size > 0),
         None => None,
     };
     let name = image.as_ref().map(|i| i.name_any()).unwrap_or_default();
-    let size = wish.bounds.choose(virtual_size_bytes.map(|virtual_size_bytes| ImageSize { name: &name, virtual_size_bytes }))?;
+    let size = wish
+        .bounds
+        .choose(virtual_size_bytes.map(|virtual_size_bytes| ImageSize { name: &name, virtual_size_bytes }))?;
     if image.is_none() && wish.fs_type() == Some(FsType::Xfs) && size < MIN_XFS_BYTES {
         return Err(CsiError::Size {
-            reason: format!("a new xfs filesystem needs {MIN_XFS_BYTES} bytes, the volume would have {size}; ask for more, or use ext4"),
+            reason: format!(
+                "a new xfs filesystem needs {MIN_XFS_BYTES} bytes, the volume would have {size}; ask for more, or use ext4"
+            ),
         });
     }
     let replicas = match wish.parameters.number_of_replicas {

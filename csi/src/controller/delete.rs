@@ -32,7 +32,10 @@ pub async fn delete_volume(
         }
         Outcome::Late(last) => {
             let why = last.as_ref().and_then(|v| volume::unmet(v)).map(|m| format!(": {m}")).unwrap_or_default();
-            Err(CsiError::StillWaiting { volume_id, progress: format!("is being deleted, its replicas are not all gone yet{why}") })
+            Err(CsiError::StillWaiting {
+                volume_id,
+                progress: format!("is being deleted, its replicas are not all gone yet{why}"),
+            })
         }
     }
 }

@@ -24,10 +24,12 @@ pub async fn ensure(context: &Context, wish: &ImageWish) -> Result<BackingImage,
             Ok(created)
         }
         // Another volume of the same StorageClass was faster.
-        Err(store::StoreError::AlreadyExists { .. }) => match context.store.get::<BackingImage>(wish.name.as_str()).await? {
-            Some(existing) => accept(existing, wish, default_copies),
-            None => Err(CsiError::Contended { what: format!("image `{}`", wish.name) }),
-        },
+        Err(store::StoreError::AlreadyExists { .. }) => {
+            match context.store.get::<BackingImage>(wish.name.as_str()).await? {
+                Some(existing) => accept(existing, wish, default_copies),
+                None => Err(CsiError::Contended { what: format!("image `{}`", wish.name) }),
+            }
+        }
         Err(error) => Err(error.into()),
     }
 }
@@ -48,11 +50,17 @@ fn describe(wish: &ImageWish) -> Result<BackingImage, CsiError> {
     match wish.source_type {
         Some(SourceType::Download) => {}
         None => {
-            return absent("create it first, or let `backingImageDataSourceType: download` and `backingImageDataSourceParameters: '{\"url\": \"…\"}'` say where it comes from");
+            return absent(
+                "create it first, or let `backingImageDataSourceType: download` and `backingImageDataSourceParameters: '{\"url\": \"…\"}'` say where it comes from",
+            );
         }
-        Some(SourceType::Upload) => return absent("a volume cannot upload it: create and upload the image first, then the volume"),
+        Some(SourceType::Upload) => {
+            return absent("a volume cannot upload it: create and upload the image first, then the volume");
+        }
         Some(SourceType::Clone) => return absent("a volume cannot clone it: create the image first, then the volume"),
-        Some(SourceType::Restore) => return absent("a volume cannot restore it: restore the image first, then the volume"),
+        Some(SourceType::Restore) => {
+            return absent("a volume cannot restore it: restore the image first, then the volume");
+        }
         Some(SourceType::ExportFromVolume) => {
             return Err(CsiError::NotOffered {
                 what: "making an image from a volume (`backingImageDataSourceType: export-from-volume`)",
@@ -62,7 +70,9 @@ fn describe(wish: &ImageWish) -> Result<BackingImage, CsiError> {
     }
     if wish.source_parameters.get("url").is_none_or(|url| url.is_empty()) {
         return Err(CsiError::Image {
-            reason: "`backingImageDataSourceParameters` has no `url`; write {\"url\": \"https://example.com/image.qcow2\"}".into(),
+            reason:
+                "`backingImageDataSourceParameters` has no `url`; write {\"url\": \"https://example.com/image.qcow2\"}"
+                    .into(),
         });
     }
     let mut image = BackingImage::new(

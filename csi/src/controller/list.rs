@@ -68,7 +68,9 @@ pub async fn get_volume(
 ) -> Result<csi::ControllerGetVolumeResponse, CsiError> {
     let found = create::find(context, &request.volume_id).await?;
     Ok(csi::ControllerGetVolumeResponse {
-        status: Some(csi::controller_get_volume_response::VolumeStatus { published_node_ids: volume::published_nodes(&found) }),
+        status: Some(csi::controller_get_volume_response::VolumeStatus {
+            published_node_ids: volume::published_nodes(&found),
+        }),
         volume: Some(volume::describe(&found)),
     })
 }

@@ -75,7 +75,10 @@ async fn wish(context: &Context, volume_id: &str, node_id: &str, deadline: &Dead
             // On its way off another node: one engine at a time.
             let free = |volume: Option<&Volume>| volume.is_none_or(|v| status(v).current_node_id != now).then_some(());
             if let Outcome::Late(_) = wait::until(&context.store, &volume_id, deadline, free).await? {
-                return Err(CsiError::StillWaiting { volume_id, progress: format!("is still being detached from node `{now}`") });
+                return Err(CsiError::StillWaiting {
+                    volume_id,
+                    progress: format!("is still being detached from node `{now}`"),
+                });
             }
             continue;
         }
@@ -109,7 +112,9 @@ async fn attached(
             return Some(Err(CsiError::VolumeDeleting { volume_id: owned() }));
         }
         if volume.spec.node_id != node_id {
-            let reason = format!("was told to leave node `{node_id}` while it was being attached; repeat the call if it is still wanted");
+            let reason = format!(
+                "was told to leave node `{node_id}` while it was being attached; repeat the call if it is still wanted"
+            );
             return Some(Err(CsiError::NotUsable { volume_id: owned(), reason }));
         }
         let status = status(volume);
@@ -139,7 +144,10 @@ async fn progress(context: &Context, volume: Option<&Volume>, node_id: &str) -> 
             && let Ok(image) = context.store.get::<BackingImage>(&volume.spec.backing_image).await
         {
             match image {
-                Some(image) if volume::true_condition(volume, names::condition::WAIT_FOR_BACKING_IMAGE).is_some() || reasons.is_empty() => {
+                Some(image)
+                    if volume::true_condition(volume, names::condition::WAIT_FOR_BACKING_IMAGE).is_some()
+                        || reasons.is_empty() =>
+                {
                     reasons.push(image::progress(&image));
                 }
                 Some(_) => {}
@@ -147,7 +155,8 @@ async fn progress(context: &Context, volume: Option<&Volume>, node_id: &str) -> 
             }
         }
     }
-    let reasons = if reasons.is_empty() { "its replicas and engine are being started".into() } else { reasons.join("; ") };
+    let reasons =
+        if reasons.is_empty() { "its replicas and engine are being started".into() } else { reasons.join("; ") };
     format!("is not attached to node `{node_id}` yet: {reasons}")
 }
 
@@ -184,7 +193,8 @@ pub async fn unpublish(
         // Wished to another node in the meantime: what matters is that it has left this one.
         let wished_elsewhere = !volume.spec.node_id.is_empty() && !concerns(&volume.spec.node_id);
         let at_rest = !matches!(status.state, VolumeState::Attached | VolumeState::Attaching | VolumeState::Detaching);
-        (!concerns(&status.current_node_id) && (wished_elsewhere || !status.current_node_id.is_empty() || at_rest)).then_some(())
+        (!concerns(&status.current_node_id) && (wished_elsewhere || !status.current_node_id.is_empty() || at_rest))
+            .then_some(())
     };
     match wait::until(&context.store, &volume_id, deadline, detached).await? {
         Outcome::Reached(()) => {

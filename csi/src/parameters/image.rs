@@ -54,7 +54,9 @@ impl ImageWish {
             (None, Some(name)) => (second, name),
             (None, None) => {
                 let others = [TYPE, PARAMETERS, CHECKSUM, COPIES, NODES, DISKS];
-                let said = |key: &&str| given.text(key).is_some_and(|v| !(*key == COPIES && v == "0" || *key == PARAMETERS && v == "{}"));
+                let said = |key: &&str| {
+                    given.text(key).is_some_and(|v| !(*key == COPIES && v == "0" || *key == PARAMETERS && v == "{}"))
+                };
                 return match others.into_iter().find(said) {
                     Some(key) => Err(ParameterError::WithoutImage { key }),
                     None => Ok(None),
@@ -90,7 +92,15 @@ impl ImageWish {
     }
 
     pub(super) fn fields(&self, add: &mut impl FnMut(&str, String)) {
-        let ImageWish { name, source_type, source_parameters, checksum, min_number_of_copies, node_selector, disk_selector } = self;
+        let ImageWish {
+            name,
+            source_type,
+            source_parameters,
+            checksum,
+            min_number_of_copies,
+            node_selector,
+            disk_selector,
+        } = self;
         add("backingImage", name.to_string());
         add(TYPE, source_type.map(|t| t.as_str().to_owned()).unwrap_or_default());
         for (key, value) in source_parameters {
@@ -145,7 +155,15 @@ fn redacted(value: &str) -> String {
 
 /// In what an image that exists is not what is asked for. What was not asked for is not compared.
 pub fn differences(wish: &ImageWish, image: &BackingImage, default_copies: u32) -> Vec<Difference> {
-    let ImageWish { name: _, source_type, source_parameters, checksum, min_number_of_copies, node_selector, disk_selector } = wish;
+    let ImageWish {
+        name: _,
+        source_type,
+        source_parameters,
+        checksum,
+        min_number_of_copies,
+        node_selector,
+        disk_selector,
+    } = wish;
     let mut found = vec![];
     let mut compare = |field: &str, wanted: String, has: String| {
         if wanted != has {
@@ -160,7 +178,8 @@ pub fn differences(wish: &ImageWish, image: &BackingImage, default_copies: u32) 
         let (wanted, has) = (with_defaults(source_parameters), with_defaults(&image.spec.source_parameters));
         let keys: std::collections::BTreeSet<&String> = wanted.keys().chain(has.keys()).collect();
         for key in keys {
-            let (wanted, has) = (wanted.get(key).cloned().unwrap_or_default(), has.get(key).cloned().unwrap_or_default());
+            let (wanted, has) =
+                (wanted.get(key).cloned().unwrap_or_default(), has.get(key).cloned().unwrap_or_default());
             if wanted != has {
                 compare(&format!("sourceParameters.{key}"), redacted(&wanted), redacted_other(&has, &wanted));
             }
@@ -168,7 +187,8 @@ pub fn differences(wish: &ImageWish, image: &BackingImage, default_copies: u32) 
     }
     if let Some(wanted) = checksum {
         let current = image.status.as_ref().map(|s| s.checksum.as_str()).unwrap_or_default();
-        for (field, has) in [("checksum (expected)", image.spec.checksum.as_str()), ("checksum (of the file)", current)] {
+        for (field, has) in [("checksum (expected)", image.spec.checksum.as_str()), ("checksum (of the file)", current)]
+        {
             if !has.is_empty() {
                 compare(field, wanted.to_string(), has.to_owned());
             }
@@ -200,6 +220,8 @@ fn redacted_other(has: &str, wanted: &str) -> String {
 /// With what Longhorn fills in by itself, so that a repeated request compares equal.
 fn with_defaults(parameters: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let mut all = parameters.clone();
-    all.retain(|key, value| !matches!((key.as_str(), value.as_str()), ("export-type", "raw") | ("encryption", "ignore")));
+    all.retain(|key, value| {
+        !matches!((key.as_str(), value.as_str()), ("export-type", "raw") | ("encryption", "ignore"))
+    });
     all
 }

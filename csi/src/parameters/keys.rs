@@ -46,7 +46,11 @@ const KEYS: &[(&str, Rule)] = &[
     ("disableRevisionCounter", Rule::Switch { offered: &[true, false], what: "" }),
     (
         "dataLocality",
-        Rule::Only { offered: &["disabled"], known: &["disabled", "best-effort", "strict-local"], what: "data locality" },
+        Rule::Only {
+            offered: &["disabled"],
+            known: &["disabled", "best-effort", "strict-local"],
+            what: "data locality",
+        },
     ),
     (
         "replicaAutoBalance",
@@ -75,12 +79,12 @@ const KEYS: &[(&str, Rule)] = &[
     ),
     ("fromBackup", Rule::Empty { what: "restoring a volume from a backup" }),
     ("backupTargetName", Rule::Only { offered: &["default"], known: &[], what: "backups" }),
-    ("backupBlockSize", Rule::Only { offered: &["2Mi", "2097152", "0"], known: &["16Mi", "16777216"], what: "backups" }),
-    ("dataSource", Rule::Empty { what: "copying a volume or snapshot" }),
     (
-        "cloneMode",
-        Rule::Only { offered: &["full-copy"], known: &["full-copy", "linked-clone"], what: "linked clones" },
+        "backupBlockSize",
+        Rule::Only { offered: &["2Mi", "2097152", "0"], known: &["16Mi", "16777216"], what: "backups" },
     ),
+    ("dataSource", Rule::Empty { what: "copying a volume or snapshot" }),
+    ("cloneMode", Rule::Only { offered: &["full-copy"], known: &["full-copy", "linked-clone"], what: "linked clones" }),
     ("recurringJobSelector", Rule::Only { offered: &["[]"], known: &[], what: "recurring jobs" }),
     ("dataEngine", Rule::Only { offered: &["v1"], known: &["v1", "v2"], what: "the v2 data engine" }),
     ("dataLayout.type", Rule::Empty { what: "data layouts" }),
@@ -93,7 +97,11 @@ const KEYS: &[(&str, Rule)] = &[
     ("nvmeTcpNrIoQueues", Rule::Only { offered: &["0"], known: &[], what: "the v2 data engine" }),
     (
         "frontend",
-        Rule::Only { offered: &["blockdev"], known: &["blockdev", "iscsi", "nvmf", "ublk"], what: "other frontends than blockdev" },
+        Rule::Only {
+            offered: &["blockdev"],
+            known: &["blockdev", "iscsi", "nvmf", "ublk"],
+            what: "other frontends than blockdev",
+        },
     ),
     ("strictTopology", Rule::Switch { offered: &[false], what: "pinning volumes to a place" }),
     (
@@ -132,7 +140,8 @@ pub fn check(given: &BTreeMap<String, String>) -> Result<(), ParameterError> {
             return Err(ParameterError::Unknown { key: key.clone(), hint });
         };
         let wrong = |right: String| Err(ParameterError::Wrong { key: key.clone(), value: value.clone(), right });
-        let not_offered = |what, instead| Err(ParameterError::NotOffered { key: key.clone(), value: value.clone(), what, instead });
+        let not_offered =
+            |what, instead| Err(ParameterError::NotOffered { key: key.clone(), value: value.clone(), what, instead });
         let text = value.trim();
         match *rule {
             Rule::Read | Rule::Sidecar => {}

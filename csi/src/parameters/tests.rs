@@ -57,7 +57,10 @@ fn reads_the_storage_class_of_the_documentation() {
 #[test]
 fn defaults_are_those_of_longhorn() {
     let parameters = parse(&[("numberOfReplicas", "0"), ("staleReplicaTimeout", "0")]).unwrap();
-    assert_eq!((parameters.number_of_replicas, parameters.stale_replica_timeout, parameters.image.clone()), (None, 2880, None));
+    assert_eq!(
+        (parameters.number_of_replicas, parameters.stale_replica_timeout, parameters.image.clone()),
+        (None, 2880, None)
+    );
     assert_eq!(parameters, parse(&[]).unwrap());
 }
 
@@ -183,20 +186,39 @@ fn an_unknown_key_is_refused_with_the_nearest_known_one() {
 
 #[test]
 fn words_about_an_image_need_its_name() {
-    assert_eq!(parse(&[("backingImageChecksum", SUM)]), Err(ParameterError::WithoutImage { key: "backingImageChecksum" }));
-    let empty = [("backingImage", ""), ("backingImageDataSourceType", ""), ("backingImageDataSourceParameters", "{}"), ("backingImageMinNumberOfCopies", "0")];
+    assert_eq!(
+        parse(&[("backingImageChecksum", SUM)]),
+        Err(ParameterError::WithoutImage { key: "backingImageChecksum" })
+    );
+    let empty = [
+        ("backingImage", ""),
+        ("backingImageDataSourceType", ""),
+        ("backingImageDataSourceParameters", "{}"),
+        ("backingImageMinNumberOfCopies", "0"),
+    ];
     assert_eq!(parse(&empty).unwrap().image, None);
 }
 
 #[test]
 fn lists_every_difference_of_two_volumes() {
-    let wanted = parse(&[("numberOfReplicas", "2"), ("diskSelector", "b,a"), ("backingImage", "u1"), ("fsType", "ext4")]).unwrap();
-    assert_eq!(wanted.differences(&parse(&[("numberOfReplicas", "2"), ("diskSelector", "a,b"), ("backingImageName", "u1")]).unwrap()), []);
+    let wanted =
+        parse(&[("numberOfReplicas", "2"), ("diskSelector", "b,a"), ("backingImage", "u1"), ("fsType", "ext4")])
+            .unwrap();
+    assert_eq!(
+        wanted.differences(
+            &parse(&[("numberOfReplicas", "2"), ("diskSelector", "a,b"), ("backingImageName", "u1")]).unwrap()
+        ),
+        []
+    );
     let has = parse(&[("numberOfReplicas", "3"), ("backingImage", "u2")]).unwrap();
     let texts: Vec<String> = wanted.differences(&has).iter().map(|d| d.to_string()).collect();
     assert_eq!(
         texts,
-        ["backingImage: wanted u1, has u2", "diskSelector: wanted a,b, has nothing", "numberOfReplicas: wanted 2, has 3"]
+        [
+            "backingImage: wanted u1, has u2",
+            "diskSelector: wanted a,b, has nothing",
+            "numberOfReplicas: wanted 2, has 3"
+        ]
     );
 }
 
@@ -217,7 +239,10 @@ fn check_image(wanted: &[(&str, &str)], change: impl FnOnce(&mut BackingImage)) 
 fn an_image_is_compared_field_by_field_and_only_where_something_is_said() {
     let none: [&str; 0] = [];
     assert_eq!(check_image(&[], |_| ()), none);
-    assert_eq!(check_image(&[("backingImageNodeSelector", "a,b"), ("backingImageMinNumberOfCopies", "3")], |_| ()), none);
+    assert_eq!(
+        check_image(&[("backingImageNodeSelector", "a,b"), ("backingImageMinNumberOfCopies", "3")], |_| ()),
+        none
+    );
     assert_eq!(
         check_image(&[("backingImageDataSourceType", "upload")], |_| ()),
         ["sourceType: wanted upload, has download"]
@@ -230,7 +255,8 @@ fn an_image_is_compared_field_by_field_and_only_where_something_is_said() {
         ]
     );
     assert_eq!(
-        check_image(&[("backingImageChecksum", SUM)], |image| image.status.as_mut().unwrap().checksum = "b".repeat(128)),
+        check_image(&[("backingImageChecksum", SUM)], |image| image.status.as_mut().unwrap().checksum =
+            "b".repeat(128)),
         [format!("checksum (of the file): wanted {SUM}, has {}", "b".repeat(128))]
     );
     assert_eq!(
@@ -246,7 +272,10 @@ fn an_image_is_compared_field_by_field_and_only_where_something_is_said() {
 
 #[test]
 fn passwords_in_urls_are_compared_and_never_shown() {
-    let text = check_image(&[("backingImageDataSourceParameters", r#"{"url":"https://user:other@example.com/u.qcow2"}"#)], |_| ());
+    let text = check_image(
+        &[("backingImageDataSourceParameters", r#"{"url":"https://user:other@example.com/u.qcow2"}"#)],
+        |_| (),
+    );
     assert_eq!(text.len(), 1);
     assert!(!text[0].contains("other@") && !text[0].contains("secret"), "{text:?}");
 }
