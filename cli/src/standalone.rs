@@ -74,6 +74,7 @@ pub async fn run(Standalone { action, start }: Standalone) -> anyhow::Result<()>
     match action {
         Some(Action::Stop(stop)) => stop::run(stop).await,
         None => {
+            crate::roles::start_logs(false);
             let signals = runtime::shutdown::on_signal().context("cannot listen for signals")?;
             instance(start, signals, false).await
         }

@@ -11,11 +11,15 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use workloads::Workloads;
+use workloads::local::{Local, LocalConfig};
 
 use super::Layout;
 
 /// How long roles may take to finish what they have begun.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// How long a manager or data source may take until its ports accept connections.
+const WORKLOAD_START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What the roles are started with.
 pub struct Plan {
@@ -36,6 +40,34 @@ pub struct Roles {
 impl Roles {
     pub fn new(shutdown: CancellationToken) -> Roles {
         Roles { tasks: JoinSet::new(), shutdown }
+    }
+
+    /// Starts every role; returns the workloads, which outlive them.
+    pub async fn start(&mut self, plan: Plan) -> anyhow::Result<Arc<dyn Workloads>> {
+        let Plan { store, layout, driver_name, node_names, subnet, metrics } = plan;
+        let program = std::env::current_exe().context("cannot find the own binary")?;
+        let local = Local::open(LocalConfig {
+            directory: layout.workloads(),
+            program: program.clone(),
+            addresses: subnet.workloads(),
+            start_timeout: WORKLOAD_START_TIMEOUT,
+        });
+        let workloads: Arc<dyn Workloads> = Arc::new(local.await.context("cannot open the workloads")?);
+
+        let reconcilers = controller::Context {
+            store: store.clone(),
+            workloads: workloads.clone(),
+            metrics: controller::Metrics::default(),
+        };
+        metrics.register(|registry| reconcilers.metrics.register(registry));
+        let shutdown = self.shutdown.clone();
+        self.spawn("controller", async move { Ok(controller::run(reconcilers, shutdown).await?) });
+
+        let services = csi::ControllerConfig::new(store.clone(), &driver_name, layout.csi().join("controller.sock"));
+        let shutdown = self.shutdown.clone();
+        self.spawn("csi-controller", async move { Ok(csi::serve_controller(services, shutdown).await?) });
+        let _ = (node_names, program);
+        Ok(workloads)
     }
 
     /// Runs a role until it ends.
