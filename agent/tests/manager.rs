@@ -54,6 +54,12 @@ async fn a_prepared_file_is_taken_over_by_rename_and_adopted_after_a_restart() {
     assert_eq!(config.name, file.display().to_string());
     assert_eq!((config.expected_checksum.as_str(), config.format.as_str()), (sha512(&bytes).as_str(), "raw"));
 
+    // A data source that is started again after the hand-over has nothing to do.
+    let again = source_config(&disk, &[("url", &source.url())], None);
+    let again = RunningSource::start(again).await;
+    wait_until("it knows of the hand-over", async || again.get().await.state.as_str() == "ready").await;
+    assert_eq!(source.requests().len(), 1);
+
     manager.kill();
     let manager = RunningManager::start(&disk).await;
     let copy = manager.get().await;
@@ -127,7 +133,8 @@ async fn a_changed_time_means_verify_and_damage_is_found() {
 
     File::open(&file).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
     wait_until("the new time is recorded", async || {
-        FileConfig::read(&disk.disk().copy(&key()).config).is_some_and(|c| c.modification_time != before.modification_time)
+        FileConfig::read(&disk.disk().copy(&key()).config)
+            .is_some_and(|c| c.modification_time != before.modification_time)
     })
     .await;
     manager.reaches("ready").await;
@@ -213,7 +220,10 @@ async fn bad_requests_get_the_right_codes() {
     let checksum = BackingImageSpec { checksum: "abc".into(), ..spec() };
     let error = manager.sync(checksum, &[address(8000)]).await.unwrap_err();
     assert!(error.message().contains("128 lower-case hexadecimal digits"), "{error}");
-    assert_eq!(client.prepare_download(PrepareDownloadRequest::default()).await.unwrap_err().code(), Code::Unimplemented);
+    assert_eq!(
+        client.prepare_download(PrepareDownloadRequest::default()).await.unwrap_err().code(),
+        Code::Unimplemented
+    );
     assert_eq!(client.backup_status(BackupStatusRequest::default()).await.unwrap_err().code(), Code::Unimplemented);
     let version = client.version_get(()).await.unwrap().into_inner();
     assert_eq!((version.backing_image_manager_api_version, version.backing_image_manager_api_min_version), (3, 3));
@@ -267,12 +277,11 @@ async fn shutdown_ends_also_with_open_watches() {
     let address = config.listen;
     let role = tokio::spawn(manager::run(config, shutdown.clone()));
     wait_for_port(address).await;
-    let mut client =
-        proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient::connect(format!(
-            "http://{address}"
-        ))
-        .await
-        .unwrap();
+    let mut client = proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient::connect(
+        format!("http://{address}"),
+    )
+    .await
+    .unwrap();
     let _ticks = client.watch(()).await.unwrap();
     shutdown.cancel();
     tokio::time::timeout(Duration::from_secs(5), role).await.expect("it ends soon").unwrap().unwrap();

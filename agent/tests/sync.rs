@@ -69,7 +69,10 @@ impl FakePeer {
         let ranges = Arc::new(Mutex::new(vec![]));
         let state = FakeState { files: disk.disk().copy(&key()), ranges: ranges.clone(), answers };
         let app = Router::new()
-            .route("/v1/copies/{key}/manifest", get(|State(s): State<FakeState>| async move { std::fs::read(s.files.manifest).unwrap() }))
+            .route(
+                "/v1/copies/{key}/manifest",
+                get(|State(s): State<FakeState>| async move { std::fs::read(s.files.manifest).unwrap() }),
+            )
             .route("/v1/copies/{key}/data", get(FakePeer::data))
             .with_state(state);
         tokio::spawn(async move { axum::serve(listener, app).await });
@@ -155,10 +158,7 @@ async fn dead_and_wrong_peers_are_left_out() {
     let message = alone.reaches("failed").await.status.unwrap().error_msg;
     assert!(message.contains("refused") && message.contains("does not have the copy ready"), "{message}");
 
-    for wanted in [
-        BackingImageSpec { checksum: "a".repeat(128), ..spec() },
-        BackingImageSpec { size: 512, ..spec() },
-    ] {
+    for wanted in [BackingImageSpec { checksum: "a".repeat(128), ..spec() }, BackingImageSpec { size: 512, ..spec() }] {
         alone.sync(wanted, &[first.address]).await.unwrap();
         let message = alone.reaches("failed").await.status.unwrap().error_msg;
         assert!(message.contains("is wanted"), "{message}");
