@@ -101,10 +101,9 @@ async fn connect(url: &str) -> Result<BackingImageManagerServiceClient<Channel>,
     let endpoint = Endpoint::from_shared(format!("http://{url}")).map_err(|e| AgentError::Invalid {
         message: format!("`{url}` is not the address of a manager, give `host:8000`: {}", chain(&e)),
     })?;
-    let channel =
-        endpoint.connect_timeout(CALL_TIMEOUT).timeout(CALL_TIMEOUT).connect().await.map_err(|e| {
-            AgentError::Unavailable { message: format!("cannot connect to the manager at `{url}`: {}", chain(&e)) }
-        })?;
+    let channel = endpoint.connect_timeout(CALL_TIMEOUT).timeout(CALL_TIMEOUT).connect().await.map_err(|e| {
+        AgentError::Unavailable { message: format!("cannot connect to the manager at `{url}`: {}", chain(&e)) }
+    })?;
     Ok(BackingImageManagerServiceClient::new(channel))
 }
 

@@ -101,9 +101,12 @@ async fn prepare(
         });
     }
     let what = what_to_download(config)?;
-    if let Some(found) = adopt(config, files).await? {
-        tracing::info!(file = found.name, "finished file found, offered again");
-        status.send_modify(|s| s.finish(&found));
+    if let Some((found, state)) = adopt(config, files).await? {
+        tracing::info!(file = found.name, state = state.as_str(), "finished file found");
+        status.send_modify(|s| {
+            s.finish(&found);
+            s.state = state;
+        });
         return Ok(());
     }
     status.send_modify(|s| s.state = CopyState::Starting);
@@ -146,22 +149,28 @@ fn what_to_download(config: &Config) -> Result<Download, AgentError> {
     Ok(Download { url, expected: config.checksum.clone(), pad_to_sector })
 }
 
-/// The file that an earlier life of this data source finished. Anything else of it is removed.
-async fn adopt(config: &Config, files: &FileSet) -> Result<Option<FileConfig>, AgentError> {
-    let (config, files) = (config.clone(), files.clone());
+/// The file that an earlier life of this data source finished: still here, or taken over already by the manager.
+/// Anything else of it is removed.
+async fn adopt(config: &Config, files: &FileSet) -> Result<Option<(FileConfig, CopyState)>, AgentError> {
+    let key = ImageKey { name: config.name.clone(), uuid: config.uuid.clone() };
+    let (config, files, copy) = (config.clone(), files.clone(), Disk::new(&config.disk_path).copy(&key));
     blocking(move || {
-        let found = FileConfig::read(&files.config).filter(|found| {
-            let whole = files.file.metadata().is_ok_and(|metadata| found.matches(&metadata));
-            let described = matches!(Manifest::read(&files.manifest), Ok(Some(manifest))
-                if manifest.sha512.as_str() == found.current_checksum && manifest.size_bytes == found.size);
-            let wanted = config.checksum.as_ref().is_none_or(|wanted| wanted.as_str() == found.current_checksum);
-            let format_known = Format::from_name(&found.format).is_some();
-            whole && described && wanted && format_known && found.uuid == config.uuid.as_str()
-        });
-        if found.is_none() {
-            files.remove()?;
+        if let Some(found) = finished(&config, &files) {
+            return Ok(Some((found, CopyState::ReadyForTransfer)));
         }
-        Ok(found)
+        files.remove()?;
+        Ok(finished(&config, &copy).map(|found| (found, CopyState::Ready)))
     })
     .await
+}
+
+fn finished(config: &Config, files: &FileSet) -> Option<FileConfig> {
+    FileConfig::read(&files.config).filter(|found| {
+        let whole = files.file.metadata().is_ok_and(|metadata| found.matches(&metadata));
+        let described = matches!(Manifest::read(&files.manifest), Ok(Some(manifest))
+            if manifest.sha512.as_str() == found.current_checksum && manifest.size_bytes == found.size);
+        let wanted = config.checksum.as_ref().is_none_or(|wanted| wanted.as_str() == found.current_checksum);
+        let format_known = Format::from_name(&found.format).is_some();
+        whole && described && wanted && format_known && found.uuid == config.uuid.as_str()
+    })
 }

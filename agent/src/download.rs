@@ -286,9 +286,7 @@ fn check_status(what: &Download, status: StatusCode) -> Result<(), Broken> {
             Err(Broken::Retry(format!("the server answered {status}")))
         }
         _ if status.is_server_error() => Err(Broken::Retry(format!("the server answered {status}"))),
-        _ => {
-            Err(Broken::Failed(AgentError::HttpStatus { url: what.url.to_string(), status: status.as_u16() }))
-        }
+        _ => Err(Broken::Failed(AgentError::HttpStatus { url: what.url.to_string(), status: status.as_u16() })),
     }
 }
 
@@ -333,9 +331,10 @@ fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
 /// Whether a body without length says itself where it ends.
 fn is_framed(response: &Response) -> bool {
     response.version() >= Version::HTTP_2
-        || response.headers().get(TRANSFER_ENCODING).is_some_and(|value| {
-            value.to_str().is_ok_and(|text| text.trim().to_ascii_lowercase().ends_with("chunked"))
-        })
+        || response
+            .headers()
+            .get(TRANSFER_ENCODING)
+            .is_some_and(|value| value.to_str().is_ok_and(|text| text.trim().to_ascii_lowercase().ends_with("chunked")))
 }
 
 #[cfg(test)]

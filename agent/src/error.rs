@@ -50,7 +50,9 @@ pub enum AgentError {
     NoPeer { reasons: String },
     #[error("chunk {chunk} (bytes {} to {}) has the wrong BLAKE3 hash on every peer that is left: {peers}", chunk * crate::limits::CHUNK_BYTES, (chunk + 1) * crate::limits::CHUNK_BYTES - 1)]
     ChunkBadEverywhere { chunk: u64, peers: String },
-    #[error("{bad} of {total} chunks differ from the manifest, the first is chunk {first}: ask for a sync, which fetches only those again")]
+    #[error(
+        "{bad} of {total} chunks differ from the manifest, the first is chunk {first}: ask for a sync, which fetches only those again"
+    )]
     Damaged { bad: u64, total: u64, first: u64 },
     #[error("{message}")]
     Invalid { message: String },

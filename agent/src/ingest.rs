@@ -145,9 +145,7 @@ impl Ingest {
             file.sync_all().map_err(AgentError::io("sync", &path))?;
             let virtual_size_bytes = match format {
                 Format::Raw => size_bytes,
-                Format::Qcow2 => {
-                    qcow2::inspect(&file, size_bytes).map_err(AgentError::Qcow2)?.virtual_size_bytes
-                }
+                Format::Qcow2 => qcow2::inspect(&file, size_bytes).map_err(AgentError::Qcow2)?.virtual_size_bytes,
             };
             Ok(Ingested {
                 file,
@@ -256,7 +254,12 @@ fn hash_all(mut hashes: mpsc::Receiver<Hash>) -> Digests {
     Digests { stored: context.finish(), unpadded }
 }
 
-fn write_all(file: File, path: &Path, reserved: bool, mut writes: mpsc::Receiver<Bytes>) -> Result<Written, AgentError> {
+fn write_all(
+    file: File,
+    path: &Path,
+    reserved: bool,
+    mut writes: mpsc::Receiver<Bytes>,
+) -> Result<Written, AgentError> {
     let mut chunks = vec![];
     while let Some(chunk) = writes.blocking_recv() {
         let offset = chunks.len() as u64 * CHUNK_BYTES;
@@ -320,7 +323,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let bytes = vec![3u8; 1_000_000];
         let error = ingest(dir.path(), &bytes, 4096, false).await.unwrap_err();
-        assert!(error.to_string().contains("this one has 1000000") && error.to_string().contains("append 448"), "{error}");
+        assert!(
+            error.to_string().contains("this one has 1000000") && error.to_string().contains("append 448"),
+            "{error}"
+        );
         let result = ingest(dir.path(), &bytes, 4096, true).await.unwrap();
         let mut padded = bytes.clone();
         padded.resize(1_000_448, 0);

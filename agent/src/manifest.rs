@@ -138,7 +138,9 @@ impl Manifest {
         }
         let chunks = content[HEADER_BYTES..]
             .chunks_exact(HASH_BYTES)
-            .map(|hash| Some(<[u8; HASH_BYTES]>::try_from(hash).expect("exact chunks")).filter(|h| *h != [0; HASH_BYTES]))
+            .map(|hash| {
+                Some(<[u8; HASH_BYTES]>::try_from(hash).expect("exact chunks")).filter(|h| *h != [0; HASH_BYTES])
+            })
             .collect();
         Ok(Manifest { uuid, sha512, format, size_bytes, virtual_size_bytes, chunks })
     }

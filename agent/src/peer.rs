@@ -54,7 +54,9 @@ impl Peer {
         let mut peers: Vec<Peer> = vec![];
         for text in list.split(',').map(str::trim).filter(|text| !text.is_empty()) {
             let address: SocketAddr = text.parse().map_err(|_| AgentError::Invalid {
-                message: format!("`{text}` is not the address of a manager: give `ip:8000`, several separated by commas"),
+                message: format!(
+                    "`{text}` is not the address of a manager: give `ip:8000`, several separated by commas"
+                ),
             })?;
             if address.port() == u16::MAX {
                 return Err(AgentError::Invalid { message: format!("`{text}` has no port after it for data") });
@@ -64,7 +66,9 @@ impl Peer {
             }
         }
         if peers.is_empty() {
-            return Err(AgentError::Invalid { message: "no peer is given to sync from: give `ip:8000` of a manager".into() });
+            return Err(AgentError::Invalid {
+                message: "no peer is given to sync from: give `ip:8000` of a manager".into(),
+            });
         }
         Ok(peers)
     }

@@ -50,4 +50,3 @@ pub(crate) fn describe(
         format: manifest.format.as_str().to_owned(),
     })
 }
-

@@ -37,9 +37,8 @@ pub(crate) async fn send(files: &FileSet, to: &str, idle_timeout: Duration) -> R
     let (path, manifest_path) = (files.file.clone(), files.manifest.clone());
     let (file, manifest) = blocking(move || {
         let file = File::open(&path).map_err(AgentError::io("open", &path))?;
-        let manifest = Manifest::read(&manifest_path)?.ok_or_else(|| AgentError::NotReady {
-            message: format!("`{}` is missing", manifest_path.display()),
-        })?;
+        let manifest = Manifest::read(&manifest_path)?
+            .ok_or_else(|| AgentError::NotReady { message: format!("`{}` is missing", manifest_path.display()) })?;
         Ok((Arc::new(file), manifest))
     })
     .await?;

@@ -68,9 +68,25 @@ async fn the_json_has_longhorns_keys() {
     assert_eq!(
         keys,
         [
-            "sourceType", "parameters", "name", "diskUUID", "expectedChecksum", "filePath", "uuid", "size", "virtualSize",
-            "realSize", "state", "progress", "processedSize", "modificationTime", "currentChecksum", "message",
-            "sendingReference", "format", "nextRetryTime"
+            "sourceType",
+            "parameters",
+            "name",
+            "diskUUID",
+            "expectedChecksum",
+            "filePath",
+            "uuid",
+            "size",
+            "virtualSize",
+            "realSize",
+            "state",
+            "progress",
+            "processedSize",
+            "modificationTime",
+            "currentChecksum",
+            "message",
+            "sendingReference",
+            "format",
+            "nextRetryTime"
         ]
     );
     assert_eq!(value["state"], "ready-for-transfer");

@@ -113,7 +113,8 @@ impl Doubt {
                         return Err(AgentError::Checksum {
                             expected: expected.clone(),
                             actual: made.sha512.to_string(),
-                            note: ": the file has changed and there is no manifest to repair it by, sync it again".into(),
+                            note: ": the file has changed and there is no manifest to repair it by, sync it again"
+                                .into(),
                         });
                     }
                 }
@@ -158,7 +159,11 @@ impl Registry {
         let (registry, own) = (self.clone(), key.clone());
         self.start(key, |cancel| {
             self.tracker.clone().spawn(async move {
-                let Ok(_turn) = registry.verifications.acquire().await else { return };
+                let turn = tokio::select! {
+                    turn = registry.verifications.acquire() => turn,
+                    () = cancel.cancelled() => return,
+                };
+                let Ok(_turn) = turn else { return };
                 let files = registry.disk.copy(&own);
                 let (reporter, of, stop) = (registry.clone(), own.clone(), cancel.clone());
                 let result = blocking(move || {
@@ -190,6 +195,9 @@ impl Registry {
 
     /// Looks whether a ready copy is still what it was.
     pub async fn recheck(self: &Arc<Self>, key: &ImageKey) {
+        if self.get(key).is_none_or(|copy| copy.state != CopyState::Ready) {
+            return;
+        }
         let _turn = self.lock(key).await;
         let Some(copy) = self.get(key).filter(|copy| copy.state == CopyState::Ready) else { return };
         let files = self.disk.copy(key);

@@ -29,11 +29,14 @@ pub(super) struct Wanted {
 impl Wanted {
     pub fn parse(spec: Option<BackingImageSpec>) -> Result<Wanted, AgentError> {
         let spec = spec.ok_or_else(|| AgentError::Invalid { message: "the request has no `spec`".into() })?;
-        let size_bytes = u64::try_from(spec.size)
-            .map_err(|_| AgentError::Invalid { message: format!("`size` is {}: give 0 or the size in bytes", spec.size) })?;
+        let size_bytes = u64::try_from(spec.size).map_err(|_| AgentError::Invalid {
+            message: format!("`size` is {}: give 0 or the size in bytes", spec.size),
+        })?;
         let sha512 = match spec.checksum.as_str() {
             "" => None,
-            text => Some(text.parse().map_err(|e: api::ids::InvalidId| AgentError::Invalid { message: e.to_string() })?),
+            text => {
+                Some(text.parse().map_err(|e: api::ids::InvalidId| AgentError::Invalid { message: e.to_string() })?)
+            }
         };
         Ok(Wanted {
             key: ImageKey::parse(&spec.name, &spec.uuid)?,
@@ -172,7 +175,8 @@ impl Registry {
         .await?;
         let status = ask_data_source(data_source, reqwest::Method::GET, "").await?;
         if status.uuid != key.uuid.as_str() {
-            let message = format!("the data source at `{data_source}` works on uuid `{}`, not `{}`", status.uuid, key.uuid);
+            let message =
+                format!("the data source at `{data_source}` works on uuid `{}`, not `{}`", status.uuid, key.uuid);
             return Err(AgentError::NotReady { message });
         }
         if !matches!(status.state, CopyState::ReadyForTransfer | CopyState::Ready) {

@@ -135,7 +135,12 @@ impl Registry {
 
     /// Waits for the turn to change a copy.
     pub async fn lock(&self, key: &ImageKey) -> tokio::sync::OwnedMutexGuard<()> {
-        let lock = self.locks.lock().expect("no holder of the lock panics").entry(key.clone()).or_default().clone();
+        let lock = {
+            let mut locks = self.locks.lock().expect("no holder of the lock panics");
+            // Only the map itself knows those; keys come from requests, so they must not pile up.
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            locks.entry(key.clone()).or_default().clone()
+        };
         lock.lock_owned().await
     }
 

@@ -74,7 +74,10 @@ fn refuses_a_backing_file() {
     qcow2(dir.path(), "base", &[]);
     let top = dir.path().join("top");
     let base = dir.path().join("base");
-    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", base.to_str().unwrap(), "-F", "qcow2", top.to_str().unwrap()]);
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-b", base.to_str().unwrap(), "-F", "qcow2", top.to_str().unwrap()],
+    );
     assert!(refused(&top).contains("has a backing file"), "{}", refused(&top));
 }
 

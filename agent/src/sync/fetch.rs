@@ -1,4 +1,7 @@
 //! The workers of a sync: one queue of chunk ranges, two requests per peer at a time.
+//!
+//! A worker that finds the queue empty takes the second half of what a worker of another peer still has to do, so that a
+//! slow peer delays the end by one chunk only.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
@@ -35,7 +38,8 @@ struct Fetch<'a> {
 
 struct Work {
     queue: VecDeque<Range<u64>>,
-    in_flight: usize,
+    /// What each worker still has to do, the chunk that it is at included.
+    in_flight: BTreeMap<usize, Range<u64>>,
     /// Chunks that a peer gave wrongly, by peer.
     bad: BTreeMap<usize, BTreeSet<u64>>,
     failures: BTreeMap<usize, u32>,
@@ -50,12 +54,17 @@ enum Next {
     End,
 }
 
-/// What a request brought: the first so many chunks were handled; which of them were wrong; why it ended early.
+/// What a request brought: how many chunks were right; which were wrong; why it ended early.
+#[derive(Default)]
 struct Outcome {
     good: u64,
     bad: Vec<u64>,
-    rest: Range<u64>,
     problem: Option<PeerError>,
+}
+
+/// The peer that a worker asks.
+fn peer_of(worker: usize) -> usize {
+    worker / STREAMS_PER_PEER
 }
 
 /// Fetches all missing chunks into the file.
@@ -71,7 +80,7 @@ pub(super) async fn all(
     let missing_bytes: u64 = missing.iter().map(|c| bytes_of(manifest, *c)).sum();
     let work = Work {
         queue: runs(&missing, CHUNKS_PER_REQUEST).into(),
-        in_flight: 0,
+        in_flight: BTreeMap::new(),
         bad: BTreeMap::new(),
         failures: BTreeMap::new(),
         dropped: BTreeMap::new(),
@@ -79,7 +88,7 @@ pub(super) async fn all(
         error: None,
     };
     let fetch = Fetch { what, peers, manifest, file, report, work: Mutex::new(work), wake: Notify::new() };
-    let workers = (0..fetch.peers.len() * STREAMS_PER_PEER).map(|worker| fetch.run(worker / STREAMS_PER_PEER));
+    let workers = (0..fetch.peers.len() * STREAMS_PER_PEER).map(|worker| fetch.run(worker));
     tokio::select! {
         _ = futures::future::join_all(workers) => {}
         () = cancel.cancelled() => return Err(AgentError::Cancelled),
@@ -96,12 +105,13 @@ pub(super) async fn all(
 }
 
 impl Fetch<'_> {
-    async fn run(&self, peer: usize) {
+    async fn run(&self, worker: usize) {
         loop {
             let notified = self.wake.notified();
             tokio::pin!(notified);
             notified.as_mut().enable();
-            let next = self.work.lock().expect("no worker panicked").next(peer, &self.peers);
+            let next = self.work.lock().expect("no worker panicked").next(worker, self.peers.len());
+            let next = next.unwrap_or_else(|chunk| self.give_up(chunk));
             match next {
                 Next::End => {
                     self.wake.notify_waiters();
@@ -109,8 +119,8 @@ impl Fetch<'_> {
                 }
                 Next::Wait => notified.await,
                 Next::Fetch(range) => {
-                    let outcome = self.request(peer, range).await;
-                    let pause = self.settle(peer, outcome);
+                    let outcome = self.request(worker, range).await;
+                    let pause = self.settle(worker, outcome);
                     self.wake.notify_waiters();
                     if let Some(pause) = pause {
                         tokio::time::sleep(pause).await;
@@ -120,9 +130,9 @@ impl Fetch<'_> {
         }
     }
 
-    async fn request(&self, peer: usize, chunks: Range<u64>) -> Result<Outcome, AgentError> {
-        let mut outcome = Outcome { good: 0, bad: vec![], rest: chunks.clone(), problem: None };
-        let client = &self.peers[peer];
+    async fn request(&self, worker: usize, chunks: Range<u64>) -> Result<Outcome, AgentError> {
+        let mut outcome = Outcome::default();
+        let client = &self.peers[peer_of(worker)];
         let bytes = self.manifest.range(chunks.start).start..self.manifest.range(chunks.end - 1).end;
         let mut response = match client.range(&self.what.key, bytes).await {
             Ok(response) => response,
@@ -132,8 +142,10 @@ impl Fetch<'_> {
             }
         };
         let mut buffer = BytesMut::new();
-        while outcome.rest.start < outcome.rest.end {
-            let chunk = outcome.rest.start;
+        for chunk in chunks {
+            if !self.work.lock().expect("no worker panicked").begin(worker, chunk) {
+                break;
+            }
             let length = bytes_of(self.manifest, chunk) as usize;
             while buffer.len() < length {
                 match client.read(&mut response).await {
@@ -151,7 +163,7 @@ impl Fetch<'_> {
             } else {
                 outcome.bad.push(chunk);
             }
-            outcome.rest.start += 1;
+            self.work.lock().expect("no worker panicked").end(worker, chunk);
         }
         Ok(outcome)
     }
@@ -171,6 +183,14 @@ impl Fetch<'_> {
         .await
     }
 
+    fn give_up(&self, chunk: u64) -> Next {
+        let mut work = self.work.lock().expect("no worker panicked");
+        let live = self.peers.iter().enumerate().filter(|(peer, _)| !work.dropped.contains_key(peer));
+        let peers = live.map(|(_, peer)| peer.address().to_string()).collect::<Vec<_>>().join(", ");
+        work.error = Some(AgentError::ChunkBadEverywhere { chunk, peers });
+        Next::End
+    }
+
     fn count(&self, chunk: u64) {
         let mut work = self.work.lock().expect("no worker panicked");
         work.done_bytes += bytes_of(self.manifest, chunk);
@@ -180,9 +200,10 @@ impl Fetch<'_> {
     }
 
     /// Books what a request brought; returns how long this worker shall pause.
-    fn settle(&self, peer: usize, outcome: Result<Outcome, AgentError>) -> Option<Duration> {
+    fn settle(&self, worker: usize, outcome: Result<Outcome, AgentError>) -> Option<Duration> {
+        let peer = peer_of(worker);
         let mut work = self.work.lock().expect("no worker panicked");
-        work.in_flight -= 1;
+        let rest = work.in_flight.remove(&worker).filter(|rest| !rest.is_empty());
         let outcome = match outcome {
             Ok(outcome) => outcome,
             Err(error) => {
@@ -200,8 +221,8 @@ impl Fetch<'_> {
                 work.dropped.entry(peer).or_insert(format!("it gave {MAX_BAD_CHUNKS} wrong chunks"));
             }
         }
-        if !outcome.rest.is_empty() {
-            work.queue.push_front(outcome.rest);
+        if let Some(rest) = rest {
+            work.queue.push_front(rest);
         }
         if outcome.good > 0 {
             work.failures.remove(&peer);
@@ -219,34 +240,116 @@ impl Fetch<'_> {
 }
 
 impl Work {
-    fn next(&mut self, peer: usize, peers: &[Peer]) -> Next {
+    /// What a worker does next; an error is a chunk that no peer has right.
+    fn next(&mut self, worker: usize, peers: usize) -> Result<Next, u64> {
+        let peer = peer_of(worker);
         if self.error.is_some() || self.dropped.contains_key(&peer) {
-            return Next::End;
+            return Ok(Next::End);
         }
-        if self.queue.is_empty() {
-            return if self.in_flight == 0 { Next::End } else { Next::Wait };
-        }
-        let bad = self.bad.get(&peer);
-        let usable = |range: &Range<u64>| bad.is_none_or(|bad| bad.range(range.clone()).next().is_none());
-        if let Some(position) = self.queue.iter().position(usable) {
-            self.in_flight += 1;
-            return Next::Fetch(self.queue.remove(position).expect("the position was found"));
+        if let Some(position) = self.queue.iter().position(|range| !self.is_bad(peer, range)) {
+            let range = self.queue.remove(position).expect("the position was found");
+            self.in_flight.insert(worker, range.clone());
+            return Ok(Next::Fetch(range));
         }
         // What is left was wrong from this peer; is there another one to ask?
-        let live: Vec<usize> = (0..peers.len()).filter(|other| !self.dropped.contains_key(other)).collect();
-        let hopeless = self.queue.iter().find(|range| {
-            live.iter().all(|other| self.bad.get(other).is_some_and(|bad| bad.range((*range).clone()).next().is_some()))
-        });
-        if let Some(range) = hopeless {
-            let peers = live.iter().map(|other| peers[*other].address().to_string()).collect::<Vec<_>>().join(", ");
-            self.error = Some(AgentError::ChunkBadEverywhere { chunk: range.start, peers });
-            return Next::End;
+        let live: Vec<usize> = (0..peers).filter(|other| !self.dropped.contains_key(other)).collect();
+        let hopeless = |range: &&Range<u64>| live.iter().all(|other| self.is_bad(*other, range));
+        if let Some(range) = self.queue.iter().find(hopeless) {
+            return Err(range.start);
         }
-        Next::Wait
+        if let Some(range) = self.steal(peer) {
+            self.in_flight.insert(worker, range.clone());
+            return Ok(Next::Fetch(range));
+        }
+        Ok(if self.queue.is_empty() && self.in_flight.is_empty() { Next::End } else { Next::Wait })
+    }
+
+    /// Whether a range has a chunk that this peer gave wrongly. Such a chunk is always queued alone.
+    fn is_bad(&self, peer: usize, range: &Range<u64>) -> bool {
+        self.bad.get(&peer).is_some_and(|bad| bad.range(range.clone()).next().is_some())
+    }
+
+    /// The second half of the longest range that a worker of another peer has.
+    fn steal(&mut self, peer: usize) -> Option<Range<u64>> {
+        let others = self.in_flight.iter_mut().filter(|(worker, _)| peer_of(**worker) != peer);
+        let (_, range) = others.max_by_key(|(_, range)| range.end.saturating_sub(range.start))?;
+        let length = range.end.saturating_sub(range.start);
+        if length < 2 {
+            return None;
+        }
+        let middle = range.start + length.div_ceil(2);
+        let stolen = middle..range.end;
+        range.end = middle;
+        Some(stolen)
+    }
+
+    /// Whether a chunk is still this worker's to do.
+    fn begin(&self, worker: usize, chunk: u64) -> bool {
+        self.in_flight.get(&worker).is_some_and(|range| range.contains(&chunk))
+    }
+
+    fn end(&mut self, worker: usize, chunk: u64) {
+        if let Some(range) = self.in_flight.get_mut(&worker) {
+            range.start = chunk + 1;
+        }
     }
 }
 
 fn bytes_of(manifest: &Manifest, chunk: u64) -> u64 {
     let range = manifest.range(chunk);
     range.end - range.start
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn work(queue: Vec<Range<u64>>) -> Work {
+        Work {
+            queue: queue.into(),
+            in_flight: BTreeMap::new(),
+            bad: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            dropped: BTreeMap::new(),
+            done_bytes: 0,
+            error: None,
+        }
+    }
+
+    fn fetch(work: &mut Work, worker: usize) -> Option<Range<u64>> {
+        match work.next(worker, 2).expect("no hopeless chunk") {
+            Next::Fetch(range) => Some(range),
+            Next::Wait | Next::End => None,
+        }
+    }
+
+    const OTHER: usize = STREAMS_PER_PEER;
+
+    #[test]
+    fn an_idle_worker_takes_half_of_what_another_peer_has_left() {
+        let mut work = work(vec![0..8]);
+        assert_eq!(fetch(&mut work, 0), Some(0..8));
+        assert!(work.begin(0, 0));
+        work.end(0, 0);
+        assert_eq!(fetch(&mut work, 1), None, "its own peer would not be faster");
+        assert_eq!(fetch(&mut work, OTHER), Some(5..8));
+        assert!(work.begin(0, 4) && !work.begin(0, 5), "the first worker stops before the stolen half");
+        assert!(matches!(work.next(OTHER + 1, 2), Ok(Next::Fetch(range)) if range == (3..5)));
+    }
+
+    #[test]
+    fn a_chunk_in_progress_is_not_stolen() {
+        let mut work = work(vec![3..4]);
+        assert_eq!(fetch(&mut work, 0), Some(3..4));
+        assert!(matches!(work.next(OTHER, 2), Ok(Next::Wait)));
+    }
+
+    #[test]
+    fn a_chunk_that_was_bad_goes_to_another_peer_or_nowhere() {
+        let mut work = work(vec![3..4]);
+        work.bad.insert(0, BTreeSet::from([3]));
+        assert_eq!(fetch(&mut work, 0), None);
+        work.dropped.insert(1, "dead".into());
+        assert!(matches!(work.next(0, 2), Err(3)));
+    }
 }

@@ -125,7 +125,11 @@ impl Reply {
     }
 
     pub fn whole(body: &[u8]) -> Reply {
-        Reply { head: format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n", body.len()), body: body.to_vec(), stall: false }
+        Reply {
+            head: format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n", body.len()),
+            body: body.to_vec(),
+            stall: false,
+        }
     }
 
     pub fn with(mut self, header: &str) -> Reply {
@@ -319,7 +323,11 @@ impl RunningManager {
         self.client().await.get(request).await.unwrap().into_inner()
     }
 
-    pub async fn sync(&self, spec: BackingImageSpec, from: &[SocketAddr]) -> Result<BackingImageResponse, tonic::Status> {
+    pub async fn sync(
+        &self,
+        spec: BackingImageSpec,
+        from: &[SocketAddr],
+    ) -> Result<BackingImageResponse, tonic::Status> {
         let from_address = from.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         let request = SyncRequest { spec: Some(spec), from_address };
         Ok(self.client().await.sync(request).await?.into_inner())
