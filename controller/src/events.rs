@@ -1,6 +1,6 @@
 //! Which change concerns whom.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use api::names::manager_name;
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, Node, Replica, Setting, Volume};
@@ -28,6 +28,15 @@ enum Event {
     Everything,
 }
 
+/// What was seen last, to tell what a change is about.
+#[derive(Default)]
+struct Known {
+    /// Free bytes change all the time; only what decides about eligibility makes everybody look.
+    nodes: HashMap<String, String>,
+    /// The images of each manager.
+    held: HashMap<String, BTreeSet<String>>,
+}
+
 /// Turns changes into passes until the store ends.
 pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
     let store = &shared.store;
@@ -44,12 +53,11 @@ pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
     let mut workloads = shared.workloads.changes();
     let mut resync = tokio::time::interval(RESYNC);
     resync.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    // Free bytes change all the time; only what decides about eligibility makes everybody look.
-    let mut nodes: HashMap<String, String> = HashMap::new();
+    let mut known = Known::default();
     loop {
         tokio::select! {
             event = events.next() => match event {
-                Some(Ok(event)) => concern(shared, event, &mut nodes).await?,
+                Some(Ok(event)) => concern(shared, event, &mut known).await?,
                 Some(Err(source)) => return Err(ControllerError::Watch { what: "the store", source }),
                 None => return Ok(()),
             },
@@ -88,7 +96,7 @@ where
     Ok(events.boxed())
 }
 
-async fn concern(shared: &Shared, event: Event, nodes: &mut HashMap<String, String>) -> Result<(), ControllerError> {
+async fn concern(shared: &Shared, event: Event, known: &mut Known) -> Result<(), ControllerError> {
     let queue = &shared.queue;
     match event {
         Event::Image(image) => {
@@ -104,10 +112,13 @@ async fn concern(shared: &Shared, event: Event, nodes: &mut HashMap<String, Stri
             }
         }
         Event::Manager(manager) => {
-            queue.add(Kind::Manager, manager.metadata.name.unwrap_or_default());
+            let name = manager.metadata.name.unwrap_or_default();
+            queue.add(Kind::Manager, &name);
             let held = manager.status.unwrap_or_default().backing_image_file_map;
-            let images = manager.spec.backing_images.keys().chain(held.keys());
-            images.for_each(|image| queue.add(Kind::Image, image));
+            let images: BTreeSet<String> = manager.spec.backing_images.into_keys().chain(held.into_keys()).collect();
+            // An image that it holds no more waits for just that.
+            let before = known.held.insert(name, images.clone()).unwrap_or_default();
+            before.union(&images).for_each(|image| queue.add(Kind::Image, image));
         }
         Event::DataSource(source) => {
             let name = source.metadata.name.unwrap_or_default();
@@ -127,8 +138,8 @@ async fn concern(shared: &Shared, event: Event, nodes: &mut HashMap<String, Stri
         Event::Node(node) => {
             let name = node.metadata.name.clone().unwrap_or_default();
             let essence = essence(node);
-            if nodes.get(&name) != Some(&essence) {
-                nodes.insert(name, essence);
+            if known.nodes.get(&name) != Some(&essence) {
+                known.nodes.insert(name, essence);
                 everything(shared).await?;
             }
         }
