@@ -35,7 +35,8 @@ fn protos(root: &Path) -> anyhow::Result<BTreeMap<PathBuf, String>> {
     if root.join("proto/csi/csi.proto").exists() {
         sources.push("proto/csi/csi.proto");
     }
-    let descriptors = protox::compile(sources.iter().map(|s| root.join(s)), [root.join("proto/bimrpc"), root.join("proto/csi")])?;
+    let descriptors =
+        protox::compile(sources.iter().map(|s| root.join(s)), [root.join("proto/bimrpc"), root.join("proto/csi")])?;
     let out = std::env::temp_dir().join(format!("backing-image-generate-{}", process::id()));
     fs::create_dir_all(&out)?;
     tonic_prost_build::configure().out_dir(&out).compile_fds(descriptors)?;

@@ -1,7 +1,14 @@
 //! Every developer task: `cargo xtask <task>`.
 
+mod ci;
 mod generate;
+mod metadata;
+mod supply;
+mod tidy;
 
+use std::path::Path;
+
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -19,10 +26,23 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Checks house rules: file headers, lengths, unfinished marks, foreign paths, sleeps in tests, arrows between rooms.
+    Tidy,
+    /// Checks licenses, bans, sources and duplicates of dependencies by deny.toml.
+    Supply,
+    /// Runs all that CI runs, or the named steps.
+    Ci {
+        /// Steps to run; all when none is named.
+        steps: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace root")?;
     match Arguments::parse().task {
         Task::Generate { check } => generate::run(check),
+        Task::Tidy => tidy::run(root),
+        Task::Supply => supply::run(root),
+        Task::Ci { steps } => ci::run(root, &steps),
     }
 }
