@@ -40,7 +40,7 @@ const STEPS: [Step; 9] = [
 
 /// Runs the steps of these names (all when none is named), in order, until the first that fails.
 pub fn run(root: &Path, only: &[String]) -> anyhow::Result<()> {
-    for name in only.iter().filter(|name| !STEPS.iter().any(|s| s.name == name.as_str())) {
+    if let Some(name) = only.iter().find(|name| !STEPS.iter().any(|s| s.name == name.as_str())) {
         bail!("there is no step `{name}`; there are {}", STEPS.map(|s| s.name).join(", "));
     }
     let mut done: Vec<(&str, Duration, bool)> = vec![];
