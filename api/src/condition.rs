@@ -43,7 +43,13 @@ pub struct Condition {
 impl Condition {
     /// A condition without times; [`set`] fills them.
     pub fn new(r#type: &str, status: ConditionStatus, reason: &str, message: impl Into<String>) -> Self {
-        Condition { r#type: r#type.into(), status, reason: reason.into(), message: message.into(), ..Default::default() }
+        Condition {
+            r#type: r#type.into(),
+            status,
+            reason: reason.into(),
+            message: message.into(),
+            ..Default::default()
+        }
     }
 
     /// The same condition with what the user can do about it.

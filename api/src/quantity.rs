@@ -41,7 +41,9 @@ impl<'de> Deserialize<'de> for SizeBytes {
                 Ok(SizeBytes(value))
             }
             fn visit_i64<E: Error>(self, value: i64) -> Result<SizeBytes, E> {
-                u64::try_from(value).map(SizeBytes).map_err(|_| E::custom(format!("`{value}` is not a number of bytes")))
+                u64::try_from(value)
+                    .map(SizeBytes)
+                    .map_err(|_| E::custom(format!("`{value}` is not a number of bytes")))
             }
         }
         deserializer.deserialize_any(Digits)

@@ -54,11 +54,19 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "reply")]
 pub enum Reply {
-    Status { record: Record, export: Option<String>, actual_size_bytes: u64 },
+    Status {
+        record: Record,
+        export: Option<String>,
+        actual_size_bytes: u64,
+    },
     /// After `Open`: the NBD export name to ask for.
-    Opened { export: String },
+    Opened {
+        export: String,
+    },
     /// After `Fence` and `Close`.
     Done,
     /// Nothing was changed; the sentence says why.
-    Refused { message: String },
+    Refused {
+        message: String,
+    },
 }

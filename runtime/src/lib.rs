@@ -1,1 +1,13 @@
-//! Process plumbing: logs, metrics, shutdown, listeners, clock.
+//! Process plumbing: what every process of ours needs and no room owns.
+//!
+//! Detached processes that are found again, unix sockets below long paths, durable files, back-off, logs, shutdown, loopback
+//! addresses, metrics. Knows nothing of images or volumes.
+
+pub mod backoff;
+pub mod files;
+pub mod log;
+pub mod loopback;
+pub mod metrics;
+pub mod process;
+pub mod shutdown;
+pub mod socket;

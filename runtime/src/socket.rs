@@ -1,0 +1,83 @@
+//! Unix sockets below paths of any length.
+//!
+//! The kernel takes at most 107 bytes of path for a unix socket. A longer one is reached through a descriptor of its
+//! directory: `/proc/self/fd/N/name`.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use crate::files;
+
+/// Longest path that the kernel takes (`sun_path` less its zero byte).
+const MAX_PATH: usize = 107;
+
+/// A path to a socket that the kernel takes; it works as long as this value lives.
+struct Reachable {
+    path: PathBuf,
+    _directory: Option<File>,
+}
+
+fn reachable(path: &Path) -> io::Result<Reachable> {
+    if path.as_os_str().len() <= MAX_PATH {
+        return Ok(Reachable { path: path.to_owned(), _directory: None });
+    }
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("`{}` names no socket", path.display())));
+    };
+    let directory =
+        std::fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC).open(parent)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
+    Ok(Reachable { path, _directory: Some(directory) })
+}
+
+/// Connects, blocking.
+pub fn connect_blocking(path: &Path) -> io::Result<UnixStream> {
+    UnixStream::connect(reachable(path)?.path)
+}
+
+/// Listens; a stale socket file of an earlier process is replaced. The caller makes sure that no other process serves it.
+pub fn bind_blocking(path: &Path) -> io::Result<UnixListener> {
+    files::remove_if_present(path)?;
+    UnixListener::bind(reachable(path)?.path)
+}
+
+/// Connects within a tokio runtime.
+pub async fn connect(path: &Path) -> io::Result<tokio::net::UnixStream> {
+    let target = reachable(path)?;
+    tokio::net::UnixStream::connect(&target.path).await
+}
+
+/// Listens within a tokio runtime; a stale socket file is replaced.
+pub fn bind(path: &Path) -> io::Result<tokio::net::UnixListener> {
+    let listener = bind_blocking(path)?;
+    listener.set_nonblocking(true)?;
+    tokio::net::UnixListener::from_std(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn reaches_a_socket_below_a_long_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("a".repeat(100)).join("b".repeat(100));
+        std::fs::create_dir_all(&deep).unwrap();
+        let path = deep.join("control.sock");
+        for _ in 0..2 {
+            let listener = bind_blocking(&path).unwrap();
+            let mut client = connect_blocking(&path).unwrap();
+            client.write_all(b"hello").unwrap();
+            drop(client);
+            let mut text = String::new();
+            listener.accept().unwrap().0.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "hello");
+        }
+    }
+}
