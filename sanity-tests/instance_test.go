@@ -39,7 +39,7 @@ type instance struct {
 
 // startInstance starts a daemon on a new directory and waits until it is ready.
 func startInstance(nodes int) (*instance, error) {
-	program, err := binary()
+	program, err := programUnderTest()
 	if err != nil {
 		return nil, err
 	}
@@ -85,8 +85,13 @@ func ownInstance(t *testing.T, nodes int) *instance {
 // sharedInstance is the instance of TestMain; on failure it says how its objects do.
 func sharedInstance(t *testing.T) *instance {
 	t.Helper()
-	shared.explainOnFailure(t)
-	return shared
+	sharedUsed.Store(true)
+	i, err := shared()
+	if err != nil {
+		t.Fatalf("cannot start the instance: %v", err)
+	}
+	i.explainOnFailure(t)
+	return i
 }
 
 // start runs the daemon and waits for DIR/ready.

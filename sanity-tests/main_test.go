@@ -8,11 +8,16 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"testing"
 )
 
-// shared is the instance that tests use unless they end it.
-var shared *instance
+// shared starts the instance that tests use unless they end it, when the first of them asks for it.
+var shared = sync.OnceValues(func() (*instance, error) { return startInstance(3) })
+
+// sharedUsed says whether there is something to end.
+var sharedUsed atomic.Bool
 
 func TestMain(m *testing.M) {
 	flag.Parse()
@@ -20,27 +25,28 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) (code int) {
-	var err error
-	if shared, err = startInstance(3); err != nil {
-		fmt.Fprintf(os.Stderr, "cannot start the instance: %v\n", err)
+	code = m.Run()
+	if !sharedUsed.Load() {
+		return code
+	}
+	i, err := shared()
+	if err != nil {
 		return 1
 	}
-	defer func() {
-		if err := shared.end(); err != nil {
-			fmt.Fprintf(os.Stderr, "FAIL: %v\n", err)
-			code = 1
-		}
-		if code == 0 {
-			os.RemoveAll(shared.root)
-		} else {
-			fmt.Fprintf(os.Stderr, "data and logs are kept in %s\n", shared.root)
-		}
-	}()
-	return m.Run()
+	if err := i.end(); err != nil {
+		fmt.Fprintf(os.Stderr, "FAIL: %v\n", err)
+		code = 1
+	}
+	if code == 0 {
+		os.RemoveAll(i.root)
+	} else {
+		fmt.Fprintf(os.Stderr, "data and logs are kept in %s\n", i.root)
+	}
+	return code
 }
 
-// binary is the program under test.
-func binary() (string, error) {
+// programUnderTest is the path of the binary.
+func programUnderTest() (string, error) {
 	path := os.Getenv("BACKING_IMAGE_CSI_BINARY")
 	if path == "" {
 		path = "../target/release/backing-image-csi"
