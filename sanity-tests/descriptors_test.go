@@ -108,7 +108,7 @@ func flatten(file protoreflect.FileDescriptor) map[string]string {
 func flattenMessages(elements map[string]string, messages protoreflect.MessageDescriptors) {
 	for n := range messages.Len() {
 		message := messages.Get(n)
-		elements["message "+string(message.FullName())] = fmt.Sprintf("reserved %v %v %s", reserved(message), message.ReservedNames(), options(message))
+		elements["message "+string(message.FullName())] = fmt.Sprintf("reserved %v %v %s", reserved(message), reservedNames(message), options(message))
 		for f := range message.Fields().Len() {
 			field := message.Fields().Get(f)
 			elements["field "+string(field.FullName())] = describeField(field)
@@ -154,6 +154,13 @@ func reserved(message protoreflect.MessageDescriptor) (ranges [][2]protoreflect.
 		ranges = append(ranges, message.ReservedRanges().Get(n))
 	}
 	return ranges
+}
+
+func reservedNames(message protoreflect.MessageDescriptor) (names []string) {
+	for n := range message.ReservedNames().Len() {
+		names = append(names, string(message.ReservedNames().Get(n)))
+	}
+	return names
 }
 
 // options are compared by their bytes, so that the file's own extensions (csi_secret, alpha_field…) count too.
