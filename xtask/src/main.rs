@@ -1,5 +1,6 @@
 //! Every developer task: `cargo xtask <task>`.
 
+mod bench;
 mod ci;
 mod generate;
 mod metadata;
@@ -30,6 +31,8 @@ enum Task {
     Tidy,
     /// Checks licenses, bans, sources and duplicates of dependencies by deny.toml.
     Supply,
+    /// Measures the released binary and prints the table of docs/performance.md.
+    Bench(bench::Bench),
     /// Runs all that CI runs, or the named steps.
     Ci {
         /// Steps to run; all when none is named.
@@ -43,6 +46,7 @@ fn main() -> anyhow::Result<()> {
         Task::Generate { check } => generate::run(check),
         Task::Tidy => tidy::run(root),
         Task::Supply => supply::run(root),
+        Task::Bench(options) => bench::run(root, options),
         Task::Ci { steps } => ci::run(root, &steps),
     }
 }
