@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -71,13 +72,12 @@ func TestKilledDataSourceFinishesItsDownload(t *testing.T) {
 	}
 	sum := checksumOf(t, large)
 	half, release := make(chan struct{}), make(chan struct{})
-	first := true
+	var begun atomic.Bool
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet || !first {
+		if r.Method != http.MethodGet || begun.Swap(true) {
 			http.ServeFile(w, r, large)
 			return
 		}
-		first = false
 		// The first download gets one half and then waits until it is dead.
 		content, _ := os.ReadFile(large)
 		w.Header().Set("Content-Length", "67108864")

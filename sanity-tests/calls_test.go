@@ -55,6 +55,7 @@ func createVolume(t *testing.T, i *instance, request *csi.CreateVolumeRequest) *
 		t.Fatalf("CreateVolume %s: %v", request.Name, err)
 	}
 	t.Cleanup(func() {
+		i.explain(t)
 		id := response.Volume.VolumeId
 		if _, err := i.controller(t).ControllerUnpublishVolume(call(t), &csi.ControllerUnpublishVolumeRequest{VolumeId: id}); err != nil {
 			t.Errorf("ControllerUnpublishVolume %s: %v", id, err)
@@ -115,6 +116,7 @@ func publishOnNode(t *testing.T, i *instance, volume *csi.Volume, node int, capa
 			return
 		}
 		done = true
+		i.explain(t)
 		_, unpublish := i.node(t, node).NodeUnpublishVolume(call(t), &csi.NodeUnpublishVolumeRequest{VolumeId: volume.VolumeId, TargetPath: paths.target})
 		_, unstage := i.node(t, node).NodeUnstageVolume(call(t), &csi.NodeUnstageVolumeRequest{VolumeId: volume.VolumeId, StagingTargetPath: paths.staging})
 		_, detach := i.controller(t).ControllerUnpublishVolume(call(t), &csi.ControllerUnpublishVolumeRequest{VolumeId: volume.VolumeId, NodeId: nodeID(t, i, node)})
@@ -164,6 +166,7 @@ func untilImageReady(t testing.TB, i *instance, name string) imageObject {
 func removeImage(t *testing.T, i *instance, name string) {
 	t.Helper()
 	t.Cleanup(func() {
+		i.explain(t)
 		if _, stderr, code := i.run("", "delete", "backingimage", name); code != 0 && code != 3 {
 			t.Errorf("delete backingimage %s: exit code %d: %s", name, code, stderr)
 		}

@@ -181,6 +181,7 @@ func newClaim(t *testing.T, i *instance, name string, image imageFile, sizeMiB, 
 // removeClaim removes what newClaim made, after a detachment.
 func removeClaim(t *testing.T, i *instance, name string) {
 	t.Helper()
+	i.explain(t)
 	i.run("", "volume", "detach", name)
 	for _, what := range [][2]string{{"pvc", name}, {"storageclass", name}, {"backingimage", name}} {
 		if _, stderr, code := i.run("", "delete", what[0], what[1]); code != 0 && code != 3 {

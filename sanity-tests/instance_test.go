@@ -35,6 +35,7 @@ type instance struct {
 	daemon    *exec.Cmd
 	exited    chan struct{}
 	conns     map[string]*grpc.ClientConn
+	explained map[testing.TB]bool
 }
 
 // startInstance starts a daemon on a new directory and waits until it is ready.
@@ -54,7 +55,8 @@ func startInstance(nodes int) (*instance, error) {
 	listen := listener.Addr().String()
 	listener.Close()
 	i := &instance{
-		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes, conns: map[string]*grpc.ClientConn{},
+		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes, 
+		conns: map[string]*grpc.ClientConn{}, explained: map[testing.TB]bool{},
 	}
 	if err := i.start(); err != nil {
 		i.end()
@@ -169,11 +171,11 @@ func (i *instance) end() error {
 		}
 	}
 	left := func() (bool, string) {
-		rest := leftovers(i.dir)
+		rest := leftovers(i.root)
 		return len(rest) == 0, strings.Join(rest, "\n")
 	}
 	leftErr := waitFor(10*time.Second, nil, left, func(last string) error {
-		cleanUp(i.dir)
+		cleanUp(i.root)
 		return fmt.Errorf("left after standalone stop --all:\n%s\nit said:\n%s\nthe log ends with:\n%s", last, output, tail(i.logPath(), 30))
 	})
 	return errors.Join(stopErr, leftErr)
@@ -232,31 +234,33 @@ func (i *instance) why(kind, name string) string {
 	return stdout + stderr
 }
 
-// explainOnFailure prints how every image and volume does, and the ends of the logs.
+// explainOnFailure prints, once, how every image and volume does, and the ends of the logs. What removes objects at the end of a test calls explain before.
 func (i *instance) explainOnFailure(t *testing.T) {
-	t.Cleanup(func() {
-		if !t.Failed() {
-			return
+	t.Cleanup(func() { i.explain(t) })
+}
+
+// explain does that now, when the test has failed.
+func (i *instance) explain(t testing.TB) {
+	if !t.Failed() || i.explained[t] {
+		return
+	}
+	i.explained[t] = true
+	for _, kind := range []string{"backingimage", "volume"} {
+		objects, err := tryList[object](i, kind)
+		if err != nil {
+			t.Logf("list %s: %v", kind, err)
 		}
-		for _, kind := range []string{"backingimage", "volume"} {
-			objects, err := tryList[object](i, kind)
-			if err != nil {
-				t.Logf("list %s: %v", kind, err)
-			}
-			for _, o := range objects {
-				t.Logf("why %s %s:\n%s", kind, o.Metadata.Name, i.why(kind, o.Metadata.Name))
-			}
+		for _, o := range objects {
+			t.Logf("why %s %s:\n%s", kind, o.Metadata.Name, i.why(kind, o.Metadata.Name))
 		}
-		t.Logf("the daemon's log ends with:\n%s", tail(i.logPath(), 60))
-		logs, _ := filepath.Glob(i.path("workloads", "*", "*log*"))
-		more, _ := filepath.Glob(i.path("nodes", "*", "instance", "*", "*log*"))
-		flat, _ := filepath.Glob(i.path("nodes", "*", "instance", "*log*"))
-		for _, log := range append(append(logs, more...), flat...) {
-			if text := tail(log, 15); text != "" {
-				t.Logf("%s ends with:\n%s", log, text)
-			}
+	}
+	t.Logf("the daemon's log ends with:\n%s", tail(i.logPath(), 60))
+	for _, pattern := range [][]string{{"workloads", "*"}, {"nodes", "*", "instance"}, {"nodes", "*", "instance", "*"}} {
+		logs, _ := filepath.Glob(i.path(append(pattern, "*log*")...))
+		for _, log := range logs {
+			t.Logf("%s ends with:\n%s", log, tail(log, 15))
 		}
-	})
+	}
 }
 
 func (i *instance) dial(t testing.TB, socket string) *grpc.ClientConn {

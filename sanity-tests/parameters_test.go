@@ -41,7 +41,7 @@ func TestWrongParametersAreRefused(t *testing.T) {
 		{"unknown source type", absent, "backingImageDataSourceType", "torrent", invalid, []string{"backingImageDataSourceType", "torrent", "download"}},
 		{"upload needs a person", absent, "backingImageDataSourceType", "upload", notOffered, []string{"upload"}},
 		{"restore is not offered", absent, "backingImageDataSourceType", "restore", notOffered, []string{"restore"}},
-		{"no type for an absent image", absent, "backingImageDataSourceType", "", []codes.Code{codes.NotFound}, []string{"absent"}},
+		{"nothing says how to make an absent image", map[string]string{"backingImage": "absent"}, "numberOfReplicas", "1", []codes.Code{codes.NotFound}, []string{"absent"}},
 		{"parameters are no JSON", absent, "backingImageDataSourceParameters", "url=http://x", invalid, []string{"backingImageDataSourceParameters"}},
 		{"JSON with a number", absent, "backingImageDataSourceParameters", `{"url": 5}`, invalid, []string{"backingImageDataSourceParameters", "5"}},
 		{"JSON with a nested object", absent, "backingImageDataSourceParameters", `{"url": {"a": "b"}}`, invalid, []string{"backingImageDataSourceParameters"}},

@@ -153,14 +153,8 @@ fn with_volume<T>(world: &World, replicas: u32, work: impl FnOnce(&str) -> anyho
         "spec": {"accessModes": ["ReadWriteOnce"], "volumeMode": "Block", "storageClassName": name, "resources": {"requests": {"storage": format!("{SIZE_MIB}Mi")}}},
     });
     world.apply(&format!("{}---\n{}", serde_yaml_ng::to_string(&class)?, serde_yaml_ng::to_string(&claim)?))?;
-    world.cli(&["volume", "attach", &name, "--node", "node-1"])?;
-    let engines = world.get(&["engine"])?;
-    let endpoint = engines["items"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .find_map(|e| e["status"]["endpoint"].as_str().filter(|e| !e.is_empty()));
-    let result = work(endpoint.context("no engine has a device")?);
+    let device = world.cli(&["volume", "attach", &name, "--node", "node-1"])?;
+    let result = work(device.trim());
     world.cli(&["volume", "detach", &name])?;
     world.cli(&["delete", "pvc", &name])?;
     result
