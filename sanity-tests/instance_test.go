@@ -55,7 +55,7 @@ func startInstance(nodes int) (*instance, error) {
 	listen := listener.Addr().String()
 	listener.Close()
 	i := &instance{
-		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes, 
+		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes,
 		conns: map[string]*grpc.ClientConn{}, explained: map[testing.TB]bool{},
 	}
 	if err := i.start(); err != nil {
