@@ -28,9 +28,9 @@ pub struct Bench {
     seconds: u32,
     /// Parts to measure: images, volumes, idle. All when none is named.
     parts: Vec<String>,
-    /// The program to measure.
-    #[arg(long, env = "BACKING_IMAGE_CSI_BINARY", default_value = "target/release/backing-image-csi")]
-    binary: PathBuf,
+    /// The program to measure; the released one when absent.
+    #[arg(long, env = "BACKING_IMAGE_CSI_BINARY")]
+    binary: Option<PathBuf>,
 }
 
 /// Measures and prints.
@@ -39,7 +39,7 @@ pub fn run(root: &Path, bench: Bench) -> anyhow::Result<()> {
     if let Some(part) = parts.iter().find(|p| !["images", "volumes", "idle"].contains(&p.as_str())) {
         bail!("there is no part `{part}`; there are images, volumes and idle");
     }
-    let binary = root.join(binary);
+    let binary = std::path::absolute(binary.unwrap_or_else(|| crate::release_binary(root)))?;
     if !binary.exists() {
         bail!("{} does not exist: build it with `cargo build --release`", binary.display());
     }

@@ -71,6 +71,7 @@ impl Step {
                     .args(&command[1..])
                     .current_dir(root.join(directory))
                     .env("REQUIRE_REAL", "1")
+                    .env("BACKING_IMAGE_CSI_BINARY", crate::release_binary(root))
                     .status()
                     .with_context(|| format!("cannot start `{}`: is it installed?", command[0]))?;
                 if !status.success() {

@@ -7,7 +7,7 @@ mod metadata;
 mod supply;
 mod tidy;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -49,4 +49,10 @@ fn main() -> anyhow::Result<()> {
         Task::Bench(options) => bench::run(root, options),
         Task::Ci { steps } => ci::run(root, &steps),
     }
+}
+
+/// The program that `cargo build --release` makes.
+fn release_binary(root: &Path) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    target.join("release/backing-image-csi")
 }
