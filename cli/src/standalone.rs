@@ -148,7 +148,13 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
             metrics: metrics.clone(),
         })
         .await?;
-    let state = controller::http::ApiState { store, metrics, ready: ready_receiver, shutdown: shutdown.child_token() };
+    let state = controller::http::ApiState {
+        store,
+        metrics,
+        ready: ready_receiver,
+        allow_loopback_sources: true,
+        shutdown: shutdown.child_token(),
+    };
     let router = controller::http::router(state)
         .merge(crate::orchestrator::router(orchestrator.clone()))
         .merge(stop::router(orchestrator.clone(), stop_sender));

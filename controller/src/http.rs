@@ -27,6 +27,8 @@ pub struct ApiState {
     pub metrics: Metrics,
     /// Whether everything that this process promises answers; `/readyz`.
     pub ready: tokio::sync::watch::Receiver<bool>,
+    /// Whether images may be downloaded from this very machine (the standalone mode, where every node is this machine).
+    pub allow_loopback_sources: bool,
     /// Ends open watches, so that a server that waits for its connections can stop.
     pub shutdown: CancellationToken,
 }

@@ -93,9 +93,14 @@ impl Story<'_> {
 
     /// One sentence for each condition that tells of a problem.
     fn problems(&mut self, conditions: &[Condition]) {
+        let mut said = vec![];
         for condition in conditions.iter().filter(|c| is_problem(c)) {
-            let text = self.sentence(condition);
-            self.say(text);
+            // Several conditions may have one cause.
+            if !said.contains(&&condition.message) {
+                said.push(&condition.message);
+                let text = self.sentence(condition);
+                self.say(text);
+            }
         }
     }
 

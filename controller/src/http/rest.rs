@@ -139,8 +139,7 @@ async fn create(state: &ApiState, target: &Target, body: &Bytes) -> Result<Respo
         }
         object.0["metadata"]["name"] = format!("{prefix}{}", suffix()).into();
     }
-    admission::complete(resource, &mut object);
-    admission::check(resource, &object, None)?;
+    let object = admission::admit(state, resource, object, None).await?;
     let created = state.store.objects().create(resource, object).await?;
     Ok(answer(StatusCode::CREATED, &Value::Object(created.0)))
 }
@@ -165,7 +164,7 @@ async fn replace(state: &ApiState, target: &Target, key: &ObjectKey, mut object:
         state.store.objects().replace_status(resource, object).await?
     } else {
         let old = read(state, target, key).await?;
-        admission::check(resource, &object, Some(&old))?;
+        let object = admission::admit(state, resource, object, Some(&old)).await?;
         state.store.objects().replace(resource, object).await?
     };
     Ok(answer(StatusCode::OK, &Value::Object(stored.0)))
@@ -209,7 +208,7 @@ async fn delete(state: &ApiState, target: &Target, key: &ObjectKey, body: &Bytes
         preconditions = Preconditions { uid: text("uid"), resource_version: text("resourceVersion") };
     }
     read(state, target, key).await?;
-    admission::check_deletion(&state.store, resource, key).await?;
+    admission::admit_deletion(state, resource, key).await?;
     let last = state.store.objects().delete(resource, key, &preconditions).await?;
     let body = match last {
         Some(object) => Value::Object(object.0),
