@@ -8,5 +8,11 @@ pub mod bimrpc {
     include!("generated/bimrpc.rs");
 }
 
+/// The Container Storage Interface.
+#[allow(clippy::all, missing_docs, rustdoc::all, reason = "generated code")]
+pub mod csi {
+    include!("generated/csi.v1.rs");
+}
+
 pub mod engine;
 pub mod replica;
