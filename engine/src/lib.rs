@@ -1,1 +1,11 @@
-//! The volume engine.
+//! The volume engine: one process for each attached volume, which joins the volume's replicas.
+//!
+//! - [`core`]: every decision, as a pure state machine.
+//! - [`nbd`]: both sides of NBD, towards the replicas and for local tools.
+//! - [`fuse`]: the volume as a regular file on `/dev/fuse`, to which a loop device is attached.
+//! - [`process`]: the engine process: one thread around the core.
+//! - [`holder`]: its parent, which keeps the FUSE connection while an engine is replaced.
+//! - [`control_client`]: how others talk to an engine.
+
+pub mod core;
+pub mod limits;
