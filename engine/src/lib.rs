@@ -7,5 +7,19 @@
 //! - [`holder`]: its parent, which keeps the FUSE connection while an engine is replaced.
 //! - [`control_client`]: how others talk to an engine.
 
+mod buffers;
+pub mod control_client;
 pub mod core;
+mod error;
+pub mod fuse;
+pub mod holder;
 pub mod limits;
+mod lines;
+mod link;
+pub mod nbd;
+pub mod process;
+mod queue;
+mod stream;
+mod sys;
+
+pub use error::EngineError;

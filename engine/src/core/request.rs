@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{ControlReply, Core, Event, Failure, Operation, Output, Payload, Set, Submission, Transfer};
+use super::{ControlReply, Core, Failure, Operation, Output, Payload, Set, Submission, Transfer};
 
 /// Whose request it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -343,14 +343,14 @@ impl Core {
 }
 
 #[cfg(test)]
-impl Event {
-    pub(super) fn write(tag: u64, offset: u64, length: u64, buffer: u32) -> Event {
+impl super::Event {
+    pub(super) fn write(tag: u64, offset: u64, length: u64, buffer: u32) -> super::Event {
         let payload = Some(Payload { buffer: super::BufferId(buffer), start: 0 });
-        Event::Submit(Submission { tag, operation: Operation::Write, offset, length, payload })
+        super::Event::Submit(Submission { tag, operation: Operation::Write, offset, length, payload })
     }
 
-    pub(super) fn read(tag: u64, offset: u64, length: u64, buffer: u32) -> Event {
+    pub(super) fn read(tag: u64, offset: u64, length: u64, buffer: u32) -> super::Event {
         let payload = Some(Payload { buffer: super::BufferId(buffer), start: 0 });
-        Event::Submit(Submission { tag, operation: Operation::Read, offset, length, payload })
+        super::Event::Submit(Submission { tag, operation: Operation::Read, offset, length, payload })
     }
 }
