@@ -195,7 +195,6 @@ fn client(url: &SourceUrl) -> Result<Client, AgentError> {
         .map_err(|e| AgentError::Download { url: url.to_string(), problem: chain(&e.without_url()) })
 }
 
-#[expect(clippy::too_many_arguments, reason = "the state of one transfer, used nowhere else")]
 async fn attempt(
     client: &Client,
     what: &Download,

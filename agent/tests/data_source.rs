@@ -3,6 +3,7 @@
 mod support;
 
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use api::image::{CopyState, SourceType};
 use backing_image_agent::config_file::FileConfig;
@@ -111,7 +112,7 @@ async fn a_server_error_is_tried_again_and_the_next_try_is_visible() {
     })
     .await;
     let mut config = source_config(&disk, &[("url", &source.url())], None);
-    config.patience.backoff.initial = std::time::Duration::from_millis(300);
+    config.patience.backoff.initial = Duration::from_millis(300);
     config.patience.backoff.max = config.patience.backoff.initial;
     let history = RunningSource::start(config).await.history().await;
     let waiting = history.iter().find(|status| !status.next_retry_time.is_empty()).expect("a visible retry");
@@ -263,7 +264,9 @@ async fn a_silent_server_is_left_and_asked_again() {
         _ => Reply::status("400 Bad Request"),
     })
     .await;
-    let status = outcome(&disk, &source, &[], None).await;
+    let mut config = source_config(&disk, &[("url", &source.url())], None);
+    config.patience.idle_timeout = Duration::from_millis(500);
+    let status = RunningSource::start(config).await.end().await;
     assert_prepared(&disk, &status, &bytes);
     assert_eq!(range_start(&source.requests()[1]), Some(MIB));
 }
@@ -331,7 +334,7 @@ async fn transfer_is_idempotent_and_other_actions_say_what_is_wrong() {
     let body = bytes.clone();
     let source = Source::new(move |_, _| Reply::whole(&body).cut(MIB).stalled()).await;
     let mut config = source_config(&disk, &[("url", &source.url())], None);
-    config.patience.idle_timeout = std::time::Duration::from_secs(60);
+    config.patience.idle_timeout = Duration::from_secs(60);
     let early = RunningSource::start(config).await;
     let (code, text) = early.post("action=transfer").await;
     assert_eq!(code, 409, "{text}");

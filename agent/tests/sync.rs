@@ -147,7 +147,7 @@ async fn dead_and_wrong_peers_are_left_out() {
     let silent = FakePeer::new(&disk, 1).await;
 
     let target_disk = TestDisk::new();
-    let target = RunningManager::start(&target_disk).await;
+    let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_millis(1500)).await;
     target.sync(spec(), &[address(8000), empty.address, silent.address, first.address]).await.unwrap();
     target.reaches("ready").await;
     assert_copied(&target_disk, &bytes);
@@ -189,7 +189,7 @@ async fn a_killed_sync_goes_on_with_what_it_had() {
 
     let counting = FakePeer::new(&disk, usize::MAX).await;
     wait_until("the address is free", async || TcpListener::bind(address).await.is_ok()).await;
-    let target = RunningManager::start_at(&target_disk, address).await;
+    let target = RunningManager::start_with(&target_disk, address, Duration::from_secs(20)).await;
     let request = proto::bimrpc::GetRequest { name: "parrot".into(), uuid: UUID.into() };
     assert!(target.client().await.get(request).await.is_err(), "half a file is no copy");
     target.sync(spec(), &[counting.address]).await.unwrap();

@@ -44,7 +44,7 @@ pub(crate) fn some_source_type<'de, D: Deserializer<'de>>(deserializer: D) -> Re
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DataEngine {
-    /// Also what an empty text means.
+    // Go clients write an empty text for the default.
     #[default]
     #[serde(alias = "")]
     V1,
@@ -150,6 +150,8 @@ pub struct BackingImageSpec {
 pub struct DiskFileSpec {
     pub eviction_requested: bool,
     pub data_engine: DataEngine,
+    #[serde(flatten)]
+    pub other: Unknown,
 }
 
 /// What is known of an image.

@@ -109,6 +109,15 @@ spec: {size: "10737418240", backingImage: a1, encrypted: false, dataLocality: di
 status: {state: attached, robustness: degraded, kubernetesStatus: {pvName: v, workloadsStatus: []}, currentNodeID: n1}
 "#,
     );
+    survives::<api::Node>(
+        r#"
+apiVersion: longhorn.io/v1beta2
+kind: Node
+metadata: {name: n1, namespace: longhorn-system}
+spec: {disks: {d: {path: /data, diskDriver: auto, allowScheduling: true}}, instanceManagerCPURequest: 0}
+status: {diskStatus: {d: {diskUUID: u, scheduledReplica: {r: 1}, storageScheduled: 7, filesystemType: ext4}}, autoEvicting: false}
+"#,
+    );
     survives::<api::Setting>(
         "{apiVersion: longhorn.io/v1beta2, kind: Setting, metadata: {name: default-replica-count}, value: '2'}",
     );

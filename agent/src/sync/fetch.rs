@@ -304,9 +304,10 @@ fn bytes_of(manifest: &Manifest, chunk: u64) -> u64 {
 mod tests {
     use super::*;
 
-    fn work(queue: Vec<Range<u64>>) -> Work {
+    /// One range waits.
+    fn work(range: Range<u64>) -> Work {
         Work {
-            queue: queue.into(),
+            queue: VecDeque::from([range]),
             in_flight: BTreeMap::new(),
             bad: BTreeMap::new(),
             failures: BTreeMap::new(),
@@ -327,7 +328,7 @@ mod tests {
 
     #[test]
     fn an_idle_worker_takes_half_of_what_another_peer_has_left() {
-        let mut work = work(vec![0..8]);
+        let mut work = work(0..8);
         assert_eq!(fetch(&mut work, 0), Some(0..8));
         assert!(work.begin(0, 0));
         work.end(0, 0);
@@ -339,14 +340,14 @@ mod tests {
 
     #[test]
     fn a_chunk_in_progress_is_not_stolen() {
-        let mut work = work(vec![3..4]);
+        let mut work = work(3..4);
         assert_eq!(fetch(&mut work, 0), Some(3..4));
         assert!(matches!(work.next(OTHER, 2), Ok(Next::Wait)));
     }
 
     #[test]
     fn a_chunk_that_was_bad_goes_to_another_peer_or_nowhere() {
-        let mut work = work(vec![3..4]);
+        let mut work = work(3..4);
         work.bad.insert(0, BTreeSet::from([3]));
         assert_eq!(fetch(&mut work, 0), None);
         work.dropped.insert(1, "dead".into());

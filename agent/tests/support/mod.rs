@@ -23,7 +23,9 @@ use tonic::transport::Channel;
 
 pub const MIB: usize = 1 << 20;
 pub const UUID: &str = "0a1b2c3d";
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(60);
+/// Long enough for a busy machine; tests of silence take a shorter one.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// An address that no other test uses.
 pub fn address(port: u16) -> SocketAddr {
@@ -223,7 +225,7 @@ impl Drop for RunningSource {
 
 pub fn impatient() -> Patience {
     Patience {
-        idle_timeout: Duration::from_millis(400),
+        idle_timeout: IDLE_TIMEOUT,
         backoff: Backoff { initial: Duration::from_millis(10), max: Duration::from_millis(20) },
         tries_without_progress: 4,
     }
@@ -292,13 +294,13 @@ pub struct RunningManager {
 
 impl RunningManager {
     pub async fn start(disk: &TestDisk) -> RunningManager {
-        RunningManager::start_at(disk, address(8000)).await
+        RunningManager::start_with(disk, address(8000), IDLE_TIMEOUT).await
     }
 
-    pub async fn start_at(disk: &TestDisk, address: SocketAddr) -> RunningManager {
+    pub async fn start_with(disk: &TestDisk, address: SocketAddr, idle_timeout: Duration) -> RunningManager {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut config = manager::Config::new(address, disk.path());
-        config.idle_timeout = Duration::from_millis(600);
+        config.idle_timeout = idle_timeout;
         config.recheck_interval = Duration::from_millis(100);
         runtime.spawn(async move {
             if let Err(error) = manager::run(config, CancellationToken::new()).await {

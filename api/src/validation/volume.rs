@@ -20,7 +20,7 @@ pub fn check_new(volume: &Volume, image: Option<&BackingImage>) -> Result<(), Fi
         mistakes.add("metadata.name", name, format!("invalid name: {LABEL_RULE}"));
     }
     let spec = &volume.spec;
-    if spec.size.0 == 0 || spec.size.0 % 512 != 0 {
+    if spec.size.0 == 0 || !spec.size.0.is_multiple_of(512) {
         mistakes.add("spec.size", spec.size.to_string(), "it must be a number of bytes above 0 and a multiple of 512");
     }
     if !matches!(spec.frontend.as_str(), "" | "blockdev") {
