@@ -250,6 +250,22 @@ async fn goes_on_when_the_caller_gives_up() {
 }
 
 #[tokio::test]
+async fn shows_how_many_workloads_there_are() {
+    let fixture = Fixture::new();
+    let local = Local::open(fixture.config()).await.unwrap();
+    let metrics = runtime::metrics::Metrics::default();
+    local.register_metrics(&metrics);
+    let workloads: Any = Arc::new(local);
+    workloads.ensure(&spec("a", "serve")).await.unwrap();
+    workloads.ensure(&spec("b", "broken")).await.unwrap();
+    wait_until_running(&workloads, "a").await;
+    wait_until_failed(&workloads, "b").await;
+    let text = metrics.render();
+    assert!(text.contains("backing_image_workloads{state=\"running\"} 1"), "{text}");
+    assert!(text.contains("backing_image_workloads{state=\"failed\"} 1"), "{text}");
+}
+
+#[tokio::test]
 async fn says_why_it_cannot_start() {
     let fixture = Fixture::new();
     let config = LocalConfig { program: "/nowhere/program".into(), ..fixture.config() };
