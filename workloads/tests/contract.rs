@@ -204,6 +204,23 @@ async fn finds_a_process_whose_start_was_not_written_down() {
 }
 
 #[tokio::test]
+async fn leaves_processes_of_other_instances_alone() {
+    let fixture = Fixture::new();
+    drop(fixture.open().await);
+    let path = fixture.path().canonicalize().unwrap();
+    // The same path, but not the same directory: an instance in a container, for example.
+    let token = "b58b5a4e-6a43-4e0c-9d9a-0d2b0f0d3b9e";
+    let marker = format!("{}:0-0:{token}", path.display());
+    let mut other = Command::new("sleep").arg("1000").env("BACKING_IMAGE_WORKLOAD", marker).spawn().unwrap();
+    let identity = ProcessIdentity::of(other.id()).unwrap();
+    drop(fixture.open().await);
+    let alive = identity.is_alive();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert!(alive);
+}
+
+#[tokio::test]
 async fn ends_what_a_workload_has_started() {
     let fixture = Fixture::new();
     let workloads = fixture.open().await;
