@@ -165,7 +165,9 @@ impl Engine {
     pub(super) fn say_good_bye(&mut self) {
         let _ = runtime::files::remove_if_present(&self.config.control_socket);
         let _ = runtime::files::remove_if_present(&self.config.nbd_socket);
-        for asker in std::mem::take(&mut self.askers) {
+        // The kernel may tell about the unmount before the thread does that asked for it.
+        let unmounting = self.unmounting.take().map(|unmounting| unmounting.askers).unwrap_or_default();
+        for asker in std::mem::take(&mut self.askers).into_iter().chain(unmounting) {
             self.answer_asker(&asker, &Reply::Done);
         }
     }
