@@ -157,10 +157,9 @@ impl Holder {
         command.arg("--fuse-fd").arg(self.device.as_raw_fd().to_string());
         command.arg("--lives").arg(lives.to_string());
         command.stdin(Stdio::null());
-        command.spawn().map_err(|source| EngineError::Spawn {
-            command: self.command[0].to_string_lossy().into_owned(),
-            source,
-        })
+        command
+            .spawn()
+            .map_err(|source| EngineError::Spawn { command: self.command[0].to_string_lossy().into_owned(), source })
     }
 
     /// Waits for the end of an engine; none when it did not come to serve before the deadline and was killed.

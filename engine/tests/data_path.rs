@@ -7,7 +7,7 @@ use backing_image_engine as engine;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use proto::engine::ReplicaState;
+use proto::engine::{ReplicaAddress, ReplicaState};
 use support::{MIB, Volume, kill, run, sh, wait_until};
 
 /// Not a test: what the holder and engine processes of the tests run.
@@ -50,7 +50,10 @@ fn a_volume_works_like_a_disk_and_ends_cleanly() {
     run(&mut fio(&volume, &OVERLAP));
     run(Command::new("blkdiscard").args(["-z", "-o", "1048576", "-l", "4194304"]).arg(&device));
     run(Command::new("blkdiscard").args(["-o", "8388608", "-l", "4194304"]).arg(&device));
-    let zeroes = sh(&format!("cmp -n 4194304 -i 1048576:0 {0} /dev/zero && cmp -n 4194304 -i 8388608:0 {0} /dev/zero", device.display()));
+    let zeroes = sh(&format!(
+        "cmp -n 4194304 -i 1048576:0 {0} /dev/zero && cmp -n 4194304 -i 8388608:0 {0} /dev/zero",
+        device.display()
+    ));
     assert!(zeroes.status.success(), "{}", String::from_utf8_lossy(&zeroes.stdout));
     let status = volume.status();
     assert_eq!((status.generation, status.lives, status.faulted), (1, 1, None));
@@ -148,6 +151,73 @@ fn an_engine_that_is_killed_twice_under_load_is_replaced_without_an_error() {
     assert!(volume.replicas.iter().all(|replica| replica.record().clean));
     volume.assert_equal(0, 1);
     volume.assert_equal(0, 2);
+}
+
+#[test]
+fn a_replica_that_dies_with_the_engine_stays_out_and_checksums_are_right() {
+    let mut volume = Volume::new(3, 64 * MIB);
+    volume.config.replica_timeout_ms = 3_000;
+    volume.attach();
+    let load = fio(&volume, &VERIFY).spawn().unwrap();
+    wait_until("the load runs", || volume.status().write_ops > 100);
+    let engine = volume.engine_pid();
+    volume.replicas[2].kill();
+    kill(engine);
+    wait_until("the next engine serves", || volume.try_status().is_some_and(|status| status.lives == 2));
+    let output = load.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), volume.log());
+    assert_eq!(volume.state("r3"), ReplicaState::Dropped);
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    assert_eq!(volume.replicas[0].record().members, ["r1", "r2"]);
+    volume.assert_equal(0, 1);
+}
+
+#[test]
+fn an_engine_begins_by_comparing_when_an_nbd_client_wrote_before() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let uri = format!("nbd+unix:///vol-1?socket={}", volume.config.nbd_socket.display());
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 7 1M 1M", &uri]));
+    let mark = volume.folder().join("engine.sock.differ");
+    assert!(mark.exists());
+    kill(volume.engine_pid());
+    wait_until("the next engine serves", || volume.try_status().is_some_and(|status| status.lives == 2));
+    wait_until("the replicas are equal", || volume.state("r2") == ReplicaState::InSync && !mark.exists());
+    assert!(volume.shutdown());
+    volume.assert_equal(0, 1);
+}
+
+#[test]
+fn the_engine_goes_on_without_its_holder() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.attach();
+    let mut holder = volume.holder.take().unwrap();
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    run(&mut fio(&volume, &["--rw=write", "--size=4M"]));
+    volume.detach_loop();
+    let limit = Duration::from_secs(10);
+    wait_until("the engine ends", || engine::control_client::shutdown(&volume.config.control_socket, limit).is_ok());
+    wait_until("it is unmounted", || !volume.is_mounted());
+    assert!(volume.replicas[0].record().clean);
+}
+
+#[test]
+fn replicas_on_other_nodes_are_reached_over_tcp() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    let address = volume.replicas[1].relay();
+    volume.config.replicas.insert("r2".into(), ReplicaAddress::Tcp(address));
+    volume.attach();
+    run(&mut fio(&volume, &VERIFY));
+    volume.replicas[0].kill();
+    wait_until("the replica is dropped", || volume.state("r1") == ReplicaState::Dropped);
+    run(&mut fio(&volume, &["--rw=read", "--size=24M", "--verify=crc32c"]));
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    let record = volume.replicas[1].record();
+    assert_eq!((record.generation, record.clean), (2, true));
 }
 
 #[test]

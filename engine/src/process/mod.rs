@@ -31,8 +31,8 @@ use life::LifeFiles;
 /// When it cannot be read, is no JSON of that form, or describes nothing that can be served.
 pub fn read_config(path: &Path) -> Result<Config, EngineError> {
     let text = std::fs::read(path).map_err(|source| EngineError::ReadConfig { path: path.to_owned(), source })?;
-    let config: Config = serde_json::from_slice(&text)
-        .map_err(|source| EngineError::ParseConfig { path: path.to_owned(), source })?;
+    let config: Config =
+        serde_json::from_slice(&text).map_err(|source| EngineError::ParseConfig { path: path.to_owned(), source })?;
     let problem = if config.volume.is_empty() {
         "`volume` is empty; it must name the volume"
     } else if config.size_bytes == 0 || config.size_bytes % 512 != 0 {

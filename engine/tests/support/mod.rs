@@ -98,8 +98,7 @@ impl Volume {
     }
 
     pub fn attach_loop(&mut self) -> PathBuf {
-        let output =
-            run(Command::new("losetup").args(["--direct-io=on", "--show", "-f"]).arg(&self.config.mount_file));
+        let output = run(Command::new("losetup").args(["--direct-io=on", "--show", "-f"]).arg(&self.config.mount_file));
         let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
         self.loop_device = Some(device.clone());
         device

@@ -1,6 +1,7 @@
 //! A double of a replica process: the real daemon, and the control protocol in a thread.
 
 use std::io::{BufRead, BufReader, Write};
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -110,6 +111,35 @@ impl Replica {
 
     pub fn set_record(&self, change: impl FnOnce(&mut Record)) {
         change(&mut self.state.record.lock().unwrap());
+    }
+
+    /// Relays both services over TCP; the address of the data service.
+    pub fn relay(&self) -> String {
+        let ports = (20_000..60_000).step_by(2).find_map(|port| {
+            let data = TcpListener::bind(("127.0.0.1", port)).ok()?;
+            Some((port, data, TcpListener::bind(("127.0.0.1", port + 1)).ok()?))
+        });
+        let (port, data, control) = ports.expect("two neighboring ports are free");
+        for (listener, name) in [(data, file::NBD_SOCKET), (control, file::CONTROL_SOCKET)] {
+            let path = self.directory.join(name);
+            std::thread::spawn(move || {
+                for near in listener.incoming().flatten() {
+                    let Ok(far) = UnixStream::connect(&path) else { continue };
+                    near.set_nodelay(true).unwrap();
+                    let (mut from, mut to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+                    std::thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                    let (mut from, mut to) = (far, near);
+                    std::thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+            });
+        }
+        format!("127.0.0.1:{port}")
     }
 
     pub fn daemon_pid(&self) -> u32 {
