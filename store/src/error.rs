@@ -1,5 +1,7 @@
 //! What can go wrong with a store.
 
+use std::path::PathBuf;
+
 use api::ErrorKind;
 
 /// A failed call to a store. The sentence names the object.
@@ -17,6 +19,15 @@ pub enum StoreError {
     Invalid { resource: String, name: String, reason: String },
     #[error("the store does not answer")]
     Unavailable { source: Box<dyn std::error::Error + Send + Sync> },
+    #[error(
+        "store file `{path}` is in use by another process, and only one may have it open: \
+         stop that process, or choose another data directory"
+    )]
+    InUse { path: PathBuf },
+    #[error("cannot open store file `{path}`")]
+    Open { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("cannot write store file `{path}`; whether the change was made is unknown until it can be read again")]
+    Write { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("stored {resource} `{name}` cannot be read")]
     Corrupt { resource: String, name: String, source: serde_json::Error },
 }
@@ -31,6 +42,9 @@ impl StoreError {
             StoreError::Precondition { .. } => ErrorKind::NotReady,
             StoreError::Invalid { .. } => ErrorKind::Invalid,
             StoreError::Unavailable { .. } => ErrorKind::Unavailable,
+            StoreError::InUse { .. } => ErrorKind::NotReady,
+            StoreError::Open { .. } => ErrorKind::Internal,
+            StoreError::Write { .. } => ErrorKind::Unavailable,
             StoreError::Corrupt { .. } => ErrorKind::Internal,
         }
     }

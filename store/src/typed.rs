@@ -1,6 +1,7 @@
 //! The typed face of a store.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
@@ -11,6 +12,10 @@ use serde_json::Value;
 
 use crate::object::Scoped;
 use crate::{Object, ObjectKey, ObjectStore, Preconditions, ResourceType, Selector, StoreError, WatchEvent};
+
+/// How often [`Store::modify`] tries. Each failed attempt means that somebody else's write succeeded, so this is never reached
+/// unless two writers fight over an object.
+const ATTEMPTS: u32 = 32;
 
 /// Objects by type. Cheap to clone. Namespaced kinds of ours live in [`Store::namespace`].
 #[derive(Clone)]
@@ -141,6 +146,53 @@ impl Store {
         decode(self.objects.replace_status(&ResourceType::of::<T>(), self.encode(object)?).await?)
     }
 
+    /// Reads, changes and replaces an object, again and again while somebody else is faster. `change` must be repeatable.
+    ///
+    /// Everything but the status is written; a change that changes nothing writes nothing.
+    pub async fn modify<T>(&self, name: &str, mut change: impl FnMut(&mut T) + Send) -> Result<T, StoreError>
+    where
+        T: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Send + Sync,
+        T::Scope: Scoped,
+    {
+        let mut attempt = 1;
+        loop {
+            let mut object = self.get_existing::<T>(name).await?;
+            change(&mut object);
+            match self.replace(&object).await {
+                Err(error) if error.is_conflict() && attempt < ATTEMPTS => give_way(attempt).await,
+                done => return done,
+            }
+            attempt += 1;
+        }
+    }
+
+    /// As [`Store::modify`], but writes only the status.
+    pub async fn modify_status<T>(&self, name: &str, mut change: impl FnMut(&mut T) + Send) -> Result<T, StoreError>
+    where
+        T: Resource<DynamicType = ()> + Serialize + DeserializeOwned + Send + Sync,
+        T::Scope: Scoped,
+    {
+        let mut attempt = 1;
+        loop {
+            let mut object = self.get_existing::<T>(name).await?;
+            change(&mut object);
+            match self.replace_status(&object).await {
+                Err(error) if error.is_conflict() && attempt < ATTEMPTS => give_way(attempt).await,
+                done => return done,
+            }
+            attempt += 1;
+        }
+    }
+
+    async fn get_existing<T>(&self, name: &str) -> Result<T, StoreError>
+    where
+        T: Resource<DynamicType = ()> + DeserializeOwned,
+        T::Scope: Scoped,
+    {
+        let absent = || StoreError::NotFound { resource: T::kind(&()).into_owned(), name: name.to_owned() };
+        self.get(name).await?.ok_or_else(absent)
+    }
+
     /// Deletes the object of that name in [`Store::namespace`]; `None` when there was none.
     pub async fn delete<T>(&self, name: &str, preconditions: &Preconditions) -> Result<Option<T>, StoreError>
     where
@@ -170,6 +222,13 @@ impl Store {
         });
         Ok(typed.boxed())
     }
+}
+
+/// Waits a moment, longer after more failures and never as long as others do, so that writers of one object do not run in step.
+async fn give_way(failures: u32) {
+    let limit_micros = 500_u64 << failures.min(7);
+    let random = uuid::Uuid::new_v4().as_u64_pair().1;
+    tokio::time::sleep(Duration::from_micros(random % limit_micros)).await;
 }
 
 fn decode<T: DeserializeOwned>(object: Object) -> Result<T, StoreError> {
