@@ -205,6 +205,39 @@ fn the_engine_goes_on_without_its_holder() {
 }
 
 #[test]
+fn a_volume_that_was_detached_from_its_file_in_use_does_not_end() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.attach();
+    run(Command::new("umount").arg("-l").arg(&volume.config.mount_file));
+    let limit = Duration::from_secs(10);
+    let refusal = engine::control_client::shutdown(&volume.config.control_socket, limit).unwrap_err().to_string();
+    assert!(refusal.contains("not mounted there"), "{refusal}");
+    run(&mut fio(&volume, &["--rw=write", "--size=1M"]));
+    volume.detach_loop();
+    assert!(volume.wait_holder(), "it ends by itself");
+    assert!(volume.replicas[0].record().clean);
+}
+
+#[test]
+fn a_holder_without_a_replica_ends_at_a_signal() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.replicas[0].kill();
+    volume.start_holder();
+    wait_until("it is mounted", || volume.is_mounted());
+    let holder = volume.holder.as_ref().unwrap().id();
+    let threads = std::fs::read_dir(format!("/proc/{holder}/task")).unwrap().flatten();
+    let thread = threads.map(|thread| thread.file_name().into_string().unwrap()).max().unwrap();
+    // The test harness runs the role in a second thread, whose signals alone are turned into events.
+    assert!(
+        sh(&format!("python3 -c 'import ctypes; ctypes.CDLL(None).syscall(234, {holder}, {thread}, 15)'"))
+            .status
+            .success()
+    );
+    assert!(volume.wait_holder(), "{}", volume.log());
+    assert!(!volume.is_mounted());
+}
+
+#[test]
 fn replicas_on_other_nodes_are_reached_over_tcp() {
     let mut volume = Volume::new(2, 64 * MIB);
     let address = volume.replicas[1].relay();

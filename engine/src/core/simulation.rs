@@ -190,7 +190,7 @@ impl World {
         self.submitted += 1;
         let tag = 100 + self.submitted;
         let offset = self.random.random_range(0..BLOCKS);
-        let length = self.random.random_range(1..=(BLOCKS - offset).min(if tag % 7 == 0 { 40 } else { 6 }));
+        let length = self.random.random_range(1..=(BLOCKS - offset).min(if tag.is_multiple_of(7) { 40 } else { 6 }));
         let operation = match self.random.random_range(0..10) {
             0..4 => Operation::Write,
             4..8 => Operation::Read,
