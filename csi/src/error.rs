@@ -56,6 +56,10 @@ pub enum CsiError {
     ImageDiffers { image: String, differences: Vec<Difference> },
     #[error("image `{image}` is being deleted; wait until it is gone, or use another name")]
     ImageDeleting { image: String },
+    #[error(
+        "whether image `{image}` has the wanted checksum is not known yet ({progress}); repeat the call when it is ready"
+    )]
+    ImageUnknown { image: String, progress: String },
     #[error("volume `{volume_id}` is being deleted; wait until it is gone, or use another name")]
     VolumeDeleting { volume_id: String },
     #[error("another call is working on volume `{volume_id}`; repeat this one when it has ended")]
@@ -115,6 +119,7 @@ impl CsiError {
             | CsiError::Content { .. } => ErrorKind::NotReady,
             // A token that does not begin a page is ABORTED by the specification.
             CsiError::Token { .. }
+            | CsiError::ImageUnknown { .. }
             | CsiError::InFlight { .. }
             | CsiError::StillWaiting { .. }
             | CsiError::Contended { .. } => ErrorKind::Pending,

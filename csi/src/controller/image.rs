@@ -42,6 +42,11 @@ fn accept(existing: BackingImage, wish: &ImageWish, default_copies: u32) -> Resu
         return Err(CsiError::ImageDeleting { image });
     }
     let differences = image_differences(wish, &existing, default_copies);
+    let known = existing.status.as_ref().is_some_and(|s| !s.checksum.is_empty()) || !existing.spec.checksum.is_empty();
+    if differences.is_empty() && wish.checksum.is_some() && !known {
+        // Whoever pins a checksum gets that content or nothing, so there is nothing to say before it is known.
+        return Err(CsiError::ImageUnknown { image, progress: progress(&existing) });
+    }
     if differences.is_empty() { Ok(existing) } else { Err(CsiError::ImageDiffers { image, differences }) }
 }
 

@@ -251,6 +251,21 @@ async fn an_image_that_exists_must_be_the_one_that_is_described() {
 }
 
 #[tokio::test]
+async fn a_pinned_checksum_is_compared_before_a_volume_is_made() {
+    let context = context();
+    let mut found = image(&context, |_| ()).await;
+    let wanted = "a".repeat(128);
+    let given = [("backingImage", "ubuntu"), ("backingImageChecksum", wanted.as_str())];
+    assert_eq!(error(create(&context, "v", &given).await).0, ErrorKind::Pending);
+    found.status.as_mut().unwrap().checksum = "b".repeat(128);
+    let mut found = context.store.replace_status(&found).await.unwrap();
+    assert_eq!(error(create(&context, "v", &given).await).0, ErrorKind::Incompatible);
+    found.status.as_mut().unwrap().checksum = wanted.clone();
+    context.store.replace_status(&found).await.unwrap();
+    assert!(create(&context, "v", &given).await.is_ok());
+}
+
+#[tokio::test]
 async fn an_image_that_is_being_deleted_is_not_used() {
     let context = context();
     image(&context, |image| image.metadata.finalizers = Some(vec!["longhorn.io".into()])).await;
