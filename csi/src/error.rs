@@ -48,6 +48,10 @@ pub enum CsiError {
     NoNode { node_id: String },
     #[error("{reason}")]
     NoImage { reason: String },
+    #[error(
+        "image `{image}` does not exist, and a volume cannot make one of type `{source_type}`; create the image first, then the volume"
+    )]
+    ImageByHand { image: String, source_type: &'static str },
     #[error("{what}")]
     Refused { what: String, source: api::validation::FieldErrors },
     #[error("volume `{volume_id}` exists already with other parameters: {}; use another name, or delete it first", list(.differences))]
@@ -103,6 +107,7 @@ impl CsiError {
             | CsiError::Parameter(_)
             | CsiError::Capability { .. }
             | CsiError::NotOffered { .. }
+            | CsiError::ImageByHand { .. }
             | CsiError::Refused { .. } => ErrorKind::Invalid,
             CsiError::Size { .. } | CsiError::TooSmall { .. } => ErrorKind::OutOfRange,
             CsiError::NoVolume { .. }

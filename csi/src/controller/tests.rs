@@ -226,13 +226,18 @@ async fn an_absent_image_is_made_when_the_class_says_how() {
 }
 
 #[tokio::test]
-async fn an_absent_image_that_nobody_describes_is_not_found() {
+async fn an_absent_image_that_a_volume_cannot_make_is_refused() {
     let context = context();
-    for source in ["", "upload", "clone", "restore"] {
+    for (source, wanted) in [
+        ("", ErrorKind::NotFound),
+        ("upload", ErrorKind::Invalid),
+        ("clone", ErrorKind::Invalid),
+        ("restore", ErrorKind::Invalid),
+    ] {
         let given = [("backingImage", "nowhere"), ("backingImageDataSourceType", source)];
         let (kind, text) = error(create(&context, "v", &given).await);
-        assert_eq!(kind, ErrorKind::NotFound, "{text}");
-        assert!(text.contains("`nowhere`") && text.contains("first"), "{text}");
+        assert_eq!(kind, wanted, "{text}");
+        assert!(text.contains("`nowhere`") && text.contains(source) && text.contains("first"), "{text}");
     }
 }
 
