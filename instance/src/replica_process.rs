@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use control::Replica;
+pub use directory::read_record;
 
 /// What a replica process works on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ mod object;
 mod typed;
 
 pub use error::StoreError;
-pub use object::{Object, ObjectKey, ObjectList, ResourceType, Selector, WatchEvent};
+pub use object::{Object, ObjectKey, ObjectList, ResourceType, Scoped, Selector, WatchEvent};
 pub use typed::{Store, TypedEvent};
 
 use async_trait::async_trait;
