@@ -136,7 +136,8 @@ pub fn replica(seen: &ObservedReplica, status: &mut ReplicaStatus) -> (Action, V
 }
 
 fn decide_start(seen: &ObservedReplica, conditions: &mut Vec<Condition>) -> (Action, InstanceState) {
-    let waits = |reason: &str, text: String| Condition::new(WAIT_FOR_BACKING_IMAGE, ConditionStatus::True, reason, text);
+    let waits =
+        |reason: &str, text: String| Condition::new(WAIT_FOR_BACKING_IMAGE, ConditionStatus::True, reason, text);
     if let Disk::Unavailable(why) = &seen.disk {
         conditions.push(Condition::new(READY, ConditionStatus::False, "DiskUnavailable", why.clone()));
         return (Action::Rest, InstanceState::Error);

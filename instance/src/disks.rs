@@ -110,10 +110,8 @@ fn conditions(name: &str, spec: &DiskSpec, problem: Option<Problem>) -> Vec<Cond
     let (yes, no) = (ConditionStatus::True, ConditionStatus::False);
     match problem {
         Some(problem) => vec![
-            Condition::new(READY, no, problem.reason, problem.message).with_hint(format!(
-                "make `{}` right, or remove disk `{name}` from spec.disks",
-                spec.path
-            )),
+            Condition::new(READY, no, problem.reason, problem.message)
+                .with_hint(format!("make `{}` right, or remove disk `{name}` from spec.disks", spec.path)),
             Condition::new(SCHEDULABLE, no, "DiskNotReady", format!("disk `{name}` is not ready")),
         ],
         None => vec![
@@ -189,8 +187,7 @@ fn read_config(path: &Path) -> Result<Option<DiskConfig>, std::io::Error> {
 
 fn make_config(name: &str, path: &Path) -> std::io::Result<DiskConfig> {
     let disk_uuid = uuid::Uuid::new_v4().to_string().parse().map_err(std::io::Error::other)?;
-    let config =
-        DiskConfig { disk_name: name.into(), disk_uuid, disk_driver: String::new(), state: "ready".into() };
+    let config = DiskConfig { disk_name: name.into(), disk_uuid, disk_driver: String::new(), state: "ready".into() };
     let text = serde_json::to_vec(&config).map_err(std::io::Error::other)?;
     runtime::files::write_durably(&path.join(DISK_CONFIG), &text)?;
     Ok(config)

@@ -184,8 +184,7 @@ impl Supervisor {
         };
         std::fs::create_dir_all(&self.place.directory).map_err(failed)?;
         std::fs::File::create(self.mount_file()).map_err(failed)?;
-        let identity =
-            self.place.start(&self.shared.config.program, "engine-holder", &config, 0).map_err(failed)?;
+        let identity = self.place.start(&self.shared.config.program, "engine-holder", &config, 0).map_err(failed)?;
         tracing::info!(engine = %self.name, pid = identity.pid, "engine holder started");
         Ok(())
     }
@@ -280,13 +279,5 @@ async fn follow(socket: PathBuf, live: watch::Sender<Option<Status>>, notify: Ar
 
 /// The part of a status that ends up in the object: counters change all the time.
 fn shown(status: &Status) -> Status {
-    Status {
-        read_ops: 0,
-        read_bytes: 0,
-        write_ops: 0,
-        write_bytes: 0,
-        flush_ops: 0,
-        in_flight: 0,
-        ..status.clone()
-    }
+    Status { read_ops: 0, read_bytes: 0, write_ops: 0, write_bytes: 0, flush_ops: 0, in_flight: 0, ..status.clone() }
 }

@@ -124,8 +124,7 @@ enum Change {
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), InstanceError> {
     for directory in ["replicas", "engines"] {
         let path = config.state_directory.join(directory);
-        std::fs::create_dir_all(&path)
-            .map_err(|e| InstanceError::io(format!("create `{}`", path.display()), e))?;
+        std::fs::create_dir_all(&path).map_err(|e| InstanceError::io(format!("create `{}`", path.display()), e))?;
     }
     let shared = Arc::new(Shared { config, ports: Mutex::new(()), shutdown: shutdown.clone() });
     let tasks = TaskTracker::new();
@@ -219,12 +218,7 @@ async fn follow<T>(
 }
 
 /// Passes over one object until it is gone.
-async fn drive(
-    shared: Arc<Shared>,
-    key: Key,
-    notify: Arc<Notify>,
-    actors: Arc<Mutex<HashMap<Key, Arc<Notify>>>>,
-) {
+async fn drive(shared: Arc<Shared>, key: Key, notify: Arc<Notify>, actors: Arc<Mutex<HashMap<Key, Arc<Notify>>>>) {
     let mut supervisor = match &key {
         Key::Replica(name) => Supervisor::Replica(replica::Supervisor::new(shared.clone(), name, notify.clone())),
         Key::Engine(name) => Supervisor::Engine(engine::Supervisor::new(shared.clone(), name, notify.clone())),

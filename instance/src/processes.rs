@@ -52,7 +52,13 @@ impl Place {
     }
 
     /// Starts `program args… --config FILE` and records it, before and after.
-    pub fn start<C: Serialize>(&self, program: &Path, role: &str, config: &C, port: u16) -> io::Result<ProcessIdentity> {
+    pub fn start<C: Serialize>(
+        &self,
+        program: &Path,
+        role: &str,
+        config: &C,
+        port: u16,
+    ) -> io::Result<ProcessIdentity> {
         fs::create_dir_all(&self.directory)?;
         files::write_durably(&self.config(), &serde_json::to_vec_pretty(config).map_err(io::Error::other)?)?;
         files::remove_if_present(&self.log())?;

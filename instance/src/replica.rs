@@ -193,11 +193,9 @@ impl Supervisor {
             Some(identity) => Some(identity),
             // Cut short at its start: the one that answers on its socket.
             None => match runtime::socket::connect(&directory.join(file::CONTROL_SOCKET)).await {
-                Ok(stream) => stream
-                    .peer_cred()
-                    .ok()
-                    .and_then(|c| c.pid())
-                    .and_then(|pid| ProcessIdentity::of(pid as u32).ok()),
+                Ok(stream) => {
+                    stream.peer_cred().ok().and_then(|c| c.pid()).and_then(|pid| ProcessIdentity::of(pid as u32).ok())
+                }
                 Err(_) => None,
             },
         };

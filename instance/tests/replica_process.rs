@@ -136,7 +136,9 @@ impl Replica {
     fn io(&self, export: &str, commands: &[&str]) -> (bool, String) {
         let mut command = Command::new("timeout");
         command.args(["20", "qemu-io", "-f", "raw"]);
-        commands.iter().for_each(|c| drop(command.args(["-c", c])));
+        for c in commands {
+            command.args(["-c", c]);
+        }
         let output = command.arg(format!("nbd://{}/{export}", self.config.listen)).output().unwrap();
         let said = [output.stdout, output.stderr].concat();
         let said = String::from_utf8_lossy(&said).into_owned();
@@ -226,9 +228,15 @@ fn open_ends_the_old_export_and_its_connection() {
     let mut replica = Replica::new(|_| None);
     replica.start();
     let first = replica.open(1);
-    let mut command = Command::new("qemu-io");
+    // Line by line, although its output is a pipe.
+    let mut command = Command::new("stdbuf");
     let uri = format!("nbd://{}/{first}", replica.config.listen);
-    let mut client = command.args(["-f", "raw", &uri]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut client = command
+        .args(["-oL", "timeout", "30", "qemu-io", "-f", "raw", &uri])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut output = BufReader::new(client.stdout.take().unwrap());
     let mut input = client.stdin.take().unwrap();
     input.write_all(b"write -P 1 0 4k\n").unwrap();

@@ -29,7 +29,8 @@ fn check_replica(seen: ObservedReplica, action: Action, state: InstanceState) ->
 fn a_replica_starts_only_over_a_ready_copy() {
     let wish = ObservedReplica { desire: DesireState::Running, ..stopped() };
     check_replica(wish.clone(), Action::Start, InstanceState::Starting);
-    let copy = Image::Copy { state: CopyState::InProgress, progress: 61, message: String::new(), next_retry: String::new() };
+    let copy =
+        Image::Copy { state: CopyState::InProgress, progress: 61, message: String::new(), next_retry: String::new() };
     let (_, conditions) =
         check_replica(ObservedReplica { image: copy, ..wish.clone() }, Action::Rest, InstanceState::Stopped);
     assert!(conditions[0].is_true() && conditions[0].message.contains("61 %"), "{conditions:?}");
@@ -41,11 +42,7 @@ fn a_replica_starts_only_over_a_ready_copy() {
 #[test]
 fn a_dead_replica_is_reported_and_never_restarted_within_the_attachment() {
     let died = ObservedReplica { process: Process::Died("killed".into()), ..stopped() };
-    check_replica(
-        ObservedReplica { desire: DesireState::Running, ..died.clone() },
-        Action::Rest,
-        InstanceState::Error,
-    );
+    check_replica(ObservedReplica { desire: DesireState::Running, ..died.clone() }, Action::Rest, InstanceState::Error);
     check_replica(died, Action::Stop, InstanceState::Stopping);
 }
 
@@ -61,8 +58,7 @@ fn an_absent_disk_keeps_the_last_known_generation_and_the_finalizer() {
 
 #[test]
 fn a_deleted_replica_ends_then_loses_its_data_then_its_finalizer() {
-    let deleted =
-        ObservedReplica { deleted: true, desire: DesireState::Running, data_exists: true, ..stopped() };
+    let deleted = ObservedReplica { deleted: true, desire: DesireState::Running, data_exists: true, ..stopped() };
     let alive = ObservedReplica { process: Process::Alive, ..deleted.clone() };
     check_replica(alive, Action::Stop, InstanceState::Stopping);
     check_replica(deleted.clone(), Action::Remove, InstanceState::Stopped);
@@ -115,9 +111,5 @@ fn an_engine_starts_serves_gets_its_device_and_ends() {
 fn a_dead_engine_is_an_error_until_it_is_detached() {
     let died = ObservedEngine { process: Process::Died("killed".into()), ..no_engine() };
     check_engine(died.clone(), Action::Rest, InstanceState::Error);
-    check_engine(
-        ObservedEngine { desire: DesireState::Stopped, ..died },
-        Action::Stop,
-        InstanceState::Stopping,
-    );
+    check_engine(ObservedEngine { desire: DesireState::Stopped, ..died }, Action::Stop, InstanceState::Stopping);
 }
