@@ -191,8 +191,7 @@ fn replenish(
     map: &mut BTreeMap<String, DiskFileSpec>,
 ) -> (Option<String>, Option<Duration>) {
     let (mut good, mut recheck) = (0, None);
-    for (disk, spec) in map.iter().filter(|(d, s)| !is_evicting(o, d, s)) {
-        let _ = spec;
+    for (disk, _) in map.iter().filter(|(d, s)| !is_evicting(o, d, s)) {
         let file = status.disk_file_status_map.get(disk).cloned().unwrap_or_default();
         let (counted, wait) = counts(o, &file, disk);
         good += usize::from(counted);
@@ -209,7 +208,8 @@ fn replenish(
     }
     let selectors = selectors(&o.image);
     let bytes = if status.real_size > 0 { status.real_size } else { status.size };
-    let taken: BTreeSet<String> = map.keys().cloned().collect();
+    // What leaves in this very pass is no place to come to.
+    let taken: BTreeSet<String> = map.keys().chain(o.image.spec.disk_file_spec_map.keys()).cloned().collect();
     let choice = choose_for_copies(&request(o, &selectors, bytes), &taken, missing);
     for disk in &choice.chosen {
         map.insert(disk.id.clone(), DiskFileSpec::default());
@@ -235,7 +235,9 @@ fn remove_unused(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<S
         let staying = |other: &String| *other != disk && !is_evicting(o, other, &map[other]);
         let others_ready = map.keys().filter(|d| staying(d) && state(status, d) == CopyState::Ready).count();
         if is_evicting(o, &disk, &spec) {
-            if others_ready > 0 {
+            // An entry that shall leave a disk which may be chosen again goes only once it is not missed.
+            let is_refused = o.disks.get(&disk).is_none_or(|d| refusal(d, &[], &o.settings).is_some());
+            if others_ready >= if is_refused { 1 } else { need(o) } {
                 map.remove(&disk);
             }
             continue;
