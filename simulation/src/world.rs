@@ -124,11 +124,12 @@ impl World {
         self.now = planner::retry::after(self.now, step);
         self.report_nodes();
         match random.random_range(0..100) {
-            0..=3 => self.user(random),
-            4..=59 => self.any_pass(random),
-            60..=74 => self.any_instance(random),
-            75..=84 => self.any_write(random),
-            85..=95 => self.work_on_files(random),
+            0..=2 => self.user(random),
+            // Passes and reports are far more frequent than anything that users or faults do.
+            3..=39 => (0..8).for_each(|_| self.any_pass(random)),
+            40..=64 => self.any_instance(random),
+            65..=82 => self.any_write(random),
+            83..=96 => self.work_on_files(random),
             _ => self.fault(random),
         }
     }
@@ -140,7 +141,7 @@ impl World {
             0..=1 => self.create_image(image, random.random_range(1..=3)),
             2 if random.random_bool(0.3) => mark(self.images.get_mut(image), self.now),
             3..=4 => self.create_volume(volume, image, random.random_range(1..=3)),
-            5 if random.random_bool(0.3) => mark(self.volumes.get_mut(volume), self.now),
+            5 if random.random_bool(0.2) => mark(self.volumes.get_mut(volume), self.now),
             6..=8 => {
                 let nodes: Vec<String> = self.nodes.keys().cloned().collect();
                 if let Some(volume) = self.volumes.get_mut(volume) {
