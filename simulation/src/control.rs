@@ -51,7 +51,8 @@ impl World {
 
     fn image_pass(&mut self, name: &str, random: &mut StdRng) {
         let Some(object) = self.images.get(name).cloned() else { return };
-        let (replicas, images): (Vec<_>, Vec<_>) = (self.replicas.values().cloned().collect(), self.images.values().cloned().collect());
+        let (replicas, images): (Vec<_>, Vec<_>) =
+            (self.replicas.values().cloned().collect(), self.images.values().cloned().collect());
         let observed = image::Observed {
             now: self.now,
             random: random.random(),
@@ -59,7 +60,12 @@ impl World {
             managers: self.managers.values().cloned().collect(),
             loads: planner::disk::loads(&replicas, &images),
             replicas: replicas.into_iter().filter(|r| r.spec.backing_image == name).collect(),
-            volumes: self.volumes.iter().filter(|(_, v)| v.spec.backing_image == name).map(|(n, _)| n.clone()).collect(),
+            volumes: self
+                .volumes
+                .iter()
+                .filter(|(_, v)| v.spec.backing_image == name)
+                .map(|(n, _)| n.clone())
+                .collect(),
             disks: self.disks(),
             settings: Default::default(),
             image: object,
@@ -76,7 +82,10 @@ impl World {
                     let removed = image.spec.disk_file_spec_map.keys().find(|d| !map.contains_key(*d) && is_silent(d));
                     // Only the user's own deletion reaches silent disks; it waits for them.
                     let deleting = image.metadata.deletion_timestamp.is_some();
-                    assert!(deleting || removed.is_none(), "invariant 6: a silent copy of {name} is removed: {removed:?}");
+                    assert!(
+                        deleting || removed.is_none(),
+                        "invariant 6: a silent copy of {name} is removed: {removed:?}"
+                    );
                     image.spec.disk_file_spec_map = map;
                 }
                 image::Action::CreateDataSource(source) => drop(self.sources.entry(name.into()).or_insert(*source)),
@@ -87,7 +96,8 @@ impl World {
                 }
                 image::Action::DeleteDataSource => delete(&mut self.sources, name, self.now),
                 image::Action::RemoveFinalizer => {
-                    let left: Vec<_> = self.disks.iter().filter(|(_, d)| d.whole.contains_key(name)).map(|(d, _)| d).collect();
+                    let left: Vec<_> =
+                        self.disks.iter().filter(|(_, d)| d.whole.contains_key(name)).map(|(d, _)| d).collect();
                     assert!(left.is_empty(), "image {name} goes and leaves files on {left:?}");
                     remove_finalizer(&mut self.images, name);
                 }
@@ -114,7 +124,8 @@ impl World {
         let manager = self.managers.get(&manager_name(&source.spec.disk_uuid.parse().expect("a disk")));
         let files = manager.and_then(|m| m.status.clone()).unwrap_or_default().backing_image_file_map;
         let taken_over = files.get(name).filter(|f| f.uuid == source.spec.uuid).map(|f| f.state);
-        let observed = data_source::Observed { now: self.now, disks: self.disks(), workload, report, taken_over, source };
+        let observed =
+            data_source::Observed { now: self.now, disks: self.disks(), workload, report, taken_over, source };
         let decision = data_source::decide(&observed);
         self.sources.get_mut(name).expect("it is there").status = Some(decision.status);
         for action in decision.actions {
@@ -137,14 +148,19 @@ impl World {
             if !self.answers(&workload.wish.node) {
                 workload.state = State::Unknown("silent".into());
             } else if workload.state == State::Running {
-                agent = Some(Ok(manager::Agent { api_version: 3, api_min_version: 3, files: self.disks[id].known.clone() }));
+                agent = Some(Ok(manager::Agent {
+                    api_version: 3,
+                    api_min_version: 3,
+                    files: self.disks[id].known.clone(),
+                }));
             }
         }
         let mut peers = std::collections::BTreeMap::<String, Vec<String>>::new();
         for other in self.managers.values().filter(|m| m.spec.disk_uuid != id) {
             let status = other.status.clone().unwrap_or_default();
             for (image, file) in status.backing_image_file_map.iter().filter(|(_, f)| f.state == CopyState::Ready) {
-                let is_same = self.images.get(image).and_then(|i| i.status.as_ref()).is_some_and(|s| s.uuid == file.uuid);
+                let is_same =
+                    self.images.get(image).and_then(|i| i.status.as_ref()).is_some_and(|s| s.uuid == file.uuid);
                 if is_same {
                     peers.entry(image.clone()).or_default().push(format!("{}:{MANAGER_PORT}", other.spec.disk_uuid));
                 }
@@ -177,14 +193,16 @@ impl World {
                 manager::Action::DeleteFile { image, .. } => self.delete_file(id, &image),
                 manager::Action::FetchFile { file, from } => {
                     if self.fetch_file(id, &file.image, &file.uuid, from.is_some()).is_none() {
-                        let attempt = self.manager_memory.entry(name.clone()).or_default().copies.entry(file.image).or_default();
+                        let attempt =
+                            self.manager_memory.entry(name.clone()).or_default().copies.entry(file.image).or_default();
                         attempt.retry = attempt.retry.failed(self.now, "refused");
                         attempt.is_running = false;
                         return;
                     }
                 }
                 manager::Action::SyncFile { file, .. } => {
-                    let info = api::manager::FileInfo { uuid: file.uuid, state: CopyState::InProgress, ..Default::default() };
+                    let info =
+                        api::manager::FileInfo { uuid: file.uuid, state: CopyState::InProgress, ..Default::default() };
                     self.disks.get_mut(id).expect("disks stay").known.insert(file.image, info);
                 }
                 manager::Action::Remove => {
@@ -200,7 +218,8 @@ impl World {
 
     fn volume_pass(&mut self, name: &str, random: &mut StdRng) {
         let Some(object) = self.volumes.get(name).cloned() else { return };
-        let (replicas, images): (Vec<_>, Vec<_>) = (self.replicas.values().cloned().collect(), self.images.values().cloned().collect());
+        let (replicas, images): (Vec<_>, Vec<_>) =
+            (self.replicas.values().cloned().collect(), self.images.values().cloned().collect());
         let silent_since = self.nodes.iter().filter_map(|(n, node)| {
             let ready = api::condition::find(&node.status.as_ref()?.conditions, "Ready").filter(|c| !c.is_true())?;
             Some((n.clone(), planner::retry::parse(&ready.last_transition_time)?))
@@ -230,7 +249,9 @@ impl World {
                     let key = new.metadata.name.clone().expect("a name");
                     self.replicas.entry(key).or_insert(*new);
                 }
-                volume::Action::SetReplicaSpec { name, spec } => self.replicas.get_mut(&name).expect("it is there").spec = *spec,
+                volume::Action::SetReplicaSpec { name, spec } => {
+                    self.replicas.get_mut(&name).expect("it is there").spec = *spec
+                }
                 volume::Action::SetEngineSpec(spec) => self.engines.get_mut(&engine).expect("it is there").spec = *spec,
                 volume::Action::DeleteEngine => delete(&mut self.engines, &engine, self.now),
                 volume::Action::DeleteReplica(replica) => delete(&mut self.replicas, &replica, self.now),

@@ -29,9 +29,7 @@ pub struct EngineProcess {
     pub generation: u64,
     pub members: BTreeSet<String>,
     pub dropped: BTreeSet<String>,
-    /// Writes that it has acknowledged or taken over.
     pub is_alive: bool,
-    pub has_crashed: bool,
 }
 
 impl World {
@@ -46,11 +44,13 @@ impl World {
         if !self.answers(node) {
             return;
         }
-        let engines: Vec<String> = self.engines.iter().filter(|(_, e)| e.spec.node_id == node).map(|(n, _)| n.clone()).collect();
+        let engines: Vec<String> =
+            self.engines.iter().filter(|(_, e)| e.spec.node_id == node).map(|(n, _)| n.clone()).collect();
         for name in engines {
             self.instance_engine(&name, random);
         }
-        let replicas: Vec<String> = self.replicas.iter().filter(|(_, r)| r.spec.node_id == node).map(|(n, _)| n.clone()).collect();
+        let replicas: Vec<String> =
+            self.replicas.iter().filter(|(_, r)| r.spec.node_id == node).map(|(n, _)| n.clone()).collect();
         for name in replicas {
             self.instance_replica(&name);
         }
@@ -95,7 +95,18 @@ impl World {
         let state = engine.status.as_ref().map_or(InstanceState::NotStarted, |s| s.current_state);
         let process = self.engine_processes.get(&volume).cloned();
         match (wants, process) {
-            (true, None) if matches!(state, InstanceState::NotStarted | InstanceState::Stopped) => self.start_engine(name, random),
+            (true, Some(old)) if old.node != engine.spec.node_id => {
+                assert!(
+                    !old.is_alive,
+                    "invariant 4: volume {volume} is started on {} and still runs on {}",
+                    engine.spec.node_id, old.node
+                );
+                self.engine_processes.remove(&volume);
+                self.start_engine(name, random);
+            }
+            (true, None) if matches!(state, InstanceState::NotStarted | InstanceState::Stopped) => {
+                self.start_engine(name, random)
+            }
             (true, _) => {}
             (false, Some(process)) => {
                 if process.is_alive {
@@ -125,14 +136,17 @@ impl World {
     fn start_engine(&mut self, name: &str, random: &mut StdRng) {
         let engine = self.engines[name].clone();
         let (volume, node) = (engine.spec.volume_name.clone(), engine.spec.node_id.clone());
-        // Invariant 4.
-        assert!(!self.engine_processes.contains_key(&volume), "invariant 4: volume {volume} has two engines");
         let members: BTreeSet<String> = engine.spec.replica_address_map.keys().cloned().collect();
-        let mut process = EngineProcess { volume: volume.clone(), node, members: members.clone(), is_alive: true, ..Default::default() };
+        let mut process = EngineProcess {
+            volume: volume.clone(),
+            node,
+            members: members.clone(),
+            is_alive: true,
+            ..Default::default()
+        };
         let is_reachable = |n: &String| self.replica_files.get(n).is_some_and(|f| f.is_up && self.answers(&f.node));
         if members.is_empty() || !members.iter().all(is_reachable) {
             process.is_alive = false;
-            process.has_crashed = true;
             process.generation = engine.spec.generation;
             self.engine_processes.insert(volume, process);
             return;
@@ -152,7 +166,6 @@ impl World {
             if self.faults && random.random_bool(0.03) {
                 // Half done.
                 process.is_alive = false;
-                process.has_crashed = true;
                 break;
             }
             let files = self.replica_files.get_mut(member).expect("it is there");
@@ -191,7 +204,8 @@ impl World {
     }
 
     pub fn any_write(&mut self, random: &mut StdRng) {
-        let volumes: Vec<String> = self.engine_processes.iter().filter(|(_, p)| p.is_alive).map(|(v, _)| v.clone()).collect();
+        let volumes: Vec<String> =
+            self.engine_processes.iter().filter(|(_, p)| p.is_alive).map(|(v, _)| v.clone()).collect();
         if volumes.is_empty() {
             return;
         }
@@ -228,7 +242,6 @@ impl World {
             if self.faults && random.random_bool(0.05) {
                 // Dies half way; nothing was acknowledged under the new generation.
                 process.is_alive = false;
-                process.has_crashed = true;
                 break;
             }
             let files = self.replica_files.get_mut(member).expect("it is there");
@@ -250,7 +263,8 @@ impl World {
             return;
         }
         let name = names[random.random_range(0..names.len())].clone();
-        let users: Vec<String> = self.engine_processes.iter().filter(|(_, p)| p.members.contains(&name)).map(|(v, _)| v.clone()).collect();
+        let users: Vec<String> =
+            self.engine_processes.iter().filter(|(_, p)| p.members.contains(&name)).map(|(v, _)| v.clone()).collect();
         self.replica_files.get_mut(&name).expect("it is there").is_up = false;
         for volume in users {
             // Its export is gone at once, however soon it is started again.
@@ -263,8 +277,8 @@ impl World {
         if volumes.is_empty() {
             return;
         }
-        let process = self.engine_processes.get_mut(&volumes[random.random_range(0..volumes.len())]).expect("it is there");
+        let process =
+            self.engine_processes.get_mut(&volumes[random.random_range(0..volumes.len())]).expect("it is there");
         process.is_alive = false;
-        process.has_crashed = true;
     }
 }

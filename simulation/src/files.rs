@@ -46,7 +46,10 @@ impl World {
         let disk = disk_of(wish);
         if let Some(disk) = self.disks.get_mut(&disk) {
             match wish.name.strip_prefix("backing-image-ds-") {
-                Some(image) => drop(disk.made.insert(image.into(), (uuid_of(wish), Report { state: CopyState::Starting, ..Default::default() }))),
+                Some(image) => drop(disk.made.insert(
+                    image.into(),
+                    (uuid_of(wish), Report { state: CopyState::Starting, ..Default::default() }),
+                )),
                 None => disk.known.clear(),
             }
         }
@@ -66,7 +69,9 @@ impl World {
             }
             let fails = self.faults && random.random_bool(0.2);
             let id = disk_of(&workload.wish);
-            let is_whole_elsewhere = |i: &str, u: &str| self.disks.iter().any(|(d, disk)| *d != id && disk.whole.get(i).is_some_and(|w| w == u));
+            let is_whole_elsewhere = |i: &str, u: &str| {
+                self.disks.iter().any(|(d, disk)| *d != id && disk.whole.get(i).is_some_and(|w| w == u))
+            };
             let can_sync: BTreeMap<String, bool> =
                 self.disks[&id].known.iter().map(|(i, f)| (i.clone(), is_whole_elsewhere(i, &f.uuid))).collect();
             let disk = self.disks.get_mut(&id).expect("disks stay");
@@ -75,7 +80,13 @@ impl World {
                     *report = if fails {
                         Report { state: CopyState::Failed, message: "connection refused".into(), ..Default::default() }
                     } else {
-                        Report { state: CopyState::ReadyForTransfer, size: GIB, progress: 100, checksum: "c0ffee".into(), ..Default::default() }
+                        Report {
+                            state: CopyState::ReadyForTransfer,
+                            size: GIB,
+                            progress: 100,
+                            checksum: "c0ffee".into(),
+                            ..Default::default()
+                        }
                     };
                 }
                 continue;
@@ -85,7 +96,12 @@ impl World {
             for image in working {
                 let uuid = disk.known[&image].uuid.clone();
                 let file = if fails || !can_sync[&image] {
-                    FileInfo { uuid, state: CopyState::Failed, message: "the peer went away".into(), ..Default::default() }
+                    FileInfo {
+                        uuid,
+                        state: CopyState::Failed,
+                        message: "the peer went away".into(),
+                        ..Default::default()
+                    }
                 } else {
                     disk.whole.insert(image.clone(), uuid.clone());
                     whole_file(&uuid)
@@ -112,23 +128,35 @@ impl World {
         let was_whole = disk.whole.remove(image).is_some();
         let uuid = self.images.get(image).and_then(|i| i.status.as_ref()).map(|s| s.uuid.clone()).unwrap_or_default();
         let in_use = self.volumes.values().any(|v| v.spec.backing_image == image) && !uuid.is_empty();
-        let deleting = self.images.get(image).is_none_or(|i| i.metadata.deletion_timestamp.is_some() && i.spec.disk_file_spec_map.is_empty());
+        let deleting = self
+            .images
+            .get(image)
+            .is_none_or(|i| i.metadata.deletion_timestamp.is_some() && i.spec.disk_file_spec_map.is_empty());
         let rest = self.disks.values().any(|d| d.whole.get(image) == Some(&uuid));
-        assert!(!was_whole || !in_use || deleting || rest, "invariant 2: the last ready copy of image {image} was removed from {id}");
+        assert!(
+            !was_whole || !in_use || deleting || rest,
+            "invariant 2: the last ready copy of image {image} was removed from {id}"
+        );
     }
 
     /// The agent takes a file over, or adopts what lies there; `None`: it refuses.
     pub fn fetch_file(&mut self, id: &str, image: &str, uuid: &str, from_source: bool) -> Option<()> {
         let disk = self.disks.get_mut(id)?;
         if from_source {
-            let (_, report) = disk.made.get_mut(image).filter(|(u, r)| u == uuid && r.state == CopyState::ReadyForTransfer)?;
+            let (_, report) =
+                disk.made.get_mut(image).filter(|(u, r)| u == uuid && r.state == CopyState::ReadyForTransfer)?;
             report.state = CopyState::Ready;
             disk.whole.insert(image.into(), uuid.into());
         }
         let file = if disk.whole.get(image).is_some_and(|u| u == uuid) {
             whole_file(uuid)
         } else {
-            FileInfo { uuid: uuid.into(), state: CopyState::Failed, message: "there is no such file".into(), ..Default::default() }
+            FileInfo {
+                uuid: uuid.into(),
+                state: CopyState::Failed,
+                message: "there is no such file".into(),
+                ..Default::default()
+            }
         };
         disk.known.insert(image.into(), file);
         Some(())

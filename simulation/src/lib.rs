@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 pub use world::World;
 
 /// Rounds over all objects within which a world without faults settles.
-const SETTLING_ROUNDS: u32 = 1500;
+const SETTLING_ROUNDS: u32 = 300;
 
 /// What a run went through, to see that it was worth something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

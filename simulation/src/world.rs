@@ -8,7 +8,8 @@ use api::node::{DiskSpec, DiskStatus, NodeSpec, NodeStatus};
 use api::quantity::SizeBytes;
 use api::volume::{Robustness, VolumeSpec, VolumeState};
 use api::{
-    BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Engine, Node, Replica, Volume, condition,
+    BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Engine, Node, Replica,
+    Volume, condition,
 };
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -85,7 +86,12 @@ impl World {
         for d in 1..=1 + n % 2 {
             let (disk, id) = (format!("disk-{d}"), format!("d{n}{d}"));
             specs.insert(disk.clone(), DiskSpec { path: format!("/{id}"), ..Default::default() });
-            let status = DiskStatus { disk_uuid: id.clone(), storage_available: 100 * GIB, storage_maximum: 100 * GIB, ..Default::default() };
+            let status = DiskStatus {
+                disk_uuid: id.clone(),
+                storage_available: 100 * GIB,
+                storage_maximum: 100 * GIB,
+                ..Default::default()
+            };
             statuses.insert(disk, status);
             self.disks.insert(id, Disk::default());
         }
@@ -168,7 +174,12 @@ impl World {
     }
 
     fn create_volume(&mut self, name: &str, image: &str, replicas: u32) {
-        let spec = VolumeSpec { size: SizeBytes(GIB), backing_image: image.into(), number_of_replicas: replicas, ..Default::default() };
+        let spec = VolumeSpec {
+            size: SizeBytes(GIB),
+            backing_image: image.into(),
+            number_of_replicas: replicas,
+            ..Default::default()
+        };
         self.volumes.entry(name.into()).or_insert_with(|| Volume::new(name, spec));
     }
 
@@ -178,7 +189,8 @@ impl World {
                 let nodes: Vec<String> = self.nodes.keys().cloned().collect();
                 let node = nodes[random.random_range(0..nodes.len())].clone();
                 self.summary.silences += 1;
-                self.silent.insert(node, planner::retry::after(self.now, Duration::from_secs(random.random_range(1..90))));
+                self.silent
+                    .insert(node, planner::retry::after(self.now, Duration::from_secs(random.random_range(1..90))));
             }
             1 => self.kill_workload(random),
             2 => self.kill_replica(random),
@@ -200,7 +212,8 @@ impl World {
         // A user who wants an image that is being deleted would wait for ever, and rightly so.
         let missing: BTreeSet<String> = self.volumes.values().map(|v| v.spec.backing_image.clone()).collect();
         for _ in 0..rounds {
-            self.now = planner::retry::after(self.now, Duration::from_secs(1));
+            // Long steps: some back-offs and intervals are minutes.
+            self.now = planner::retry::after(self.now, Duration::from_secs(5));
             self.report_nodes();
             for image in &missing {
                 self.create_image(image, 1);
@@ -231,7 +244,10 @@ impl World {
             let in_use = self.volumes.values().any(|v| v.spec.backing_image == *name);
             let deleting = image.metadata.deletion_timestamp.is_some();
             if deleting && !in_use || !deleting && ready < wanted {
-                return Some(format!("image {name}: {ready} of {wanted} copies, deleting {deleting}, {:?}", status.conditions));
+                return Some(format!(
+                    "image {name}: {ready} of {wanted} copies, deleting {deleting}, {:?}",
+                    status.conditions
+                ));
             }
         }
         for (name, volume) in &self.volumes {

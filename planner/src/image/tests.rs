@@ -125,12 +125,20 @@ fn add_disk(o: &mut Observed, status: &mut BackingImageStatus, text: &str) {
     status.disk_last_ref_at_map.insert(id.into(), LONG_AGO.into());
     let mut manager = BackingImageManager::new(
         &format!("bim-{id}"),
-        BackingImageManagerSpec { disk_uuid: id.into(), backing_images: [("ubuntu".into(), "12345678".into())].into(), ..Default::default() },
+        BackingImageManagerSpec {
+            disk_uuid: id.into(),
+            backing_images: [("ubuntu".into(), "12345678".into())].into(),
+            ..Default::default()
+        },
     );
     let file = FileInfo { uuid: "12345678".into(), state: CopyState::from_name(state), ..Default::default() };
-    let files: BTreeMap<String, FileInfo> = if state == "pending" { BTreeMap::new() } else { [("ubuntu".into(), file)].into() };
-    manager.status =
-        Some(BackingImageManagerStatus { current_state: ManagerState::Running, backing_image_file_map: files, ..Default::default() });
+    let files: BTreeMap<String, FileInfo> =
+        if state == "pending" { BTreeMap::new() } else { [("ubuntu".into(), file)].into() };
+    manager.status = Some(BackingImageManagerStatus {
+        current_state: ManagerState::Running,
+        backing_image_file_map: files,
+        ..Default::default()
+    });
     o.managers.push(manager);
 }
 
@@ -145,7 +153,9 @@ fn describe(o: &Observed, decision: &Decision) -> String {
                 format!("copies {}", added.chain(removed).collect::<Vec<_>>().join(" "))
             }
             Action::CreateDataSource(s) => format!("create source on {}", s.spec.disk_uuid),
-            Action::SetDataSourceSpec(s) => format!("set source disk={} transferred={}", s.disk_uuid, s.file_transferred),
+            Action::SetDataSourceSpec(s) => {
+                format!("set source disk={} transferred={}", s.disk_uuid, s.file_transferred)
+            }
             other => format!("{other:?}"),
         });
     }
@@ -182,81 +192,120 @@ fn begins_with_one_data_source() {
 
 #[test]
 fn says_why_no_disk_can_be_had() {
-    check("wanted=1; a=-:down b=-:silent", expect!["nothing\nNoEligibleDisk: no disk can take the first copy: a of node-a: down; b of node-b: silent"]);
+    check(
+        "wanted=1; a=-:down b=-:silent",
+        expect!["nothing\nNoEligibleDisk: no disk can take the first copy: a of node-a: down; b of node-b: silent"],
+    );
 }
 
 #[test]
 fn adds_all_missing_copies_at_once() {
-    check("wanted=3; source; a=ready b=- c=-", expect!["copies +b +c\nReady: 1 of 3 copies ready, b of node-b pending, c of node-c pending"]);
+    check(
+        "wanted=3; source; a=ready b=- c=-",
+        expect!["copies +b +c\nReady: 1 of 3 copies ready, b of node-b pending, c of node-c pending"],
+    );
 }
 
 #[test]
 fn does_not_replace_a_copy_that_has_just_become_silent() {
-    check("wanted=2; source; a=ready b=pending:silent c=-", expect![[r#"
+    check(
+        "wanted=2; source; a=ready b=pending:silent c=-",
+        expect![[r#"
         nothing
-        Ready: 1 of 2 copies ready, b of node-b pending (silent)"#]]);
+        Ready: 1 of 2 copies ready, b of node-b pending (silent)"#]],
+    );
 }
 
 #[test]
 fn replaces_a_copy_that_was_silent_for_long() {
-    check("wanted=2; source; a=ready b=unknown:silent c=-", expect![[r#"
+    check(
+        "wanted=2; source; a=ready b=unknown:silent c=-",
+        expect![[r#"
         copies +c
-        Ready: 1 of 3 copies ready, b of node-b unknown, c of node-c pending"#]]);
+        Ready: 1 of 3 copies ready, b of node-b unknown, c of node-c pending"#]],
+    );
 }
 
 #[test]
 fn adds_the_disks_of_replicas_that_want_to_run() {
-    check("wanted=1; source; a=ready b=-; used=b", expect![[r#"
+    check(
+        "wanted=1; source; a=ready b=-; used=b",
+        expect![[r#"
         copies +b
-        Ready: 1 of 2 copies ready, b of node-b pending"#]]);
+        Ready: 1 of 2 copies ready, b of node-b pending"#]],
+    );
 }
 
 #[test]
 fn removes_idle_copies_down_to_what_is_wanted() {
-    check("wanted=1; source; idle; a=ready b=ready c=ready; used=b", expect![[r#"
+    check(
+        "wanted=1; source; idle; a=ready b=ready c=ready; used=b",
+        expect![[r#"
         copies -a -c
-        Ready: 1 of 1 copy ready"#]]);
+        Ready: 1 of 1 copy ready"#]],
+    );
 }
 
 #[test]
 fn keeps_the_last_ready_copy_although_evicted() {
-    check("wanted=1; source; idle; a=ready! b=unknown:silent", expect![[r#"
+    check(
+        "wanted=1; source; idle; a=ready! b=unknown:silent",
+        expect![[r#"
         nothing
-        FewerCopies: 1 of 2 copies ready, b of node-b unknown; 1 more wanted, but no further disk is eligible: there is no other disk"#]]);
+        FewerCopies: 1 of 2 copies ready, b of node-b unknown; 1 more wanted, but no further disk is eligible: there is no other disk"#]],
+    );
 }
 
 #[test]
 fn moves_an_evicted_copy() {
-    check("wanted=1; source; a=ready! b=-", expect![[r#"
+    check(
+        "wanted=1; source; a=ready! b=-",
+        expect![[r#"
         copies +b
-        Ready: 1 of 2 copies ready, b of node-b pending"#]]);
-    check("wanted=1; source; a=ready! b=ready", expect![[r#"
+        Ready: 1 of 2 copies ready, b of node-b pending"#]],
+    );
+    check(
+        "wanted=1; source; a=ready! b=ready",
+        expect![[r#"
         copies -a
-        Ready: 1 of 1 copy ready"#]]);
+        Ready: 1 of 1 copy ready"#]],
+    );
 }
 
 #[test]
 fn waits_for_silent_copies_rather_than_download_again() {
-    check("wanted=1; source; a=unknown:silent b=-", expect![[r#"
+    check(
+        "wanted=1; source; a=unknown:silent b=-",
+        expect![[r#"
         nothing
-        Unknown: the copy on a of node-a cannot be asked: "#]]);
+        Unknown: the copy on a of node-a cannot be asked: "#]],
+    );
 }
 
 #[test]
 fn downloads_again_when_every_copy_has_failed_for_long() {
-    check("wanted=1; source; a=failed b=-", expect![[r#"
+    check(
+        "wanted=1; source; a=failed b=-",
+        expect![[r#"
         set source disk=a transferred=false
-        Recovering: every copy is lost; the image is downloaded again"#]]);
+        Recovering: every copy is lost; the image is downloaded again"#]],
+    );
 }
 
 #[test]
 fn deletes_copies_first_and_waits_for_users() {
-    check("wanted=1; source; deleting; a=ready; used=a", expect![[r#"
+    check(
+        "wanted=1; source; deleting; a=ready; used=a",
+        expect![[r#"
         nothing
-        InUse: deletion waits: in use by volume v"#]]);
-    check("wanted=1; deleting; a=ready", expect![[r#"
+        InUse: deletion waits: in use by volume v"#]],
+    );
+    check(
+        "wanted=1; deleting; a=ready",
+        expect![[r#"
         copies -a
-        Deleting: deletion waits for its copies to be removed from a of node-a"#]]);
+        Deleting: deletion waits for its copies to be removed from a of node-a"#]],
+    );
 }
 
 /// Every world of up to three disks: convergent, and never against invariants 2 and 6.
@@ -267,7 +316,13 @@ fn every_world_of_three_disks_is_decided_well() {
     let mut worlds = 0;
     let disk_texts: Vec<String> =
         states.iter().flat_map(|s| healths.iter().map(move |h| format!("{s}:{h}"))).filter(|t| t != "-:gone").collect();
-    let extras = ["wanted=1; idle; source", "wanted=2; source; used=a", "wanted=2; idle; used=c", "wanted=3", "wanted=1; used=b; deleting"];
+    let extras = [
+        "wanted=1; idle; source",
+        "wanted=2; source; used=a",
+        "wanted=2; idle; used=c",
+        "wanted=3",
+        "wanted=1; used=b; deleting",
+    ];
     for (i, a) in disk_texts.iter().enumerate() {
         for (j, b) in disk_texts.iter().enumerate().skip(i) {
             for c in disk_texts.iter().skip(j) {
@@ -291,7 +346,11 @@ fn check_world(text: &str) {
                 let state = o.image.status.as_ref().unwrap().disk_file_status_map[disk].state;
                 assert_ne!(state, CopyState::Unknown, "removed because of silence (invariant 6): {text}");
             }
-            let ready = |m: &BTreeMap<String, DiskFileSpec>| m.keys().filter(|d| first.status.disk_file_status_map.get(*d).is_some_and(|f| f.state == CopyState::Ready)).count();
+            let ready = |m: &BTreeMap<String, DiskFileSpec>| {
+                m.keys()
+                    .filter(|d| first.status.disk_file_status_map.get(*d).is_some_and(|f| f.state == CopyState::Ready))
+                    .count()
+            };
             assert!(ready(&before) == 0 || ready(map) > 0, "the last ready copy is removed (invariant 2): {text}");
         }
     }

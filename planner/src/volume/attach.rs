@@ -41,7 +41,14 @@ impl Pass<'_> {
         }
         if let Err(why) = self.engine_ended() {
             let is_move = engine.node_id != node;
-            self.wait("Detaching", if is_move { format!("it must be detached from node {} first: {why}", engine.node_id) } else { why.clone() });
+            self.wait(
+                "Detaching",
+                if is_move {
+                    format!("it must be detached from node {} first: {why}", engine.node_id)
+                } else {
+                    why.clone()
+                },
+            );
             self.undetached = Some(why);
             return;
         }
@@ -182,7 +189,8 @@ impl Pass<'_> {
         if let Some(why) = &judgement.refused {
             let unseen = judgement.unknown.iter().map(|(n, why)| format!("{n}: {why}")).collect::<Vec<_>>().join("; ");
             let message = if unseen.is_empty() { why.clone() } else { format!("{why} ({unseen})") };
-            let hint = "bring the missing replicas back, or lower generation in the Engine's spec to salvage what is there";
+            let hint =
+                "bring the missing replicas back, or lower generation in the Engine's spec to salvage what is there";
             self.wait_for(Condition::new(READY, ConditionStatus::False, "StaleReplica", message).with_hint(hint));
             return;
         }
@@ -263,15 +271,19 @@ impl Pass<'_> {
             .filter(|s| s.failed_at.is_empty() && s.desire_state == DesireState::Running)
             .map(|s| s.disk_id.as_str())
             .collect();
-        let is_ready = |d: &&str| {
-            status.disk_file_status_map.get(*d).is_some_and(|f| f.state == api::image::CopyState::Ready)
-        };
+        let is_ready =
+            |d: &&str| status.disk_file_status_map.get(*d).is_some_and(|f| f.state == api::image::CopyState::Ready);
         if disks.is_empty() || disks.iter().all(|d| is_ready(d)) {
             return None;
         }
-        let mut text = format!("image {}: {}", self.o.volume.spec.backing_image, crate::image::progress(&status, disks.into_iter(), &self.o.disks));
+        let mut text = format!(
+            "image {}: {}",
+            self.o.volume.spec.backing_image,
+            crate::image::progress(&status, disks.into_iter(), &self.o.disks)
+        );
         if crate::image::ready_disks(&status).next().is_none()
-            && let Some(why) = condition::find(&status.conditions, READY).filter(|c| !c.is_true() && !c.message.is_empty())
+            && let Some(why) =
+                condition::find(&status.conditions, READY).filter(|c| !c.is_true() && !c.message.is_empty())
         {
             text += &format!(" ({})", why.message);
         }
