@@ -273,7 +273,7 @@ impl Pass<'_> {
             .collect();
         let is_ready =
             |d: &&str| status.disk_file_status_map.get(*d).is_some_and(|f| f.state == api::image::CopyState::Ready);
-        if disks.is_empty() || disks.iter().all(|d| is_ready(d)) {
+        if disks.is_empty() || disks.iter().all(is_ready) {
             return None;
         }
         let mut text = format!(

@@ -66,7 +66,7 @@ fn world(text: &str) -> Observed {
             }
             "recorded" => engine.spec.generation = value.parse().unwrap(),
             "dropped" => {
-                drop(engine.status.get_or_insert_default().replica_mode_map.insert(value.into(), ReplicaMode::Err))
+                engine.status.get_or_insert_default().replica_mode_map.insert(value.into(), ReplicaMode::Err);
             }
             "engine" => {
                 has_engine = true;
