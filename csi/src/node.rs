@@ -1,0 +1,3 @@
+//! The Node service.
+pub struct NodeConfig;
+pub async fn serve_node() {}

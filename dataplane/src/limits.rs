@@ -1,0 +1,31 @@
+//! Numbers with a reason.
+
+use std::time::Duration;
+
+/// One QMP command: the slowest ones flush a head, which may take long on a slow disk.
+pub const QMP_TIMEOUT: Duration = Duration::from_secs(60);
+/// From the start of `qemu-storage-daemon` to its greeting.
+pub const DAEMON_START_TIMEOUT: Duration = Duration::from_secs(20);
+/// From `quit` to the end of `qemu-storage-daemon`: it flushes what it holds.
+pub const DAEMON_QUIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Events that a slow reader may be behind before it loses some.
+pub const QMP_EVENT_QUEUE: usize = 256;
+
+/// `blkid` and the like: they read a few blocks.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
+/// `mkfs`, `e2fsck`, `resize2fs`, `xfs_growfs`: proportional to the size of the volume.
+pub const FILESYSTEM_TIMEOUT: Duration = Duration::from_secs(600);
+/// What is kept of the standard error of a program.
+pub const STDERR_BYTES: usize = 4096;
+
+/// How long a device may take to go after it was told to.
+pub const LOOP_DETACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is looked at meanwhile; the kernel offers no event.
+pub const LOOP_DETACH_INTERVAL: Duration = Duration::from_millis(5);
+/// How often a free loop device is asked for when others are faster.
+pub const LOOP_ATTACH_ATTEMPTS: u32 = 64;
+
+/// How long an ordinary unmount is repeated while the target is busy.
+pub const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it is repeated.
+pub const UNMOUNT_INTERVAL: Duration = Duration::from_millis(50);

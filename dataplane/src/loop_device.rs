@@ -1,0 +1,224 @@
+//! Loop devices with direct I/O: a file seen as a block device.
+//!
+//! A node must never touch another's device, so a device is recognized by the whole path of its file, or by device and inode.
+
+mod ioctl;
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use crate::{DataplaneError, limits, mount};
+
+/// An attached loop device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoopDevice {
+    /// `/dev/loop7`.
+    pub path: PathBuf,
+    /// The file behind it, as the kernel names it.
+    pub backing_file: PathBuf,
+    /// Whether it goes past the page cache.
+    pub direct_io: bool,
+}
+
+impl LoopDevice {
+    fn sys(&self) -> PathBuf {
+        Path::new("/sys/block").join(self.path.file_name().unwrap_or_default())
+    }
+}
+
+/// All attached loop devices of this machine, whoever attached them.
+pub fn list() -> Result<Vec<LoopDevice>, DataplaneError> {
+    let entries = fs::read_dir("/sys/block").map_err(|e| DataplaneError::io("list `/sys/block`", e))?;
+    let mut devices: Vec<LoopDevice> = entries.flatten().filter_map(|entry| read(&entry.path())).collect();
+    devices.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(devices)
+}
+
+fn read(sys: &Path) -> Option<LoopDevice> {
+    let name = sys.file_name()?.to_str()?.to_owned();
+    let attribute = |file: &str| fs::read_to_string(sys.join("loop").join(file)).ok();
+    // Without a backing file it is a free device.
+    let backing_file = attribute("backing_file")?;
+    let direct_io = attribute("dio").is_some_and(|t| t.trim() == "1");
+    let backing_file = PathBuf::from(backing_file.strip_suffix('\n').unwrap_or(&backing_file));
+    Some(LoopDevice { path: Path::new("/dev").join(name), backing_file, direct_io })
+}
+
+/// The device of a file: same whole path, or same device and inode when both can be asked.
+pub fn find(file: &Path) -> Result<Option<LoopDevice>, DataplaneError> {
+    // stat fails on a dead FUSE file; then the path alone decides.
+    let wanted = fs::metadata(file).ok().map(|m| (m.dev(), m.ino()));
+    for device in list()? {
+        let behind = File::open(&device.path).ok().and_then(|f| ioctl::status(&f).ok());
+        let same_file = match (wanted, behind) {
+            (Some(wanted), Some(behind)) => wanted == behind,
+            _ => device.backing_file == file,
+        };
+        if same_file {
+            return Ok(Some(device));
+        }
+    }
+    Ok(None)
+}
+
+/// Attaches a file with direct I/O; the device of the file when it has one already.
+pub async fn attach(file: &Path) -> Result<LoopDevice, DataplaneError> {
+    if let Some(device) = find(file)? {
+        return Ok(device);
+    }
+    let owned = file.to_owned();
+    let attached = tokio::task::spawn_blocking(move || attach_blocking(&owned)).await;
+    attached.map_err(|e| DataplaneError::io("attach a loop device", io::Error::other(e)))?
+}
+
+fn attach_blocking(file: &Path) -> Result<LoopDevice, DataplaneError> {
+    let failed = |e: io::Error| DataplaneError::io(format!("attach a loop device to `{}`", file.display()), e);
+    let backing = OpenOptions::new().read(true).write(true).open(file).map_err(failed)?;
+    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| {
+        DataplaneError::io("open `/dev/loop-control`; is the kernel module `loop` loaded, and are we root?", e)
+    })?;
+    for _ in 0..limits::LOOP_ATTACH_ATTEMPTS {
+        let number = ioctl::get_free(&control).map_err(failed)?;
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let device = match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(device) => device,
+            // No devtmpfs, as in a container: make the node ourselves.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                make_node(&path, number).map_err(failed)?;
+                continue;
+            }
+            Err(e) => return Err(failed(e)),
+        };
+        match ioctl::configure(&device, &backing, file) {
+            Ok(()) => {
+                let sys = Path::new("/sys/block").join(format!("loop{number}"));
+                let attached = read(&sys).ok_or_else(|| failed(io::Error::other("the device was taken away at once")))?;
+                if !attached.direct_io {
+                    tracing::warn!(device = %path.display(), "loop device without direct I/O");
+                }
+                return Ok(attached);
+            }
+            // Somebody else was faster.
+            Err(e) if e.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {}
+            Err(e) => return Err(failed(e)),
+        }
+    }
+    Err(failed(io::Error::other("others took every free loop device")))
+}
+
+fn make_node(path: &Path, number: u32) -> io::Result<()> {
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    match mknodat(CWD, path, FileType::BlockDevice, Mode::from_raw_mode(0o660), makedev(7, number)) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Detaches a device and waits until it is gone. Refused while somebody uses it, because the kernel would only do it later.
+pub async fn detach(device: &LoopDevice) -> Result<(), DataplaneError> {
+    let started = tokio::time::Instant::now();
+    let mut asked = false;
+    // The device may have gone and come back with another file: that one is not ours to touch.
+    while read(&device.sys()).is_some_and(|now| now.backing_file == device.backing_file) {
+        let users = users(device)?;
+        let patience = started.elapsed() < limits::LOOP_DETACH_TIMEOUT;
+        if users.is_empty() && !asked {
+            let failed = |e| DataplaneError::io(format!("detach `{}`", device.path.display()), e);
+            let file = File::open(&device.path).map_err(failed)?;
+            match ioctl::clear(&file) {
+                Ok(()) => asked = true,
+                Err(e) if e.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => return Ok(()),
+                Err(e) if e.raw_os_error() == Some(Errno::BUSY.raw_os_error()) && patience => {}
+                Err(e) => return Err(failed(e)),
+            }
+        } else if !patience {
+            let users = if users.is_empty() { vec!["the kernel".to_owned()] } else { users };
+            return Err(DataplaneError::Busy { path: device.path.clone(), users: users.join(", ") });
+        } else if users.iter().any(|u| u.starts_with("the mount")) {
+            // A mount does not go by itself within moments, unlike a short look by udev or blkid.
+            return Err(DataplaneError::Busy { path: device.path.clone(), users: users.join(", ") });
+        }
+        tokio::time::sleep(limits::LOOP_DETACH_INTERVAL).await;
+    }
+    Ok(())
+}
+
+/// Who uses a device: mounts, devices above it, processes that have it open. Phrases for a message.
+pub fn users(device: &LoopDevice) -> Result<Vec<String>, DataplaneError> {
+    let mut users = vec![];
+    let number = fs::read_to_string(device.sys().join("dev")).unwrap_or_default();
+    for mounted in mount::list()? {
+        if mounted.device == number.trim() || is_same_node(&mounted, &device.path) {
+            users.push(format!("the mount on `{}`", mounted.target.display()));
+        }
+    }
+    for holder in fs::read_dir(device.sys().join("holders")).into_iter().flatten().flatten() {
+        users.push(format!("the device `{}`", holder.file_name().to_string_lossy()));
+    }
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let descriptors = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        let mut links = descriptors.filter_map(|d| fs::read_link(d.path()).ok());
+        if links.any(|link| link == device.path) {
+            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            users.push(format!("process {} ({})", process.file_name().to_string_lossy(), command.trim()));
+        }
+    }
+    Ok(users)
+}
+
+/// A device node that is bound to another path (a block volume) is a mount of devtmpfs whose root is the node.
+fn is_same_node(mounted: &mount::Mount, device: &Path) -> bool {
+    mounted.fs_type == "devtmpfs"
+        && mounted.root.as_os_str().len() > 1
+        && mounted.root.file_name() == device.file_name()
+        && mounted.target != Path::new("/dev")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(folder: &tempfile::TempDir) -> PathBuf {
+        let path = folder.path().join("disk");
+        File::create(&path).unwrap().set_len(16 << 20).unwrap();
+        path
+    }
+
+    #[tokio::test]
+    async fn attaches_once_finds_by_file_and_detaches() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder);
+        let device = attach(&path).await.unwrap();
+        let again = attach(&path).await.unwrap();
+        let found = find(&path).unwrap();
+        detach(&device).await.unwrap();
+        detach(&device).await.unwrap();
+        assert_eq!(device, again);
+        assert!(device.direct_io);
+        assert_eq!(found, Some(device));
+        assert_eq!(find(&path).unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn refuses_to_detach_a_mounted_device_and_says_where() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder);
+        let target = folder.path().join("mount");
+        fs::create_dir(&target).unwrap();
+        let device = attach(&path).await.unwrap();
+        let made = crate::filesystem::format_blank(&device.path, "ext4", &[]).await;
+        let mounted = mount::mount(&device.path, &target, "ext4", &[]);
+        let refused = detach(&device).await;
+        let ended = mount::unmount(&target, mount::Unmount::Orderly).await;
+        detach(&device).await.unwrap();
+        made.unwrap();
+        mounted.unwrap();
+        ended.unwrap();
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("the mount on") && refused.contains("/mount"), "{refused}");
+    }
+}

@@ -1,0 +1,242 @@
+//! QEMU's control protocol: one JSON object a line, replies matched by id, events apart.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::sync::{broadcast, oneshot};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::{DataplaneError, limits};
+
+/// Something that happened in QEMU.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Event {
+    pub event: String,
+    #[serde(default)]
+    pub data: Value,
+}
+
+#[derive(Deserialize)]
+struct QmpError {
+    desc: String,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    #[serde(rename = "QMP")]
+    greeting: Option<Value>,
+    id: Option<u64>,
+    r#return: Option<Value>,
+    error: Option<QmpError>,
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+}
+
+type Answer = Result<Value, String>;
+
+#[derive(Default)]
+struct Waiting {
+    next_id: u64,
+    /// Dropped senders tell the callers that the connection has ended.
+    by_id: HashMap<u64, oneshot::Sender<Answer>>,
+    ended: bool,
+}
+
+/// A connection to a QMP monitor. Commands may be sent from several tasks; they are executed one after the other.
+pub struct Qmp {
+    writer: tokio::sync::Mutex<Box<dyn AsyncWrite + Send + Unpin>>,
+    waiting: Arc<Mutex<Waiting>>,
+    events: broadcast::Sender<Event>,
+    _reader: AbortOnDropHandle<()>,
+}
+
+impl Qmp {
+    /// Waits for the greeting and negotiates.
+    pub async fn connect<S>(stream: S, limit: Duration) -> Result<Qmp, DataplaneError>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let (reader, writer) = tokio::io::split(stream);
+        let mut reader = BufReader::new(reader);
+        let mut greeting = String::new();
+        match tokio::time::timeout(limit, reader.read_line(&mut greeting)).await {
+            Err(_) => return Err(DataplaneError::Silent { command: "greeting".into(), seconds: limit.as_secs() }),
+            Ok(Err(source)) => return Err(DataplaneError::io("read the greeting of qemu-storage-daemon", source)),
+            Ok(Ok(_)) if greeting.is_empty() => return Err(DataplaneError::Ended { detail: String::new() }),
+            Ok(Ok(_)) => {}
+        }
+        if !serde_json::from_str::<Line>(&greeting).is_ok_and(|l| l.greeting.is_some()) {
+            let source = io::Error::new(io::ErrorKind::InvalidData, greeting.trim().to_owned());
+            return Err(DataplaneError::io("understand the greeting of qemu-storage-daemon", source));
+        }
+        let waiting = Arc::new(Mutex::new(Waiting::default()));
+        let (events, _) = broadcast::channel(limits::QMP_EVENT_QUEUE);
+        let task = tokio::spawn(read_lines(reader, waiting.clone(), events.clone()));
+        let writer: Box<dyn AsyncWrite + Send + Unpin> = Box::new(writer);
+        let qmp =
+            Qmp { writer: tokio::sync::Mutex::new(writer), waiting, events, _reader: AbortOnDropHandle::new(task) };
+        qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    /// Events from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Executes a command and returns what it returns.
+    pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, DataplaneError> {
+        let (sender, answer) = oneshot::channel();
+        let id = {
+            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            if waiting.ended {
+                return Err(DataplaneError::Ended { detail: String::new() });
+            }
+            waiting.next_id += 1;
+            let id = waiting.next_id;
+            waiting.by_id.insert(id, sender);
+            id
+        };
+        let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        tracing::trace!(%line, "qmp");
+        line.push('\n');
+        let exchange = async {
+            let mut writer = self.writer.lock().await;
+            if writer.write_all(line.as_bytes()).await.is_err() || writer.flush().await.is_err() {
+                return Err(DataplaneError::Ended { detail: String::new() });
+            }
+            drop(writer);
+            match answer.await {
+                Ok(Ok(value)) => Ok(value),
+                Ok(Err(message)) => Err(DataplaneError::Refused { command: command.to_owned(), message }),
+                Err(_) => Err(DataplaneError::Ended { detail: String::new() }),
+            }
+        };
+        let limit = limits::QMP_TIMEOUT;
+        tokio::time::timeout(limit, exchange)
+            .await
+            .unwrap_or_else(|_| Err(DataplaneError::Silent { command: command.to_owned(), seconds: limit.as_secs() }))
+    }
+
+    /// Executes a command, then waits until `is_it` accepts an event. Events that came before the reply count.
+    pub async fn execute_until(
+        &self,
+        command: &str,
+        arguments: Value,
+        is_it: impl Fn(&Event) -> bool,
+    ) -> Result<Event, DataplaneError> {
+        let mut events = self.events();
+        self.execute(command, arguments).await?;
+        let wait = async {
+            loop {
+                match events.recv().await {
+                    Ok(event) if is_it(&event) => return Ok(event),
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => {
+                        return Err(DataplaneError::Ended { detail: String::new() });
+                    }
+                }
+                if self.waiting.lock().unwrap_or_else(PoisonError::into_inner).ended {
+                    return Err(DataplaneError::Ended { detail: String::new() });
+                }
+            }
+        };
+        let limit = limits::QMP_TIMEOUT;
+        tokio::time::timeout(limit, wait)
+            .await
+            .unwrap_or_else(|_| Err(DataplaneError::Silent { command: command.to_owned(), seconds: limit.as_secs() }))
+    }
+}
+
+/// Name of the event that we make ourselves when the connection ends, so that nobody waits for one that never comes.
+const ENDED: &str = "X_CONNECTION_ENDED";
+
+async fn read_lines<R: AsyncRead + Unpin>(
+    mut reader: BufReader<R>,
+    waiting: Arc<Mutex<Waiting>>,
+    events: broadcast::Sender<Event>,
+) {
+    let mut text = String::new();
+    loop {
+        text.clear();
+        if !matches!(reader.read_line(&mut text).await, Ok(n) if n > 0) {
+            break;
+        }
+        let line: Line = match serde_json::from_str(&text) {
+            Ok(line) => line,
+            Err(error) => {
+                tracing::warn!(%error, line = text.trim(), "qmp line not understood");
+                continue;
+            }
+        };
+        if let Some(event) = line.event {
+            // Nobody listens: fine.
+            let _ = events.send(Event { event, data: line.data });
+            continue;
+        }
+        let answer = match line.error {
+            Some(error) => Err(error.desc),
+            None => Ok(line.r#return.unwrap_or(Value::Null)),
+        };
+        let sender = line.id.and_then(|id| waiting.lock().unwrap_or_else(PoisonError::into_inner).by_id.remove(&id));
+        if let Some(sender) = sender {
+            let _ = sender.send(answer);
+        }
+    }
+    {
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.ended = true;
+        waiting.by_id.clear();
+    }
+    let _ = events.send(Event { event: ENDED.into(), data: Value::Null });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn fake(lines: &'static [&'static str]) -> (Qmp, tokio::task::JoinHandle<()>) {
+        let (ours, theirs) = tokio::io::duplex(4096);
+        let server = tokio::spawn(async move {
+            let (reader, mut writer) = tokio::io::split(theirs);
+            let mut requests = BufReader::new(reader).lines();
+            writer.write_all(b"{\"QMP\":{}}\n").await.unwrap();
+            requests.next_line().await.unwrap();
+            writer.write_all(b"{\"return\":{},\"id\":1}\n").await.unwrap();
+            requests.next_line().await.unwrap();
+            for line in lines {
+                writer.write_all(format!("{line}\n").as_bytes()).await.unwrap();
+            }
+        });
+        (Qmp::connect(ours, Duration::from_secs(5)).await.unwrap(), server)
+    }
+
+    #[tokio::test]
+    async fn an_event_before_the_reply_is_not_missed() {
+        let (qmp, _server) = fake(&[r#"{"event":"DONE","data":{"id":"e"}}"#, r#"{"return":{},"id":2}"#]).await;
+        let event = qmp.execute_until("x", json!({}), |e| e.event == "DONE").await.unwrap();
+        assert_eq!(event.data, json!({ "id": "e" }));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_carries_qemus_sentence() {
+        let (qmp, _server) = fake(&[r#"{"error":{"class":"GenericError","desc":"no such node"},"id":2}"#]).await;
+        let error = qmp.execute("blockdev-del", json!({})).await.unwrap_err();
+        assert_eq!(error.to_string(), "qemu-storage-daemon refused `blockdev-del`: no such node");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_connection_ends_every_wait() {
+        let (qmp, server) = fake(&[r#"{"return":{},"id":2}"#]).await;
+        let error = qmp.execute_until("x", json!({}), |_| false).await.unwrap_err();
+        assert!(matches!(error, DataplaneError::Ended { .. }), "{error}");
+        server.await.unwrap();
+        assert!(matches!(qmp.execute("y", json!({})).await, Err(DataplaneError::Ended { .. })));
+    }
+}

@@ -1,0 +1,156 @@
+//! The process `backing-image-csi replica`: one replica's files, its `qemu-storage-daemon`, its generations.
+//!
+//! It answers a request that changes something only after the change is durable (see ARCHITECTURE.md, "Generations").
+//! Its directory belongs to one process at a time, by a lock that the daemon inherits.
+
+mod control;
+mod directory;
+mod relay;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use api::ErrorKind;
+use dataplane::storage_daemon::{self, Base, BaseFormat, StorageDaemon};
+use dataplane::DataplaneError;
+use proto::replica::file;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use control::Replica;
+
+/// What a replica process works on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    pub directory: PathBuf,
+    pub volume: String,
+    pub replica: String,
+    pub size_bytes: u64,
+    /// `None`: a volume without image.
+    pub image: Option<Image>,
+    /// NBD over TCP; the control protocol is at the next port.
+    pub listen: SocketAddr,
+}
+
+/// The local copy that a replica reads what it has not written from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Image {
+    pub name: String,
+    pub uuid: String,
+    pub path: PathBuf,
+    /// As recorded at ingest; never probed.
+    pub format: BaseFormat,
+}
+
+impl Config {
+    /// Reads a configuration file, the argument of `backing-image-csi replica --config FILE`.
+    pub fn read(path: &Path) -> Result<Config, ReplicaError> {
+        let text = std::fs::read(path).map_err(|e| ReplicaError::io(format!("read `{}`", path.display()), e))?;
+        serde_json::from_slice(&text).map_err(|source| ReplicaError::Config { path: path.to_owned(), source })
+    }
+}
+
+/// Why a replica process ended or could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    #[error("cannot {action}")]
+    Io { action: String, source: std::io::Error },
+    #[error("configuration `{}` is not understood", path.display())]
+    Config { path: PathBuf, source: serde_json::Error },
+    #[error("`{}` is in use by another replica process; end that one first", directory.display())]
+    InUse { directory: PathBuf },
+    /// The sentence says what does not fit.
+    #[error("{message}")]
+    Mismatch { message: String },
+    #[error("cannot serve the files of replica `{replica}`")]
+    Daemon { replica: String, source: DataplaneError },
+    #[error("{message}")]
+    DaemonEnded { message: String },
+}
+
+impl ReplicaError {
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            ReplicaError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => ErrorKind::Exhausted,
+            ReplicaError::Io { .. } | ReplicaError::DaemonEnded { .. } => ErrorKind::Internal,
+            ReplicaError::Config { .. } => ErrorKind::Invalid,
+            ReplicaError::InUse { .. } => ErrorKind::NotReady,
+            ReplicaError::Mismatch { .. } => ErrorKind::Corrupt,
+            ReplicaError::Daemon { source, .. } => source.kind(),
+        }
+    }
+
+    fn io(action: impl Into<String>, source: std::io::Error) -> ReplicaError {
+        ReplicaError::Io { action: action.into(), source }
+    }
+}
+
+/// Serves a replica until `shutdown` (everything is flushed then) or until its daemon dies (an error).
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ReplicaError> {
+    let lock = directory::claim(&config.directory).await?;
+    let record = directory::open_record(&config)?;
+    let inherited =
+        lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;
+    let failed = |source| ReplicaError::Daemon { replica: config.replica.clone(), source };
+    let daemon = StorageDaemon::start(storage_daemon::Config {
+        directory: config.directory.clone(),
+        head: file::HEAD.into(),
+        nbd_socket: file::NBD_SOCKET.into(),
+        base: config.image.as_ref().map(|i| Base { path: i.path.clone(), format: i.format }),
+        size_bytes: config.size_bytes,
+        // Generation 0: no export was ever opened, so there is nothing to lose.
+        create_head: record.generation == 0,
+        lock: Some(inherited.into()),
+    })
+    .await
+    .map_err(failed)?;
+    let outcome = serve(&config, Replica::new(config.directory.clone(), record, daemon), shutdown).await;
+    drop(lock);
+    outcome
+}
+
+async fn serve(config: &Config, replica: Replica, shutdown: CancellationToken) -> Result<(), ReplicaError> {
+    let tasks = TaskTracker::new();
+    let stop = shutdown.child_token();
+    let control_address = SocketAddr::new(config.listen.ip(), config.listen.port() + 1);
+    let listen = async {
+        let at = |address: SocketAddr| move |e| ReplicaError::io(format!("listen on {address}"), e);
+        let nbd = tokio::net::TcpListener::bind(config.listen).await.map_err(at(config.listen))?;
+        let tcp = tokio::net::TcpListener::bind(control_address).await.map_err(at(control_address))?;
+        let path = config.directory.join(file::CONTROL_SOCKET);
+        // Last, because whoever sees it may rely on the others. The lock makes sure that nobody else serves it.
+        let unix = runtime::socket::bind(&path)
+            .map_err(|e| ReplicaError::io(format!("listen on `{}`", path.display()), e))?;
+        Ok((nbd, tcp, unix))
+    };
+    let (nbd, tcp, unix) = match listen.await {
+        Ok(listeners) => listeners,
+        Err(error) => {
+            let _ = replica.quit().await;
+            return Err(error);
+        }
+    };
+    tasks.spawn(relay::serve(nbd, config.directory.join(file::NBD_SOCKET), stop.clone()));
+    tasks.spawn(control::serve_tcp(tcp, replica.clone(), stop.clone(), tasks.clone()));
+    tasks.spawn(control::serve_unix(unix, replica.clone(), stop.clone(), tasks.clone()));
+    tracing::info!(replica = %config.replica, address = %config.listen, "replica serves");
+
+    let ended = tokio::select! {
+        message = replica.daemon_ended() => Some(message),
+        () = shutdown.cancelled() => None,
+    };
+    stop.cancel();
+    tasks.close();
+    tasks.wait().await;
+    match ended {
+        Some(message) => Err(ReplicaError::DaemonEnded { message }),
+        None => replica
+            .quit()
+            .await
+            .map_err(|source| ReplicaError::Daemon { replica: config.replica.clone(), source }),
+    }
+}
