@@ -19,6 +19,8 @@ pub struct ReplicaFiles {
     /// How many of the volume's writes it holds.
     pub writes: u64,
     pub is_up: bool,
+    /// Its process ended unasked; it stays so until it is not wanted any more.
+    pub has_ended: bool,
 }
 
 /// An engine process.
@@ -70,8 +72,11 @@ impl World {
             clean: true,
             ..Default::default()
         });
-        files.is_up = replica.spec.desire_state == DesireState::Running && (files.is_up || has_copy);
+        files.has_ended &= replica.spec.desire_state == DesireState::Running;
+        files.is_up =
+            replica.spec.desire_state == DesireState::Running && !files.has_ended && (files.is_up || has_copy);
         let state = match (replica.spec.desire_state, files.is_up) {
+            (DesireState::Running, _) if files.has_ended => InstanceState::Error,
             (DesireState::Running, true) => InstanceState::Running,
             (DesireState::Running, false) => InstanceState::Starting,
             (DesireState::Stopped, _) => InstanceState::Stopped,
@@ -265,7 +270,9 @@ impl World {
         let name = names[random.random_range(0..names.len())].clone();
         let users: Vec<String> =
             self.engine_processes.iter().filter(|(_, p)| p.members.contains(&name)).map(|(v, _)| v.clone()).collect();
-        self.replica_files.get_mut(&name).expect("it is there").is_up = false;
+        let files = self.replica_files.get_mut(&name).expect("it is there");
+        files.has_ended = files.is_up;
+        files.is_up = false;
         for volume in users {
             // Its export is gone at once, however soon it is started again.
             self.drop_unreachable(&volume, random);

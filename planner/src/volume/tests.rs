@@ -308,3 +308,15 @@ fn detaches_the_engine_before_the_replicas() {
         Detached Unknown Detached: it can be attached"#]],
     );
 }
+
+#[test]
+fn starts_replicas_again_whose_process_ended() {
+    check(
+        "on=n1; engine=stopped:4@n1; recorded=4; r1=error:4{r1,r2,r3} r2=error:4{r1,r2,r3} r3=error:4{r1,r2,r3}",
+        expect![[r#"
+            r1 Stopped
+            r2 Stopped
+            r3 Stopped
+            Attaching Unknown Attaching: waits for replica r1 on node n1: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r2 on node n2: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r3 on node n3: its process ended; it is started again, not before 2026-01-01T00:00:01Z"#]],
+    );
+}
