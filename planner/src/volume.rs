@@ -229,6 +229,8 @@ impl Pass<'_> {
     }
 
     fn detach(&mut self) {
+        // The next attachment is a new wish.
+        self.restart = Retry::default();
         self.take_over_drops();
         if let Some(engine) = &mut self.engine {
             engine.desire_state = DesireState::Stopped;
