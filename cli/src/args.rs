@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::client::Client;
 use crate::failure::exit_code;
-use crate::{apply, delete, get, image, roles, serve, standalone, volume, why};
+use crate::{apply, dataplane_roles, delete, get, image, roles, serve, standalone, volume, why};
 
 /// Volumes that start as copy-on-write overlays on backing images.
 #[derive(Parser, Debug)]
@@ -41,6 +41,12 @@ enum Command {
     BackingImageManager(roles::ManagerFace),
     DataSource(roles::DataSource),
     #[command(hide = true)]
+    Replica(dataplane_roles::Replica),
+    #[command(hide = true)]
+    Engine(dataplane_roles::Engine),
+    #[command(hide = true)]
+    EngineHolder(dataplane_roles::EngineHolder),
+    #[command(hide = true)]
     Serve(serve::Serve),
 }
 
@@ -59,7 +65,11 @@ pub fn main() -> ExitCode {
         run(Command::BackingImageManager(ManagerProgram::parse().face), None)
     } else {
         let Cli { server: Server { server }, command } = Cli::parse();
-        run(command, Some(&server))
+        match command {
+            Command::Engine(engine) => dataplane_roles::engine(engine),
+            Command::EngineHolder(holder) => dataplane_roles::engine_holder(holder),
+            command => run(command, Some(&server)),
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -83,6 +93,10 @@ async fn run(command: Command, server: Option<&str>) -> anyhow::Result<()> {
         Command::Standalone(standalone) => standalone::run(standalone).await,
         Command::BackingImageManager(face) => roles::backing_image_manager(face).await,
         Command::DataSource(source) => roles::data_source(source).await,
+        Command::Replica(replica) => dataplane_roles::replica(replica).await,
+        // These two have no use for a runtime and are run by the caller.
+        Command::Engine(engine) => dataplane_roles::engine(engine),
+        Command::EngineHolder(holder) => dataplane_roles::engine_holder(holder),
         Command::Serve(serve) => serve::run(serve).await,
     }
 }

@@ -3,6 +3,7 @@
 mod apply;
 mod args;
 mod client;
+mod dataplane_roles;
 mod delete;
 mod documents;
 mod duration;

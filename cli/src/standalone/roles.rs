@@ -66,7 +66,24 @@ impl Roles {
         let services = csi::ControllerConfig::new(store.clone(), &driver_name, layout.csi().join("controller.sock"));
         let shutdown = self.shutdown.clone();
         self.spawn("csi-controller", async move { Ok(csi::serve_controller(services, shutdown).await?) });
-        let _ = (node_names, program);
+
+        for (number, name) in (1..).zip(node_names) {
+            let node = instance::Config {
+                node: name.parse().with_context(|| format!("node name `{name}`"))?,
+                ip: subnet.node(number).into(),
+                directory: layout.node(&name).join("instance"),
+                program: program.clone(),
+                store: store.clone(),
+                create_disks: true,
+            };
+            let shutdown = self.shutdown.clone();
+            self.spawn(&format!("instance {name}"), async move { Ok(instance::run(node, shutdown).await?) });
+
+            let socket = layout.csi().join(format!("{name}.sock"));
+            let services = csi::NodeConfig::new(store.clone(), &driver_name, &name, socket);
+            let shutdown = self.shutdown.clone();
+            self.spawn(&format!("csi {name}"), async move { Ok(csi::serve_node(services, shutdown).await?) });
+        }
         Ok(workloads)
     }
 
