@@ -7,6 +7,7 @@ mod agents;
 mod data_source;
 mod error;
 mod events;
+pub mod http;
 mod image;
 mod limits;
 mod manager;

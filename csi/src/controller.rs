@@ -13,6 +13,7 @@ mod tests;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use capacity::TOPOLOGY_KEY;
 use proto::csi;
 use proto::csi::controller_server::{Controller, ControllerServer};
 use proto::csi::controller_service_capability::{self, rpc};
@@ -35,26 +36,29 @@ pub struct ControllerConfig {
     pub socket: PathBuf,
     /// How long a call waits whose caller sets no deadline.
     pub wait: Duration,
+    /// Whether an image may be downloaded from this very machine: in standalone mode all nodes are this machine.
+    pub allow_loopback_sources: bool,
 }
 
 impl ControllerConfig {
-    /// With the usual patience.
+    /// With the usual patience, and without loopback sources.
     pub fn new(store: Store, driver_name: &str, socket: impl Into<PathBuf>) -> ControllerConfig {
         ControllerConfig {
             store,
             driver_name: driver_name.to_owned(),
             socket: socket.into(),
             wait: limits::WAIT_WITHOUT_DEADLINE,
+            allow_loopback_sources: false,
         }
     }
 }
 
 /// Serves Identity and Controller on a unix socket until the shutdown request, then lets calls in progress end.
 pub async fn serve_controller(config: ControllerConfig, shutdown: CancellationToken) -> Result<(), CsiError> {
-    let ControllerConfig { store, driver_name, socket, wait } = config;
+    let ControllerConfig { store, driver_name, socket, wait, allow_loopback_sources } = config;
     let calls = Calls::new(wait, &shutdown);
-    let service =
-        ControllerService { context: Context { store, in_flight: InFlight::default() }, calls: calls.clone() };
+    let context = Context { store, in_flight: InFlight::default(), allow_loopback_sources };
+    let service = ControllerService { context, calls: calls.clone() };
     let routes = Routes::new(IdentityServer::new(IdentityService::new(&driver_name)))
         .add_service(ControllerServer::new(service));
     server::serve(&socket, routes, calls).await
@@ -65,6 +69,7 @@ pub async fn serve_controller(config: ControllerConfig, shutdown: CancellationTo
 struct Context {
     store: Store,
     in_flight: InFlight,
+    allow_loopback_sources: bool,
 }
 
 struct ControllerService {

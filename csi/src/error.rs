@@ -48,8 +48,8 @@ pub enum CsiError {
     NoNode { node_id: String },
     #[error("{reason}")]
     NoImage { reason: String },
-    #[error("the image cannot be made: {reason}")]
-    Image { reason: String },
+    #[error("{what}")]
+    Refused { what: String, source: api::validation::FieldErrors },
     #[error("volume `{volume_id}` exists already with other parameters: {}; use another name, or delete it first", list(.differences))]
     VolumeDiffers { volume_id: String, differences: Vec<Difference> },
     #[error("image `{image}` exists already and is not what the parameters describe: {}; leave those parameters out, or use another image name", list(.differences))]
@@ -80,8 +80,8 @@ pub enum CsiError {
     PathTaken { path: PathBuf, reason: String },
     #[error("the content of volume `{volume_id}` is left as it is: {reason}")]
     Content { volume_id: String, reason: String },
-    #[error("cannot {what}")]
-    Mount { what: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error(transparent)]
+    Dataplane(#[from] dataplane::DataplaneError),
     #[error("cannot {what} `{}`", .path.display())]
     Path { what: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot listen on `{}`", .socket.display())]
@@ -99,7 +99,7 @@ impl CsiError {
             | CsiError::Parameter(_)
             | CsiError::Capability { .. }
             | CsiError::NotOffered { .. }
-            | CsiError::Image { .. } => ErrorKind::Invalid,
+            | CsiError::Refused { .. } => ErrorKind::Invalid,
             CsiError::Size { .. } | CsiError::TooSmall { .. } => ErrorKind::OutOfRange,
             CsiError::NoVolume { .. }
             | CsiError::NoNode { .. }
@@ -119,9 +119,12 @@ impl CsiError {
             | CsiError::StillWaiting { .. }
             | CsiError::Contended { .. } => ErrorKind::Pending,
             CsiError::Store(error) => error.kind(),
-            CsiError::Mount { .. } | CsiError::Path { .. } | CsiError::Listen { .. } | CsiError::Serve { .. } => {
-                ErrorKind::Internal
-            }
+            // A file that is missing here is no volume that is missing, and another node is no remedy for a full disk of this one.
+            CsiError::Dataplane(error) => match error.kind() {
+                ErrorKind::NotFound | ErrorKind::Exhausted => ErrorKind::Internal,
+                kind => kind,
+            },
+            CsiError::Path { .. } | CsiError::Listen { .. } | CsiError::Serve { .. } => ErrorKind::Internal,
         }
     }
 }

@@ -15,6 +15,8 @@ mod node;
 mod parameters;
 mod rpc;
 mod server;
+#[cfg(test)]
+mod server_tests;
 mod size;
 mod status;
 mod volume;

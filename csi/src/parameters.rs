@@ -46,6 +46,9 @@ impl ParameterError {
     }
 }
 
+/// The keys that the node reads again when it stages a volume.
+pub const FILESYSTEM_KEYS: [&str; 3] = ["fsType", "csi.storage.k8s.io/fstype", "mkfsParams"];
+
 /// What a StorageClass asks for, checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Parameters {

@@ -80,7 +80,7 @@ pub fn health(volume: &Volume) -> csi::VolumeHealth {
         entries.push(VolumeHealthEntry { status: status.into(), reason: reason.to_owned(), message });
     };
     if let Some(status) = &volume.status {
-        let ready = condition::find(&status.conditions, api::names::condition::READY).filter(|c| !c.is_true());
+        let ready = condition::find(&status.conditions, api::names::condition::READY);
         let why = |otherwise: &str| {
             ready.map(|c| c.message.clone()).filter(|m| !m.is_empty()).unwrap_or_else(|| otherwise.to_owned())
         };

@@ -1,15 +1,19 @@
-//! Role: supervises one node's data-plane processes, reports its disks.
+//! The instance role: replica and engine processes of one node, and its disks.
+//!
+//! It reads the wishes in Replica and Engine objects of its node and keeps processes accordingly. The processes outlive
+//! this role and are adopted again by it; it is the only writer of the status of these objects and of its Node.
 
+mod control;
+mod disks;
+mod engine_decision;
+mod engines;
+mod error;
+mod limits;
+mod processes;
+mod replica_decision;
 pub mod replica_process;
+mod replicas;
+mod role;
 
-/// An error and its causes in one sentence, for statuses and replies.
-pub(crate) fn sentence(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
+pub use error::InstanceError;
+pub use role::{Config, run};

@@ -12,4 +12,5 @@ pub mod placement;
 pub mod retry;
 pub mod setting;
 pub mod volume;
+pub mod why;
 pub mod workload;

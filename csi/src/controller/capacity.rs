@@ -100,24 +100,13 @@ pub async fn get_capacity(
 
 /// Bytes that can be promised in all, and for one volume. Of one node: its disks' room. Of all: room for volumes with all their replicas.
 fn room(world: &World, demand: &Demand) -> (u64, u64) {
-    let mut by_node: Vec<(u64, u64)> = world
-        .nodes
-        .iter()
-        .filter(|node| demand.node.as_ref().is_none_or(|wanted| *wanted == node.name_any()))
-        .map(|node| {
-            let rooms = disk_rooms(world, demand, node);
-            (rooms.iter().sum(), rooms.into_iter().max().unwrap_or(0))
-        })
-        .collect();
-    if demand.node.is_some() {
-        return by_node.pop().unwrap_or((0, 0));
-    }
-    let replicas = demand.replicas.max(1);
-    let available = by_node.iter().map(|(sum, _)| sum).sum::<u64>() / replicas as u64;
-    // Replicas go to distinct nodes, so the one with the least room of the best ones decides.
-    let mut largest: Vec<u64> = by_node.iter().map(|(_, max)| *max).filter(|max| *max > 0).collect();
-    largest.sort_unstable_by(|a, b| b.cmp(a));
-    (available, largest.get(replicas - 1).copied().unwrap_or(0))
+    let nodes = world.nodes.iter().filter(|node| demand.node.as_ref().is_none_or(|wanted| *wanted == node.name_any()));
+    let mut rooms: Vec<u64> = nodes.flat_map(|node| disk_rooms(world, demand, node)).filter(|room| *room > 0).collect();
+    rooms.sort_unstable_by(|a, b| b.cmp(a));
+    let replicas = if demand.node.is_some() { 1 } else { demand.replicas.max(1) };
+    let available = rooms.iter().copied().fold(0, u64::saturating_add) / replicas as u64;
+    // Replicas go to distinct disks, so the one with the least room of the best ones decides.
+    (available, rooms.get(replicas - 1).copied().unwrap_or(0))
 }
 
 fn disk_rooms(world: &World, demand: &Demand, node: &Node) -> Vec<u64> {

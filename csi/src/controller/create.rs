@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use api::volume::VolumeSpec;
-use api::{Volume, names, setting};
+use api::{Volume, names, setting, validation};
 use kube::ResourceExt;
 use proto::csi;
 use proto::csi::validate_volume_capabilities_response::Confirmed;
@@ -97,6 +97,8 @@ pub async fn create_volume(
         None => settings::number(&context.store, setting::DEFAULT_REPLICA_COUNT).await?,
     };
     let wanted = object(id.as_str(), &wish, size, replicas);
+    validation::volume::check_new(&wanted, image.as_ref())
+        .map_err(|source| CsiError::Refused { what: format!("volume `{id}` cannot be made"), source })?;
     match context.store.create(&wanted).await {
         Ok(created) => {
             info!(volume = %id, size_bytes = size, image = name, replicas, "volume created");

@@ -31,7 +31,7 @@ pub async fn delete_volume(
             Ok(csi::DeleteVolumeResponse {})
         }
         Outcome::Late(last) => {
-            let why = last.as_ref().and_then(|v| volume::unmet(v)).map(|m| format!(": {m}")).unwrap_or_default();
+            let why = last.as_ref().and_then(volume::unmet).map(|m| format!(": {m}")).unwrap_or_default();
             Err(CsiError::StillWaiting {
                 volume_id,
                 progress: format!("is being deleted, its replicas are not all gone yet{why}"),

@@ -1,7 +1,8 @@
 //! The image step of CreateVolume: an absent image is made when the StorageClass says how, a present one is compared.
 
 use api::image::{BackingImageSpec, SourceType};
-use api::{BackingImage, names, setting};
+use api::validation::image::ImageRules;
+use api::{BackingImage, names, setting, validation};
 use kube::ResourceExt;
 use tracing::info;
 
@@ -17,7 +18,8 @@ pub async fn ensure(context: &Context, wish: &ImageWish) -> Result<BackingImage,
     if let Some(existing) = context.store.get::<BackingImage>(wish.name.as_str()).await? {
         return accept(existing, wish, default_copies);
     }
-    let wanted = describe(wish)?;
+    let allow_loopback_sources = context.allow_loopback_sources;
+    let wanted = describe(wish, &ImageRules { default_min_copies: default_copies, allow_loopback_sources })?;
     match context.store.create(&wanted).await {
         Ok(created) => {
             info!(image = %wish.name, "image created for a volume");
@@ -44,7 +46,7 @@ fn accept(existing: BackingImage, wish: &ImageWish, default_copies: u32) -> Resu
 }
 
 /// The object of an absent image, when its source type lets us make it.
-fn describe(wish: &ImageWish) -> Result<BackingImage, CsiError> {
+fn describe(wish: &ImageWish, rules: &ImageRules) -> Result<BackingImage, CsiError> {
     let name = &wish.name;
     let absent = |help: &str| Err(CsiError::NoImage { reason: format!("image `{name}` does not exist; {help}") });
     match wish.source_type {
@@ -68,14 +70,7 @@ fn describe(wish: &ImageWish) -> Result<BackingImage, CsiError> {
             });
         }
     }
-    if wish.source_parameters.get("url").is_none_or(|url| url.is_empty()) {
-        return Err(CsiError::Image {
-            reason:
-                "`backingImageDataSourceParameters` has no `url`; write {\"url\": \"https://example.com/image.qcow2\"}"
-                    .into(),
-        });
-    }
-    let mut image = BackingImage::new(
+    let image = BackingImage::new(
         name.as_str(),
         BackingImageSpec {
             checksum: wish.checksum.as_ref().map(|c| c.to_string()).unwrap_or_default(),
@@ -87,10 +82,8 @@ fn describe(wish: &ImageWish) -> Result<BackingImage, CsiError> {
             ..Default::default()
         },
     );
-    image.metadata.finalizers = Some(vec![names::FINALIZER.into()]);
-    let labels = [(names::label::COMPONENT, "backing-image"), (names::label::MANAGED_BY, names::MANAGED_BY)];
-    image.metadata.labels = Some(labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect());
-    Ok(image)
+    validation::image::admit_new(image, rules)
+        .map_err(|source| CsiError::Refused { what: format!("image `{name}` cannot be made"), source })
 }
 
 /// The image's virtual size, waited for within the deadline.

@@ -21,7 +21,11 @@ const GIB: i64 = 1 << 30;
 
 fn context() -> Context {
     let objects = Arc::new(Embedded::in_memory());
-    Context { store: Store::new(objects, "longhorn-system"), in_flight: InFlight::default() }
+    Context {
+        store: Store::new(objects, "longhorn-system"),
+        in_flight: InFlight::default(),
+        allow_loopback_sources: false,
+    }
 }
 
 fn soon(milliseconds: u64) -> Deadline {
@@ -165,6 +169,10 @@ async fn a_different_request_for_the_same_name_lists_every_difference() {
 #[tokio::test]
 async fn requests_that_can_never_succeed_are_invalid_and_leave_nothing() {
     let context = context();
+    let download = |parameters| {
+        let source = [("backingImageDataSourceType", "download"), ("backingImageDataSourceParameters", parameters)];
+        request("v", &[("backingImage", "u1"), source[0], source[1]])
+    };
     let content = csi::VolumeContentSource { r#type: None };
     let rwx = capability(AccessType::Block(Default::default()), Mode::MultiNodeMultiWriter);
     for bad in [
@@ -176,6 +184,9 @@ async fn requests_that_can_never_succeed_are_invalid_and_leave_nothing() {
         request("v", &[("numberOfReplicas", "-1")]),
         request("v", &[("backingImage", "u1"), ("backingImageDataSourceType", "download")]),
         request("v", &[("backingImage", "u1"), ("backingImageDataSourceType", "export-from-volume")]),
+        download(r#"{"url":"ftp://example.com/u.qcow2"}"#),
+        download(r#"{"url":"http://127.0.0.1/u.qcow2"}"#),
+        download(r#"{"url":"http://example.com/u.qcow2","uri":"x"}"#),
     ] {
         let (kind, text) = error(create::create_volume(&context, bad, &soon(20)).await);
         assert_eq!(kind, ErrorKind::Invalid, "{text}");

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use api::validation::nearest;
+
 use super::ParameterError;
 
 /// What is done with a key.
@@ -66,7 +68,11 @@ const KEYS: &[(&str, Rule)] = &[
     ),
     (
         "replicaSoftAntiAffinity",
-        Rule::Only { offered: &["ignored", "disabled"], known: TRI, what: "several replicas on one node" },
+        Rule::Only {
+            offered: &["ignored", "enabled"],
+            known: TRI,
+            what: "never two replicas on one node; other nodes are preferred",
+        },
     ),
     (
         "replicaZoneSoftAntiAffinity",
@@ -133,7 +139,7 @@ const KEYS: &[(&str, Rule)] = &[
 pub fn check(given: &BTreeMap<String, String>) -> Result<(), ParameterError> {
     for (key, value) in given {
         let Some((_, rule)) = KEYS.iter().find(|(known, _)| known == key) else {
-            let hint = match nearest(key) {
+            let hint = match nearest(key, KEYS.iter().map(|(known, _)| *known)) {
                 Some(known) => format!("did you mean `{known}`?"),
                 None => "remove it; the documentation lists every parameter".to_owned(),
             };
@@ -182,30 +188,6 @@ pub fn switch(text: &str) -> Option<bool> {
     }
 }
 
-/// The known key that differs least, if it is near enough to be meant.
-fn nearest(key: &str) -> Option<&'static str> {
-    let wanted = key.to_lowercase();
-    let distances = KEYS.iter().map(|(known, _)| (distance(&wanted, &known.to_lowercase()), *known));
-    let (far, known) = distances.min_by_key(|(d, _)| *d)?;
-    (far <= 1.max(key.chars().count() / 3)).then_some(known)
-}
-
-/// How many letters must be added, removed or replaced (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -214,13 +196,6 @@ mod tests {
     fn no_key_stands_twice() {
         let names: std::collections::BTreeSet<_> = KEYS.iter().map(|(k, _)| k).collect();
         assert_eq!(names.len(), KEYS.len());
-    }
-
-    #[test]
-    fn names_the_nearest_key() {
-        assert_eq!(nearest("backingimage"), Some("backingImage"));
-        assert_eq!(nearest("numberOfReplica"), Some("numberOfReplicas"));
-        assert_eq!(nearest("zzzzzzzzzz"), None);
     }
 
     #[test]
