@@ -355,7 +355,7 @@ impl RunningManager {
                 return copy;
             }
             assert!(Instant::now() < deadline, "wanted {state}, is {status:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await; // poll
         }
     }
 }
@@ -376,7 +376,7 @@ pub async fn wait_for_port(address: SocketAddr) {
     let deadline = Instant::now() + DEADLINE;
     while TcpStream::connect(address).await.is_err() {
         assert!(Instant::now() < deadline, "nothing listens on {address}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await; // poll
     }
 }
 
@@ -384,7 +384,7 @@ pub async fn wait_until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + DEADLINE;
     while !condition().await {
         assert!(Instant::now() < deadline, "never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await; // poll
     }
 }
 
