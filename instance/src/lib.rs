@@ -266,7 +266,6 @@ async fn drive(shared: Arc<Shared>, key: Key, notify: Arc<Notify>, actors: Arc<M
     }
 }
 
-#[expect(clippy::large_enum_variant, reason = "one per object")]
 enum Supervisor {
     Replica(replica::Supervisor),
     Engine(engine::Supervisor),
