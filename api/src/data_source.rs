@@ -37,7 +37,7 @@ pub struct BackingImageDataSourceSpec {
     pub disk_uuid: String,
     pub disk_path: String,
     pub checksum: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "crate::image::some_source_type")]
     pub source_type: Option<SourceType>,
     pub parameters: BTreeMap<String, String>,
     /// The agent of the disk has taken the file over.

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use kube::CustomResource;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::IntoDeserializer;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Condition, Unknown};
 
@@ -32,11 +33,20 @@ impl SourceType {
     }
 }
 
+/// Longhorn's clients write an empty text where they mean none.
+pub(crate) fn some_source_type<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SourceType>, D::Error> {
+    let text = Option::<String>::deserialize(deserializer)?;
+    let named = text.filter(|text| !text.is_empty()).map(|text| SourceType::deserialize(text.into_deserializer()));
+    named.transpose()
+}
+
 /// Which engine serves the data; only `v1` is offered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DataEngine {
+    // Go clients write an empty text for the default.
     #[default]
+    #[serde(alias = "")]
     V1,
     V2,
 }
@@ -115,7 +125,7 @@ impl CopyState {
 pub struct BackingImageSpec {
     /// Expected SHA-512 of the whole file, 128 lower-case hexadecimal digits; empty: the first file decides.
     pub checksum: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "some_source_type")]
     pub source_type: Option<SourceType>,
     /// Keys by source type: LF 1.5. Ours: `padToSector: "true"` pads a raw file to a multiple of 512 bytes.
     pub source_parameters: BTreeMap<String, String>,
@@ -140,6 +150,8 @@ pub struct BackingImageSpec {
 pub struct DiskFileSpec {
     pub eviction_requested: bool,
     pub data_engine: DataEngine,
+    #[serde(flatten)]
+    pub other: Unknown,
 }
 
 /// What is known of an image.

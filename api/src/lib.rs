@@ -5,6 +5,7 @@
 //! Fields that we do not know are kept: every spec and status ends in an `other` map.
 
 pub mod condition;
+pub mod crd;
 pub mod data_source;
 pub mod engine;
 pub mod error;
@@ -17,6 +18,7 @@ pub mod quantity;
 pub mod replica;
 pub mod setting;
 pub mod unknown;
+pub mod validation;
 pub mod volume;
 
 pub use condition::{Condition, ConditionStatus};

@@ -61,6 +61,8 @@ pub struct DiskSpec {
     /// Bytes that are never promised to anybody.
     pub storage_reserved: u64,
     pub tags: Vec<String>,
+    #[serde(flatten)]
+    pub other: Unknown,
 }
 
 impl Default for DiskSpec {
@@ -72,6 +74,7 @@ impl Default for DiskSpec {
             eviction_requested: false,
             storage_reserved: 0,
             tags: vec![],
+            other: Unknown::default(),
         }
     }
 }
@@ -107,4 +110,6 @@ pub struct DiskStatus {
     pub r#type: String,
     #[serde(rename = "filesystemType")]
     pub fs_type: String,
+    #[serde(flatten)]
+    pub other: Unknown,
 }

@@ -1,1 +1,131 @@
 //! Role: reconcilers and HTTP API.
+//!
+//! Each reconciler observes, lets the planner decide, and acts. Passes are started by events (objects, workloads, agents) and,
+//! as a safety net, by a slow resync; two passes over one object never overlap.
+
+mod agents;
+mod data_source;
+mod error;
+mod events;
+pub mod http;
+mod image;
+mod limits;
+mod manager;
+mod metrics;
+mod node;
+mod queue;
+mod volume;
+mod world;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use api::ErrorKind;
+use planner::retry::Retry;
+use store::Store;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+use workloads::Workloads;
+
+use crate::agents::Agents;
+pub use crate::error::{ControllerError, ReconcileError};
+pub use crate::metrics::Metrics;
+use crate::queue::{Key, Kind, Queue};
+
+/// What the controller works with.
+#[derive(Clone)]
+pub struct Context {
+    pub store: Store,
+    pub workloads: Arc<dyn Workloads>,
+    /// See [`Metrics::register`].
+    pub metrics: Metrics,
+}
+
+/// What reconcilers share beside the [`Context`].
+pub(crate) struct Shared {
+    store: Store,
+    workloads: Arc<dyn Workloads>,
+    metrics: Metrics,
+    queue: Arc<Queue>,
+    agents: Agents,
+    /// Attempts by manager; lost at a restart, after which everything is tried at once.
+    manager_memory: Mutex<HashMap<String, planner::manager::Memory>>,
+    /// Unwanted ends of engines by volume.
+    volume_restarts: Mutex<HashMap<String, Retry>>,
+}
+
+/// Runs all reconcilers until `shutdown`. Ends by itself only with an error.
+pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), ControllerError> {
+    let tracker = TaskTracker::new();
+    let queue = Arc::new(Queue::default());
+    let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone());
+    let shared = Arc::new(Shared {
+        store: context.store,
+        workloads: context.workloads,
+        metrics: context.metrics,
+        queue,
+        agents,
+        manager_memory: Mutex::default(),
+        volume_restarts: Mutex::default(),
+    });
+    node::create_default_settings(&shared.store).await?;
+    let result = tokio::select! {
+        result = events::run(&shared) => result,
+        () = work(&shared, &tracker) => Ok(()),
+        () = shutdown.cancelled() => Ok(()),
+    };
+    // Followers of agents and passes that were begun.
+    shutdown.cancel();
+    tracker.close();
+    let _ = tokio::time::timeout(limits::DRAIN_TIMEOUT, tracker.wait()).await;
+    result
+}
+
+async fn work(shared: &Arc<Shared>, tracker: &TaskTracker) {
+    let slots = Arc::new(tokio::sync::Semaphore::new(limits::CONCURRENT_PASSES));
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let key = shared.queue.next().await;
+        let shared = shared.clone();
+        tracker.spawn(async move {
+            let span = tracing::info_span!("reconcile", kind = key.kind.as_str(), name = %key.name);
+            pass(&shared, &key).instrument(span).await;
+            drop(slot);
+        });
+    }
+}
+
+async fn pass(shared: &Shared, key: &Key) {
+    let started = Instant::now();
+    // A slow peer must not hold a slot for ever; what was left undone is observed again.
+    let result = match tokio::time::timeout(limits::PASS_TIMEOUT, reconcile(shared, key)).await {
+        Ok(result) => result,
+        Err(_) => Err(ReconcileError::Timeout),
+    };
+    shared.metrics.observe_pass(key.kind, started.elapsed(), result.is_ok());
+    match result {
+        Ok(recheck) => shared.queue.finish(key, recheck),
+        Err(error) if error.is_conflict() => {
+            tracing::debug!("somebody else was faster, observed again");
+            shared.queue.finish(key, Some(Duration::ZERO));
+        }
+        Err(error) => {
+            match error.kind() {
+                ErrorKind::Internal => tracing::error!(error = error.chain(), "pass failed"),
+                _ => tracing::warn!(error = error.chain(), "pass failed"),
+            }
+            shared.queue.fail(key);
+        }
+    }
+}
+
+async fn reconcile(shared: &Shared, key: &Key) -> Result<Option<Duration>, ReconcileError> {
+    match key.kind {
+        Kind::Image => image::reconcile(&key.name, shared).await,
+        Kind::Manager => manager::reconcile(&key.name, shared).await,
+        Kind::DataSource => data_source::reconcile(&key.name, shared).await,
+        Kind::Volume => volume::reconcile(&key.name, shared).await,
+    }
+}

@@ -1,232 +1,297 @@
-//! The disks of a node: made when wished, looked at, reported.
+//! The disks of a node: their configuration files, what they hold, whether something may be placed there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::time::Duration;
 
-use api::ids::DiskId;
 use api::names::condition::{READY, SCHEDULABLE};
-use api::node::{DiskSpec, DiskStatus};
+use api::node::{DiskSpec, DiskStatus, NodeStatus};
 use api::{Condition, ConditionStatus, Node, condition};
 use jiff::Timestamp;
+use runtime::files;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
 
-use crate::decide::Disk;
-use crate::{InstanceError, Shared, limits, sentence};
+use crate::error::InstanceError;
+use crate::role::Config;
 
-const DISK_CONFIG: &str = "longhorn-disk.cfg";
+/// Longhorn's file at the root of a disk (LF 1.7).
+const CONFIG_FILE: &str = "longhorn-disk.cfg";
 
-/// Longhorn's file that makes a directory a disk (LF 1.7).
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct DiskConfig {
+struct DiskFile {
     #[serde(default)]
     disk_name: String,
     #[serde(rename = "diskUUID")]
-    disk_uuid: DiskId,
+    disk_uuid: String,
     #[serde(default)]
     disk_driver: String,
     #[serde(default)]
     state: String,
 }
 
-/// Reports at every change of the node object, and now and then without one.
-pub(crate) async fn drive(shared: Arc<Shared>, changed: Arc<Notify>) {
-    let mut failures = 0;
-    while !shared.shutdown.is_cancelled() {
-        let wait = match report(&shared).await {
-            Ok(()) => {
-                failures = 0;
-                limits::DISK_INTERVAL
-            }
-            Err(error) => {
-                failures += 1;
-                if !error.is_conflict() {
-                    tracing::warn!(error = sentence(&error), failures, "disks not reported");
-                }
-                limits::RETRY.delay(failures)
-            }
-        };
-        tokio::select! {
-            () = changed.notified() => {}
-            () = tokio::time::sleep(wait) => {}
-            () = shared.shutdown.cancelled() => {}
-        }
-    }
+/// What was seen of a disk.
+struct Seen {
+    uuid: String,
+    fs_type: String,
+    maximum: u64,
+    available: u64,
 }
 
-async fn report(shared: &Shared) -> Result<(), InstanceError> {
-    let store = &shared.config.store;
-    let Some(mut node) = store.get::<Node>(shared.config.node.as_str()).await? else { return Ok(()) };
-    let old = node.status.clone().unwrap_or_default();
-    let mut status = old.clone();
-    let now = Timestamp::now();
-    let mut found = BTreeMap::new();
-    let mut uuids = BTreeSet::new();
-    for (name, spec) in &node.spec.disks {
-        let mut disk = old.disk_status.get(name).cloned().unwrap_or_default();
-        // Another path is another disk.
-        if disk.disk_path != spec.path {
-            disk = DiskStatus::default();
-        }
-        let problem = match look(name, spec, &mut disk, shared.config.create_disks) {
-            Ok(()) if !uuids.insert(disk.disk_uuid.clone()) => Some(Problem {
-                reason: "DuplicateUUID",
-                message: format!("another disk of this node has the UUID {}; was it copied?", disk.disk_uuid),
-            }),
-            Ok(()) => None,
-            Err(problem) => Some(problem),
-        };
-        for condition in conditions(name, spec, problem) {
-            condition::set(&mut disk.conditions, condition, now);
-        }
-        found.insert(name.clone(), disk);
-    }
-    status.disk_status = found;
-    status.ip = shared.config.ip.to_string();
-    let ready = Condition::new(READY, ConditionStatus::True, "NodeReady", "the node serves its disks");
-    condition::set(&mut status.conditions, ready, now);
-    let schedulable = match node.spec.allow_scheduling {
-        true => Condition::new(SCHEDULABLE, ConditionStatus::True, "Allowed", ""),
-        false => Condition::new(SCHEDULABLE, ConditionStatus::False, "NotAllowed", "spec.allowScheduling is false"),
-    };
-    condition::set(&mut status.conditions, schedulable, now);
-    if status != old {
-        node.status = Some(status);
-        store.replace_status(&node).await?;
-    }
-    Ok(())
-}
-
-/// What is wrong with a disk.
-struct Problem {
+/// Why a disk cannot be used: reason, sentence, what to do.
+struct Unusable {
     reason: &'static str,
     message: String,
+    hint: &'static str,
 }
 
-fn conditions(name: &str, spec: &DiskSpec, problem: Option<Problem>) -> Vec<Condition> {
-    let (yes, no) = (ConditionStatus::True, ConditionStatus::False);
-    match problem {
-        Some(problem) => vec![
-            Condition::new(READY, no, problem.reason, problem.message)
-                .with_hint(format!("make `{}` right, or remove disk `{name}` from spec.disks", spec.path)),
-            Condition::new(SCHEDULABLE, no, "DiskNotReady", format!("disk `{name}` is not ready")),
-        ],
-        None => vec![
-            Condition::new(READY, yes, "DiskReady", format!("disk `{name}` is ready")),
-            match spec.allow_scheduling {
-                true => Condition::new(SCHEDULABLE, yes, "Allowed", ""),
-                false => Condition::new(SCHEDULABLE, no, "NotAllowed", "the disk's allowScheduling is false"),
-            },
-        ],
-    }
-}
-
-fn look(name: &str, spec: &DiskSpec, disk: &mut DiskStatus, create: bool) -> Result<(), Problem> {
-    let path = Path::new(&spec.path);
-    (disk.disk_name, disk.disk_path, disk.r#type) = (name.into(), spec.path.clone(), spec.r#type.clone());
-    let problem = |reason, message| Problem { reason, message };
-    if !path.is_absolute() {
-        return Err(problem("InvalidPath", format!("`{}` is not an absolute path", spec.path)));
-    }
-    let known = !disk.disk_uuid.is_empty();
-    if !path.is_dir() {
-        if known || !create {
-            return Err(problem("NoDirectory", format!("the directory `{}` does not exist", spec.path)));
-        }
-        fs::create_dir_all(path)
-            .map_err(|e| problem("NoDirectory", format!("the directory `{}` cannot be made: {e}", spec.path)))?;
-    }
-    let config = match read_config(path) {
-        Ok(Some(config)) => config,
-        // A known disk without its file is a disk that is not mounted, not a new one.
-        Ok(None) if known => {
-            let text = format!("`{}` has no `{DISK_CONFIG}`, it had before; is the disk mounted?", spec.path);
-            return Err(problem("NoDiskInfo", text));
-        }
-        Ok(None) => make_config(name, path).map_err(|e| {
-            let text = format!("`{DISK_CONFIG}` cannot be written in `{}`: {e}", spec.path);
-            problem("ReadOnly", text)
-        })?,
-        Err(error) => return Err(problem("NoDiskInfo", format!("`{DISK_CONFIG}` in `{}`: {error}", spec.path))),
+/// Reports the disks of this node; makes what is missing where that is allowed.
+pub async fn reconcile(config: &Config) -> Result<Option<Duration>, InstanceError> {
+    let Some(node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };
+    let old = node.status.clone().unwrap_or_default();
+    let (spec, create) = (node.spec.disks.clone(), config.create_disks);
+    let known = old.disk_status.clone();
+    let looked = tokio::task::spawn_blocking(move || {
+        let look = |(name, disk): (String, DiskSpec)| {
+            let uuid = known.get(&name).map(|d| d.disk_uuid.clone()).unwrap_or_default();
+            let seen = look_at(&name, &disk, &uuid, create);
+            (name, (disk, seen))
+        };
+        spec.into_iter().map(look).collect::<BTreeMap<_, _>>()
+    });
+    let looked = looked.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+    let now = Timestamp::now();
+    let allowed = node.spec.allow_scheduling;
+    let report = |(name, (disk, seen)): (String, (DiskSpec, Result<Seen, Unusable>))| {
+        let before = old.disk_status.get(&name).cloned().unwrap_or_default();
+        let status = disk_status(&name, &disk, seen, before, allowed, now);
+        (name, status)
     };
-    if known && disk.disk_uuid != config.disk_uuid.as_str() {
-        return Err(problem(
-            "DiskFilesystemChanged",
-            format!("`{}` holds disk {} instead of {}", spec.path, config.disk_uuid, disk.disk_uuid),
-        ));
+    let mut conditions = old.conditions.clone();
+    condition::set(&mut conditions, Condition::new(READY, ConditionStatus::True, "Ready", ""), now);
+    let status = NodeStatus {
+        conditions,
+        disk_status: looked.into_iter().map(report).collect(),
+        region: old.region.clone(),
+        zone: old.zone.clone(),
+        ip: config.ip.to_string(),
+        other: old.other.clone(),
+    };
+    if is_same(&old, &status) {
+        return Ok(None);
     }
-    disk.disk_uuid = config.disk_uuid.to_string();
-    let stats = dataplane::stats::filesystem(path).map_err(|e| problem("NoStatistics", sentence(&e)))?;
-    disk.storage_maximum = stats.total_bytes;
-    disk.storage_available = stats.available_bytes;
-    disk.fs_type = filesystem_type(path);
-    if stats.read_only {
-        return Err(problem("ReadOnly", format!("the filesystem of `{}` is mounted read-only", spec.path)));
-    }
-    Ok(())
+    let mut changed = node;
+    changed.status = Some(status);
+    config.store.replace_status(&changed).await?;
+    Ok(None)
 }
 
-/// The type of the filesystem that holds a path: the mount with the longest matching target.
-fn filesystem_type(path: &Path) -> String {
-    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let mounts = dataplane::mount::list().unwrap_or_default();
-    let holding = mounts.into_iter().filter(|m| path.starts_with(&m.target));
-    holding.max_by_key(|m| m.target.as_os_str().len()).map(|m| m.fs_type).unwrap_or_default()
-}
-
-fn read_config(path: &Path) -> Result<Option<DiskConfig>, std::io::Error> {
-    match fs::read(path.join(DISK_CONFIG)) {
-        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(std::io::Error::other),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e),
-    }
-}
-
-fn make_config(name: &str, path: &Path) -> std::io::Result<DiskConfig> {
-    let disk_uuid = uuid::Uuid::new_v4().to_string().parse().map_err(std::io::Error::other)?;
-    let config = DiskConfig { disk_name: name.into(), disk_uuid, disk_driver: String::new(), state: "ready".into() };
-    let text = serde_json::to_vec(&config).map_err(std::io::Error::other)?;
-    runtime::files::write_durably(&path.join(DISK_CONFIG), &text)?;
-    Ok(config)
-}
-
-/// Whether the disk of a replica is there, looked at now.
-pub(crate) fn of_replica(node: Option<&Node>, disk_uuid: &str, disk_path: &str) -> Disk {
-    let wished = node.is_some_and(|n| n.spec.disks.values().any(|d| d.path == disk_path));
-    match read_config(Path::new(disk_path)) {
-        Ok(Some(config)) if config.disk_uuid.as_str() == disk_uuid => Disk::Available,
-        _ if node.is_some() && !wished => Disk::GivenUp,
-        Ok(Some(config)) => {
-            Disk::Unavailable(format!("`{disk_path}` holds disk {} instead of {disk_uuid}", config.disk_uuid))
+/// Whether two reports say the same. Free space that moves by less than 1 % of the disk is no news.
+fn is_same(old: &NodeStatus, new: &NodeStatus) -> bool {
+    let mut rounded = new.clone();
+    for (name, disk) in &mut rounded.disk_status {
+        let Some(before) = old.disk_status.get(name) else { return false };
+        if before.storage_available.abs_diff(disk.storage_available) < disk.storage_maximum / 100 {
+            disk.storage_available = before.storage_available;
         }
-        Ok(None) => Disk::Unavailable(format!("disk {disk_uuid} is not mounted at `{disk_path}`")),
-        Err(error) => Disk::Unavailable(format!("disk {disk_uuid} at `{disk_path}` cannot be read: {error}")),
     }
+    *old == rounded
+}
+
+fn disk_status(
+    name: &str,
+    disk: &DiskSpec,
+    seen: Result<Seen, Unusable>,
+    before: DiskStatus,
+    node_allowed: bool,
+    now: Timestamp,
+) -> DiskStatus {
+    let mut status =
+        DiskStatus { disk_name: name.to_owned(), disk_path: disk.path.clone(), r#type: disk.r#type.clone(), ..before };
+    let (ready, schedulable) = match seen {
+        Ok(seen) => {
+            status.storage_maximum = seen.maximum;
+            status.storage_available = seen.available;
+            status.disk_uuid = seen.uuid;
+            status.fs_type = seen.fs_type;
+            (Condition::new(READY, ConditionStatus::True, "Ready", ""), schedulable(disk, node_allowed, seen.available))
+        }
+        // Unknown is not absent: its uuid and sizes stay as they were seen last.
+        Err(why) => {
+            let condition = |r#type| {
+                Condition::new(r#type, ConditionStatus::False, why.reason, why.message.clone()).with_hint(why.hint)
+            };
+            (condition(READY), condition(SCHEDULABLE))
+        }
+    };
+    condition::set(&mut status.conditions, ready, now);
+    condition::set(&mut status.conditions, schedulable, now);
+    status
+}
+
+fn schedulable(disk: &DiskSpec, node_allowed: bool, available: u64) -> Condition {
+    let no = |reason, message: &str| Condition::new(SCHEDULABLE, ConditionStatus::False, reason, message);
+    if !node_allowed {
+        return no("NodeSchedulingDisabled", "scheduling is disabled on its node");
+    }
+    if !disk.allow_scheduling {
+        return no("SchedulingDisabled", "scheduling is disabled on it");
+    }
+    if available <= disk.storage_reserved {
+        let message = format!("{available} bytes are free, and {} are reserved", disk.storage_reserved);
+        return no("DiskPressure", &message).with_hint("free space on it, or lower its storageReserved");
+    }
+    Condition::new(SCHEDULABLE, ConditionStatus::True, "Schedulable", "")
+}
+
+fn look_at(name: &str, disk: &DiskSpec, known_uuid: &str, create: bool) -> Result<Seen, Unusable> {
+    let path = Path::new(&disk.path);
+    let cannot = |reason, hint, action: &str, e: io::Error| Unusable {
+        reason,
+        message: format!("cannot {action} `{}`: {e}", disk.path),
+        hint,
+    };
+    if disk.r#type != "filesystem" {
+        let message = format!("disk type `{}` is not offered, only `filesystem`", disk.r#type);
+        return Err(Unusable { reason: "Unsupported", message, hint: "set the disk's type to filesystem" });
+    }
+    // A disk that was there before and is gone was unmounted or removed: an empty directory must not take its place.
+    if create && known_uuid.is_empty() {
+        fs::create_dir_all(path)
+            .map_err(|e| cannot("NoDirectory", "make it, or correct the disk's path", "make", e))?;
+    }
+    if !path.is_dir() {
+        let message = format!("`{}` is not there", disk.path);
+        return Err(Unusable {
+            reason: "NoDirectory",
+            message,
+            hint: "mount the disk again, or remove it from the node",
+        });
+    }
+    let uuid = uuid_of(path, name, known_uuid)?;
+    let statistics =
+        rustix::fs::statvfs(path).map_err(|e| cannot("NoStatistics", "check the disk", "ask the size of", e.into()))?;
+    let fs_type = filesystem_name(path);
+    if statistics.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+        let message = format!("`{}` is mounted read-only", disk.path);
+        return Err(Unusable { reason: "ReadOnly", message, hint: "check the disk and mount it writable again" });
+    }
+    let unit = statistics.f_frsize;
+    Ok(Seen { uuid, fs_type, maximum: statistics.f_blocks * unit, available: statistics.f_bavail * unit })
+}
+
+/// The disk's own UUID; made once, for a disk that never had one.
+fn uuid_of(path: &Path, name: &str, known_uuid: &str) -> Result<String, Unusable> {
+    let file = path.join(CONFIG_FILE);
+    let unusable = |reason, message: String, hint| Unusable { reason, message, hint };
+    match fs::read(&file) {
+        Ok(text) => {
+            let read: DiskFile = serde_json::from_slice(&text).map_err(|e| {
+                unusable(
+                    "BadDiskFile",
+                    format!("`{}` is not understood: {e}", file.display()),
+                    "restore the file; it holds the disk's identity",
+                )
+            })?;
+            if !known_uuid.is_empty() && known_uuid != read.disk_uuid {
+                let message = format!("`{}` now holds disk {}, not disk {known_uuid}", path.display(), read.disk_uuid);
+                return Err(unusable(
+                    "DiskChanged",
+                    message,
+                    "mount the right disk, or remove this one from the node and add it anew",
+                ));
+            }
+            Ok(read.disk_uuid)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound && known_uuid.is_empty() => {
+            let made = DiskFile {
+                disk_name: name.to_owned(),
+                disk_uuid: uuid::Uuid::new_v4().to_string(),
+                disk_driver: String::new(),
+                state: "ready".into(),
+            };
+            let written =
+                serde_json::to_vec(&made).map_err(io::Error::other).and_then(|text| files::write_durably(&file, &text));
+            written.map_err(|e| {
+                unusable("NotWritable", format!("cannot write `{}`: {e}", file.display()), "make the disk writable")
+            })?;
+            Ok(made.disk_uuid)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let message = format!("`{}` is gone, so this may be another disk than {known_uuid}", file.display());
+            Err(unusable("NoDiskFile", message, "mount the disk again, or restore the file"))
+        }
+        Err(e) => Err(unusable("BadDiskFile", format!("cannot read `{}`: {e}", file.display()), "check the disk")),
+    }
+}
+
+fn filesystem_name(path: &Path) -> String {
+    const NAMES: [(u64, &str); 5] = [
+        (0xEF53, "ext4"),
+        (0x5846_5342, "xfs"),
+        (0x9123_683E, "btrfs"),
+        (0x0102_1994, "tmpfs"),
+        (0x794C_7630, "overlay"),
+    ];
+    let Ok(statistics) = rustix::fs::statfs(path) else { return String::new() };
+    let magic = statistics.f_type as u64;
+    NAMES
+        .iter()
+        .find(|(number, _)| *number == magic)
+        .map_or_else(|| format!("{magic:#x}"), |(_, name)| (*name).to_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn spec(path: &Path) -> DiskSpec {
+        DiskSpec { path: path.display().to_string(), ..DiskSpec::default() }
+    }
+
     #[test]
-    fn a_new_disk_gets_a_uuid_and_keeps_it_and_a_lost_one_is_not_made_anew() {
+    fn gives_a_new_disk_a_uuid_and_keeps_it() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk-1");
-        let spec = DiskSpec { path: path.display().to_string(), ..Default::default() };
-        let mut disk = DiskStatus::default();
-        assert_eq!(look("d", &spec, &mut disk.clone(), false).unwrap_err().reason, "NoDirectory");
-        assert!(look("d", &spec, &mut disk, true).is_ok());
-        let uuid = disk.disk_uuid.clone();
-        assert!(disk.storage_maximum > 0 && look("d", &spec, &mut disk, true).is_ok());
-        assert_eq!(disk.disk_uuid, uuid);
-        fs::remove_file(path.join(DISK_CONFIG)).unwrap();
-        assert_eq!(look("d", &spec, &mut disk, true).unwrap_err().reason, "NoDiskInfo");
-        make_config("d", &path).unwrap();
-        assert_eq!(look("d", &spec, &mut disk, true).unwrap_err().reason, "DiskFilesystemChanged");
-        fs::remove_dir_all(&path).unwrap();
-        assert_eq!(look("d", &spec, &mut disk, true).unwrap_err().reason, "NoDirectory");
+        let disk = spec(&folder.path().join("disk-1"));
+        let first = look_at("disk-1", &disk, "", true).map_err(|u| u.message).unwrap();
+        let again = look_at("disk-1", &disk, &first.uuid, false).map_err(|u| u.message).unwrap();
+        assert_eq!(first.uuid, again.uuid);
+        assert!(again.maximum >= again.available && again.available > 0);
+        let text = fs::read_to_string(folder.path().join("disk-1/longhorn-disk.cfg")).unwrap();
+        assert_eq!(
+            text,
+            format!(r#"{{"diskName":"disk-1","diskUUID":"{}","diskDriver":"","state":"ready"}}"#, first.uuid)
+        );
+    }
+
+    #[test]
+    fn says_why_a_disk_cannot_be_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = spec(&folder.path().join("disk-1"));
+        let reason = |known: &str, create| look_at("disk-1", &disk, known, create).map(|_| ()).map_err(|u| u.reason);
+        assert_eq!(reason("", false), Err("NoDirectory"));
+        assert_eq!(reason("5e1f", true), Err("NoDirectory"), "a disk that was there before is not made anew");
+        assert_eq!(reason("", true), Ok(()));
+        assert_eq!(reason("5e1f", true), Err("DiskChanged"));
+        fs::remove_file(folder.path().join("disk-1/longhorn-disk.cfg")).unwrap();
+        assert_eq!(reason("5e1f", true), Err("NoDiskFile"));
+        fs::write(folder.path().join("disk-1/longhorn-disk.cfg"), "{").unwrap();
+        assert_eq!(reason("5e1f", true), Err("BadDiskFile"));
+    }
+
+    #[test]
+    fn free_space_that_moves_a_little_is_no_news() {
+        let status = |available| NodeStatus {
+            disk_status: [(
+                "a".into(),
+                DiskStatus { storage_maximum: 1000, storage_available: available, ..DiskStatus::default() },
+            )]
+            .into(),
+            ..NodeStatus::default()
+        };
+        assert!(is_same(&status(500), &status(505)));
+        assert!(!is_same(&status(500), &status(510)));
     }
 }

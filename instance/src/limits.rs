@@ -1,29 +1,38 @@
-//! Numbers with a reason.
+//! Numbers of the instance role, each with its reason.
 
 use std::time::Duration;
 
-/// How often disks are looked at without an event: they fill and vanish silently.
-pub const DISK_INTERVAL: Duration = Duration::from_secs(30);
-/// After a failed pass over one object (the store or the kernel did not do what was asked).
-pub const RETRY: runtime::backoff::Backoff =
-    runtime::backoff::Backoff { initial: Duration::from_millis(200), max: Duration::from_secs(15) };
-/// Somebody uses a device that shall go; its end is no event for us.
-pub const BUSY_RECHECK: Duration = Duration::from_secs(1);
-/// A started process shows its control socket within moments; there is no event for it.
-pub const START_RECHECK: Duration = Duration::from_millis(25);
-/// An answer on a control socket of the same node.
+use runtime::backoff::Backoff;
+
+/// Delay between failed passes over one object: soon at first, since most causes are short, and never longer than a resync.
+pub const RETRY: Backoff = Backoff { initial: Duration::from_millis(100), max: Duration::from_secs(30) };
+
+/// How often disks are looked at and every object is reconciled although nothing happened.
+pub const RESYNC: Duration = Duration::from_secs(30);
+
+/// How many objects are reconciled at a time; starting a process is mostly waiting.
+pub const WORKERS: usize = 8;
+
+/// First TCP port of replicas; Longhorn's range begins here too (LF 5.5: instance manager).
+pub const FIRST_PORT: u16 = 10_000;
+/// Ports are given in pairs (NBD, control) up to here.
+pub const LAST_PORT: u16 = 29_999;
+
+/// How long a replica process gets to end: it flushes its layer.
+pub const REPLICA_GRACE: Duration = Duration::from_secs(30);
+/// How long a holder gets to end after its engine said that it is done.
+pub const HOLDER_GRACE: Duration = Duration::from_secs(20);
+/// How long one answer on a control socket may take: an answer may have to wait for an fsync.
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
-/// A replica flushes what it holds when it ends.
-pub const REPLICA_STOP_GRACE: Duration = Duration::from_secs(60);
-/// An engine finishes what is in flight, flushes and closes its replicas.
-pub const ENGINE_STOP_TIMEOUT: Duration = Duration::from_secs(90);
-/// A holder that was asked to end by a signal.
-pub const HOLDER_STOP_GRACE: Duration = Duration::from_secs(10);
-/// A replica without an answer for so long is dropped by its engine.
+/// Delay between attempts to reach a process that has just been started.
+pub const CONNECT: Backoff = Backoff { initial: Duration::from_millis(2), max: Duration::from_millis(250) };
+
+/// A replica that does not answer for this long is dropped.
 pub const REPLICA_TIMEOUT: Duration = Duration::from_secs(8);
-/// How long I/O is held when no replica is left: a local restart may bring nothing back, so not for long.
+/// I/O is held this long when no replica is left, so that a replaced engine or a short outage does not turn a filesystem read-only.
 pub const NO_REPLICA_HOLD: Duration = Duration::from_secs(30);
-/// How long a holder waits for a working engine.
-pub const HOLDER_LIMIT: Duration = Duration::from_secs(30);
-/// What is shown of a log when a process ended.
-pub const LOG_TAIL_LINES: usize = 3;
+/// The holder gives an engine this long to serve before it ends the device.
+pub const HOLDER_LIMIT: Duration = Duration::from_secs(60);
+
+/// How much of the end of a log goes into a condition.
+pub const LOG_TAIL_BYTES: u64 = 2048;

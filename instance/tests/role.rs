@@ -27,10 +27,9 @@ fn config(store: &Store, folder: &Path) -> Config {
     Config {
         node: "node-1".parse().unwrap(),
         ip: [127, 0, 0, 1].into(),
-        state_directory: folder.join("instance"),
+        directory: folder.join("instance"),
         program: program(),
         store: store.clone(),
-        ports: 31000..=31999,
         create_disks: true,
     }
 }
@@ -126,7 +125,7 @@ async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
     });
     store.replace_status(&image).await.unwrap();
     let running = status(until(&store, "running", |r| state(r) == Some(InstanceState::Running)).await);
-    assert!(running.port >= 31000 && running.clean && running.generation == 0);
+    assert!(running.port >= 10_000 && running.clean && running.generation == 0);
     let first = pid(folder.path());
 
     token.cancel();

@@ -3,13 +3,13 @@
 //! `cargo xtask generate` writes `src/generated/` from the `.proto` files; the result is committed, so that a build needs no compiler of them.
 
 /// Longhorn's backing image manager API.
-#[allow(clippy::all, missing_docs, reason = "generated code")]
+#[allow(clippy::all, clippy::allow_attributes_without_reason, missing_docs, reason = "generated code")]
 pub mod bimrpc {
     include!("generated/bimrpc.rs");
 }
 
 /// The Container Storage Interface.
-#[allow(clippy::all, missing_docs, rustdoc::all, reason = "generated code")]
+#[allow(clippy::all, clippy::allow_attributes_without_reason, missing_docs, rustdoc::all, reason = "generated code")]
 pub mod csi {
     include!("generated/csi.v1.rs");
 }

@@ -3,7 +3,36 @@
 //! The engine raises generations with it; the instance role asks for status. A request that changes something is answered
 //! only after the change is durable.
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
+
+/// What a replica process works on: read from the file that `backing-image-csi replica --config FILE` names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Config {
+    pub volume: String,
+    pub replica: String,
+    /// Its directory; made when absent.
+    pub directory: PathBuf,
+    pub size_bytes: u64,
+    /// `None`: the volume has no backing image.
+    pub image: Option<ImageFile>,
+    /// TCP address of the NBD relay; the control protocol is on the next port.
+    pub listen: SocketAddr,
+}
+
+/// The file below a replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageFile {
+    pub name: String,
+    pub uuid: String,
+    pub path: PathBuf,
+    /// `raw` or `qcow2`, as recorded at ingest; never probed.
+    pub format: String,
+}
 
 /// File names within a replica's directory.
 pub mod file {

@@ -9,5 +9,6 @@ pub mod log;
 pub mod loopback;
 pub mod metrics;
 pub mod process;
+pub mod queue;
 pub mod shutdown;
 pub mod socket;

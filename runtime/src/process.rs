@@ -129,6 +129,12 @@ impl Launch {
     ///
     /// Must be called within a tokio runtime.
     pub fn spawn_detached(&self) -> io::Result<ProcessIdentity> {
+        // The child is dropped: tokio's orphan queue reaps it.
+        self.spawn_watched().map(|(process, _)| process)
+    }
+
+    /// As [`Launch::spawn_detached`], and tells how it ends for as long as we live: dropping the child leaves the process alone.
+    pub fn spawn_watched(&self) -> io::Result<(ProcessIdentity, tokio::process::Child)> {
         let (stdout, stderr) = match &self.log_file {
             Some(path) => {
                 let file = OpenOptions::new().create(true).append(true).open(path)?;
@@ -144,8 +150,8 @@ impl Launch {
         detach(&mut command);
         let child = command.spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("the process ended at once"))?;
-        // Dropped: tokio's orphan queue reaps it. Not yet reaped, so its stat file exists even if it has ended already.
-        ProcessIdentity::of(pid)
+        // Not yet reaped, so its stat file exists even if it has ended already.
+        Ok((ProcessIdentity::of(pid)?, child))
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Workload {
 pub enum WorkloadError {
     #[error("workload `{name}` runs with another specification")]
     Different { name: String },
+    #[error("workload `{name}` is invalid: {reason}")]
+    Invalid { name: String, reason: String },
     #[error("cannot start workload `{name}`")]
     Start { name: String, source: std::io::Error },
     #[error("cannot {action}")]
@@ -70,6 +72,7 @@ impl WorkloadError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             WorkloadError::Different { .. } => ErrorKind::Incompatible,
+            WorkloadError::Invalid { .. } => ErrorKind::Invalid,
             WorkloadError::Start { .. } | WorkloadError::Io { .. } => ErrorKind::Internal,
             WorkloadError::Unavailable { .. } => ErrorKind::Unavailable,
         }
@@ -77,6 +80,8 @@ impl WorkloadError {
 }
 
 /// A place where role processes run.
+///
+/// A call whose future is dropped may go on in the background; all calls can be repeated.
 #[async_trait]
 pub trait Workloads: Send + Sync + 'static {
     /// Starts a workload unless one of that name exists (in whatever state). Same name with another spec: `Incompatible`.

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::{fs, process};
 
 use anyhow::{Context, bail};
-use kube::CustomResourceExt;
 
 /// Writes every generated file, or with `check` only compares.
 pub fn run(check: bool) -> anyhow::Result<()> {
@@ -50,17 +49,8 @@ fn protos(root: &Path) -> anyhow::Result<BTreeMap<PathBuf, String>> {
 }
 
 fn crds(root: &Path) -> anyhow::Result<BTreeMap<PathBuf, String>> {
-    let all = [
-        api::BackingImage::crd(),
-        api::BackingImageManager::crd(),
-        api::BackingImageDataSource::crd(),
-        api::Volume::crd(),
-        api::Engine::crd(),
-        api::Replica::crd(),
-        api::Node::crd(),
-    ];
     let mut files = BTreeMap::new();
-    for crd in all {
+    for crd in api::crd::all() {
         let name = format!("deploy/crds/{}.yaml", crd.spec.names.plural);
         files.insert(root.join(name), serde_yaml_ng::to_string(&crd)?);
     }

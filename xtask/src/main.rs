@@ -1,7 +1,16 @@
 //! Every developer task: `cargo xtask <task>`.
 
+mod bench;
+mod ci;
 mod generate;
+mod metadata;
+mod supply;
+mod tidy;
 
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -19,10 +28,42 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Checks house rules: file headers, lengths, unfinished marks, foreign paths, sleeps in tests, arrows between rooms.
+    Tidy,
+    /// Checks licenses, bans, sources and duplicates of dependencies by deny.toml.
+    Supply,
+    /// Measures the released binary and prints the table of docs/performance.md.
+    Bench(bench::Bench),
+    /// Runs all that CI runs, or the named steps.
+    Ci {
+        /// Steps to run; all when none is named.
+        steps: Vec<String>,
+    },
 }
 
-fn main() -> anyhow::Result<()> {
-    match Arguments::parse().task {
-        Task::Generate { check } => generate::run(check),
+fn main() -> ExitCode {
+    match run(Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("Error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
+}
+
+fn run(task: Task) -> anyhow::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace root")?;
+    match task {
+        Task::Generate { check } => generate::run(check),
+        Task::Tidy => tidy::run(root),
+        Task::Supply => supply::run(root),
+        Task::Bench(options) => bench::run(root, options),
+        Task::Ci { steps } => ci::run(root, &steps),
+    }
+}
+
+/// The program that `cargo build --release` makes.
+fn release_binary(root: &Path) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    target.join("release/backing-image-csi")
 }

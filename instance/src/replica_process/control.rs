@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::error::sentence;
 use dataplane::DataplaneError;
 use dataplane::storage_daemon::{StorageDaemon, allocated_bytes};
 use proto::replica::{Record, Reply, Request};
@@ -166,11 +167,6 @@ fn check_raise(record: &Record, generation: u64, members: &[String]) -> Result<(
         return Err(format!("replica `{}` is not a member of generation {generation}", record.replica));
     }
     Ok(())
-}
-
-/// An error with its causes.
-fn sentence(error: &dyn std::error::Error) -> String {
-    crate::sentence(error)
 }
 
 pub(super) async fn serve_tcp(

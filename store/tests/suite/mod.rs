@@ -1,6 +1,6 @@
 //! What every store promises. Each function takes an empty store of its own.
 
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses its part")]
 
 mod objects;
 mod watches;

@@ -1,0 +1,344 @@
+//! A file from an HTTP server, in one pass, through every interruption.
+//!
+//! Only GET is needed. A broken transfer goes on where it stopped when the server supports ranges and proves by a validator
+//! (ETag or Last-Modified in `If-Range`) that the file is the same; else it begins again and says so. There is no limit in
+//! time, only one for silence. A transfer counts as whole when the server's length was reached, or its framing said so, or
+//! the expected checksum matches.
+
+use std::path::Path;
+use std::time::Duration;
+
+use api::ids::Sha512Digest;
+use jiff::Timestamp;
+use reqwest::header::{
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE,
+    LAST_MODIFIED, RANGE, TRANSFER_ENCODING,
+};
+use reqwest::{Client, Response, StatusCode, Version};
+use runtime::backoff::Backoff;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{AgentError, chain};
+use crate::http_client;
+use crate::ingest::{Ingest, Ingested};
+use crate::limits;
+use crate::source_url::SourceUrl;
+
+/// What to download.
+#[derive(Clone, Debug)]
+pub struct Download {
+    pub url: SourceUrl,
+    pub expected: Option<Sha512Digest>,
+    pub pad_to_sector: bool,
+}
+
+/// How patient to be. The default is for production.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// How long the source may stay silent.
+    pub idle_timeout: Duration,
+    /// Pauses between tries.
+    pub backoff: Backoff,
+    /// Tries in a row that bring no byte.
+    pub tries_without_progress: u32,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Patience {
+            idle_timeout: limits::IDLE_TIMEOUT,
+            backoff: Backoff { initial: limits::RETRY_INITIAL, max: limits::RETRY_MAX },
+            tries_without_progress: limits::MAX_TRIES_WITHOUT_PROGRESS,
+        }
+    }
+}
+
+/// What happens during a download.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The server answered; the length when it said one.
+    Started { length: Option<u64> },
+    /// So many bytes are here.
+    Received { bytes: u64 },
+    /// It broke; the next try comes at that time.
+    Waiting { problem: String, next_retry: Timestamp },
+    /// What was here is of no use any more.
+    Restarted { reason: &'static str },
+}
+
+/// One try's end that is not the end of all.
+enum Broken {
+    /// Worth another try.
+    Retry(String),
+    /// For good.
+    Failed(AgentError),
+}
+
+impl From<AgentError> for Broken {
+    fn from(error: AgentError) -> Self {
+        Broken::Failed(error)
+    }
+}
+
+/// What the source is known to be.
+#[derive(Default)]
+struct Known {
+    length: Option<u64>,
+    validator: Option<HeaderValue>,
+}
+
+/// Downloads into the partial file and judges the result. On failure no file is left.
+pub async fn download(
+    what: &Download,
+    partial: &Path,
+    patience: &Patience,
+    report: &(dyn Fn(Event) + Send + Sync),
+    cancel: &CancellationToken,
+) -> Result<Ingested, AgentError> {
+    let mut ingest = None;
+    let received = tokio::select! {
+        result = transfer(what, partial, patience, report, &mut ingest) => result,
+        () = cancel.cancelled() => Err(AgentError::Cancelled),
+    };
+    let result = match (received, ingest.take()) {
+        (Ok(framed), Some(ingest)) => judge(what, ingest, framed).await,
+        (Ok(_), None) => Err(AgentError::Empty),
+        (Err(error), Some(ingest)) => {
+            ingest.abandon().await?;
+            Err(error)
+        }
+        (Err(error), None) => Err(error),
+    };
+    if result.is_err() {
+        crate::durable::remove_file(partial)?;
+    }
+    result
+}
+
+/// Whether a body without length ended by its framing, or may have been cut.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Framed {
+    Yes,
+    ByClose,
+}
+
+async fn judge(what: &Download, ingest: Ingest, framed: Framed) -> Result<Ingested, AgentError> {
+    if framed == Framed::ByClose && what.expected.is_none() {
+        let received_bytes = ingest.received_bytes();
+        ingest.abandon().await?;
+        return Err(AgentError::UnknownLength { received_bytes });
+    }
+    let ingested = ingest.finish(what.pad_to_sector).await?;
+    if let Some(expected) = &what.expected
+        && *expected != ingested.sha512
+    {
+        let note = match &ingested.unpadded_sha512 {
+            Some(unpadded) if unpadded == expected => {
+                ", which is that of the file before it was padded: expect the one of the padded file"
+            }
+            _ => ": either the checksum or the file behind the address is wrong",
+        };
+        return Err(AgentError::Checksum {
+            expected: expected.to_string(),
+            actual: ingested.sha512.to_string(),
+            note: note.into(),
+        });
+    }
+    Ok(ingested)
+}
+
+async fn transfer(
+    what: &Download,
+    partial: &Path,
+    patience: &Patience,
+    report: &(dyn Fn(Event) + Send + Sync),
+    ingest: &mut Option<Ingest>,
+) -> Result<Framed, AgentError> {
+    let client = http_client::external(&what.url)?;
+    let mut known = Known::default();
+    let mut tries = 0;
+    loop {
+        let before = ingest.as_ref().map_or(0, Ingest::received_bytes);
+        let problem = match attempt(&client, what, partial, patience, report, ingest, &mut known).await {
+            Ok(framed) => return Ok(framed),
+            Err(Broken::Failed(error)) => return Err(error),
+            Err(Broken::Retry(problem)) => problem,
+        };
+        let after = ingest.as_ref().map_or(0, Ingest::received_bytes);
+        tries = if after > before { 1 } else { tries + 1 };
+        if tries >= patience.tries_without_progress {
+            return Err(AgentError::Exhausted { url: what.url.to_string(), problem, tries });
+        }
+        let pause = patience.backoff.delay(tries);
+        let next_retry = Timestamp::now().checked_add(pause).unwrap_or(Timestamp::MAX);
+        tracing::warn!(url = %what.url, problem, received_bytes = after, "download broke, will be tried again");
+        report(Event::Waiting { problem, next_retry });
+        sleep(pause).await;
+    }
+}
+
+async fn attempt(
+    client: &Client,
+    what: &Download,
+    partial: &Path,
+    patience: &Patience,
+    report: &(dyn Fn(Event) + Send + Sync),
+    slot: &mut Option<Ingest>,
+    known: &mut Known,
+) -> Result<Framed, Broken> {
+    let have = slot.as_ref().map_or(0, Ingest::received_bytes);
+    let mut request = client.get(what.url.expose().clone()).header(ACCEPT_ENCODING, "identity");
+    if have > 0
+        && let Some(validator) = &known.validator
+    {
+        request = request.header(RANGE, format!("bytes={have}-")).header(IF_RANGE, validator);
+    }
+    let mut response = match timeout(patience.idle_timeout, request.send()).await {
+        Err(_) => return Err(Broken::Retry(silence(patience))),
+        Ok(Err(error)) if error.is_redirect() || error.is_builder() => {
+            return Err(failed(what, chain(&error.without_url())));
+        }
+        Ok(Err(error)) => return Err(Broken::Retry(chain(&error.without_url()))),
+        Ok(Ok(response)) => response,
+    };
+    check_status(what, response.status())?;
+    if let Some(encoding) = response.headers().get(CONTENT_ENCODING)
+        && encoding != "identity"
+    {
+        let problem = format!(
+            "the server compresses the transfer ({}), although it was asked not to: serve the file as it is",
+            encoding.to_str().unwrap_or("unreadable")
+        );
+        return Err(failed(what, problem));
+    }
+
+    let resumed = response.status() == StatusCode::PARTIAL_CONTENT && continues(response.headers(), have, known.length);
+    if !resumed {
+        if response.status() != StatusCode::OK {
+            // An unusable range: drop what is here, the next try asks for all of it.
+            restart(slot, report, "the server sent a range that does not fit").await?;
+            return Err(Broken::Retry(format!("the server answered {} to a range request", response.status())));
+        }
+        if slot.is_some() {
+            restart(slot, report, "the server does not support ranges, or its file has changed").await?;
+        }
+        *known = Known { length: length(response.headers()), validator: validator(response.headers()) };
+        *slot = Some(Ingest::begin(partial, known.length).await?);
+        report(Event::Started { length: known.length });
+    }
+    let framed = if known.length.is_some() || is_framed(&response) { Framed::Yes } else { Framed::ByClose };
+    let ingest = slot.as_mut().expect("begun above or in an earlier try");
+    loop {
+        let bytes = match timeout(patience.idle_timeout, response.chunk()).await {
+            Err(_) => return Err(Broken::Retry(silence(patience))),
+            Ok(Err(error)) => return Err(Broken::Retry(cut(ingest, known, &chain(&error.without_url())))),
+            Ok(Ok(None)) => break,
+            Ok(Ok(Some(bytes))) => bytes,
+        };
+        ingest.push(bytes).await?;
+        report(Event::Received { bytes: ingest.received_bytes() });
+        if known.length.is_some_and(|length| ingest.received_bytes() > length) {
+            return Err(failed(what, "the server sent more bytes than it announced".into()));
+        }
+    }
+    match known.length {
+        Some(length) if ingest.received_bytes() < length => Err(Broken::Retry(cut(ingest, known, "it ended early"))),
+        _ => Ok(framed),
+    }
+}
+
+async fn restart(
+    slot: &mut Option<Ingest>,
+    report: &(dyn Fn(Event) + Send + Sync),
+    reason: &'static str,
+) -> Result<(), AgentError> {
+    if let Some(old) = slot.take() {
+        tracing::warn!(reason, lost_bytes = old.received_bytes(), "download begins again");
+        old.abandon().await?;
+        report(Event::Restarted { reason });
+    }
+    Ok(())
+}
+
+fn check_status(what: &Download, status: StatusCode) -> Result<(), Broken> {
+    match status {
+        StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE => Ok(()),
+        StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS => {
+            Err(Broken::Retry(format!("the server answered {status}")))
+        }
+        _ if status.is_server_error() => Err(Broken::Retry(format!("the server answered {status}"))),
+        _ => Err(Broken::Failed(AgentError::HttpStatus { url: what.url.to_string(), status: status.as_u16() })),
+    }
+}
+
+fn failed(what: &Download, problem: String) -> Broken {
+    Broken::Failed(AgentError::Download { url: what.url.to_string(), problem })
+}
+
+fn silence(patience: &Patience) -> String {
+    format!("the server was silent for {:?}", patience.idle_timeout)
+}
+
+fn cut(ingest: &Ingest, known: &Known, problem: &str) -> String {
+    match known.length {
+        Some(length) => format!("the transfer was cut after {} of {length} bytes: {problem}", ingest.received_bytes()),
+        None => format!("the transfer was cut after {} bytes: {problem}", ingest.received_bytes()),
+    }
+}
+
+fn length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// What proves in `If-Range` that the file is still the same: a strong ETag, else the modification time.
+fn validator(headers: &HeaderMap) -> Option<HeaderValue> {
+    let strong = headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"));
+    strong.or_else(|| headers.get(LAST_MODIFIED)).cloned()
+}
+
+/// Whether a partial answer begins exactly where ours ends, and is of the same whole.
+fn continues(headers: &HeaderMap, have: u64, length: Option<u64>) -> bool {
+    let range = headers.get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).and_then(parse_content_range);
+    range.is_some_and(|(start, total)| have > 0 && start == have && (total.is_none() || total == length))
+}
+
+/// The start and the total of `bytes 5-9/10`.
+fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let start = range.split_once('-')?.0.parse().ok()?;
+    Some((start, total.parse().ok()))
+}
+
+/// Whether a body without length says itself where it ends.
+fn is_framed(response: &Response) -> bool {
+    response.version() >= Version::HTTP_2
+        || response
+            .headers()
+            .get(TRANSFER_ENCODING)
+            .is_some_and(|value| value.to_str().is_ok_and(|text| text.trim().to_ascii_lowercase().ends_with("chunked")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_content_range() {
+        assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, Some(10))));
+        assert_eq!(parse_content_range("bytes 5-9/*"), Some((5, None)));
+        assert_eq!(parse_content_range("bytes */10"), None);
+        assert_eq!(parse_content_range("items 5-9/10"), None);
+    }
+
+    #[test]
+    fn a_weak_tag_proves_nothing() {
+        let mut headers = HeaderMap::new();
+        headers.insert(ETAG, HeaderValue::from_static("W/\"a\""));
+        assert_eq!(validator(&headers), None);
+        headers.insert(LAST_MODIFIED, HeaderValue::from_static("Sun, 22 Nov 2026 07:00:00 GMT"));
+        assert!(validator(&headers).is_some());
+        headers.insert(ETAG, HeaderValue::from_static("\"a\""));
+        assert_eq!(validator(&headers).unwrap(), "\"a\"");
+    }
+}

@@ -1,0 +1,54 @@
+//! `runtime::files` with this crate's errors, and what goes with directories.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use runtime::files;
+
+use crate::error::AgentError;
+
+/// Replaces a file. Afterwards it holds either its old content or all of the new one, whatever happens.
+pub(crate) fn write(path: &Path, content: &[u8]) -> Result<(), AgentError> {
+    files::write_durably(path, content).map_err(|source| {
+        let _ = files::remove_if_present(&files::temporary_name(path));
+        AgentError::Io { doing: "write", path: path.into(), source }
+    })
+}
+
+/// Renames a file and makes the new name durable.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), AgentError> {
+    fs::rename(from, to).map_err(AgentError::io("rename", from))?;
+    sync_parent(to)
+}
+
+/// Makes a directory with its parents, durably.
+pub(crate) fn create_dir(path: &Path) -> Result<(), AgentError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(path).map_err(AgentError::io("create directory", path))?;
+    sync_parent(path)
+}
+
+/// Removes a file and what an interrupted [`write`] left of it; it is fine when there is none.
+pub(crate) fn remove_file(path: &Path) -> Result<(), AgentError> {
+    files::remove_if_present(path)
+        .and_then(|()| files::remove_if_present(&files::temporary_name(path)))
+        .map_err(AgentError::io("remove", path))
+}
+
+/// Removes a directory with its content; it is fine when there is none.
+pub(crate) fn remove_dir_all(path: &Path) -> Result<(), AgentError> {
+    match fs::remove_dir_all(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(AgentError::Io { doing: "remove", path: path.into(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes the entry of a path in its directory durable.
+pub(crate) fn sync_parent(path: &Path) -> Result<(), AgentError> {
+    files::sync_parent(path).map_err(AgentError::io("sync the directory of", path))
+}

@@ -1,0 +1,346 @@
+//! One pass from incoming bytes to a file on disk: SHA-512, BLAKE3 of every chunk, zero detection and writing, in parallel.
+//!
+//! Bytes are cut into chunks of 1 MiB. One thread hashes them with SHA-512 (the slowest part), another one hashes them with
+//! BLAKE3 and writes what is not zero. Queues are bounded; nothing is read again, apart from the tables of a qcow2 file.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use api::ids::Sha512Digest;
+use aws_lc_rs::digest;
+use bytes::{Bytes, BytesMut};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::config_file::Format;
+use crate::error::{AgentError, blocking};
+use crate::limits::{CHUNK_BYTES, INGEST_QUEUE, MAX_FILE_BYTES};
+use crate::manifest::{ChunkHash, hash_chunk};
+use crate::{durable, qcow2, sparse};
+
+const SECTOR_BYTES: u64 = 512;
+
+/// A file that is being written. Dropped unfinished, it leaves the partial file to its owner: see [`Ingest::abandon`].
+pub struct Ingest {
+    path: PathBuf,
+    buffer: BytesMut,
+    received_bytes: u64,
+    format: Option<Format>,
+    to_hasher: mpsc::Sender<Hash>,
+    to_writer: mpsc::Sender<Bytes>,
+    hasher: JoinHandle<Digests>,
+    /// `None` after it ended early with an error.
+    writer: Option<JoinHandle<Result<Written, AgentError>>>,
+}
+
+/// A whole file, synced, under its partial name.
+#[derive(Debug)]
+pub struct Ingested {
+    pub file: File,
+    pub size_bytes: u64,
+    pub virtual_size_bytes: u64,
+    pub format: Format,
+    /// Of the file as stored.
+    pub sha512: Sha512Digest,
+    /// Of what was received, when padding was added.
+    pub unpadded_sha512: Option<Sha512Digest>,
+    pub chunks: Vec<ChunkHash>,
+}
+
+enum Hash {
+    Data(Bytes),
+    /// What follows is padding.
+    Mark,
+}
+
+struct Digests {
+    stored: digest::Digest,
+    unpadded: Option<digest::Digest>,
+}
+
+struct Written {
+    file: File,
+    chunks: Vec<ChunkHash>,
+}
+
+impl Ingest {
+    /// Creates the partial file, emptied if it existed, and takes room for all of it when the length is known.
+    pub async fn begin(path: &Path, length: Option<u64>) -> Result<Ingest, AgentError> {
+        if let Some(size_bytes) = length {
+            check_size(size_bytes)?;
+        }
+        let own = path.to_path_buf();
+        let file = blocking(move || create(&own, length)).await?;
+        let (to_hasher, hashes) = mpsc::channel(INGEST_QUEUE);
+        let (to_writer, writes) = mpsc::channel(INGEST_QUEUE);
+        let own = path.to_path_buf();
+        let reserved = length.is_some();
+        Ok(Ingest {
+            path: path.to_path_buf(),
+            buffer: BytesMut::with_capacity(CHUNK_BYTES as usize),
+            received_bytes: 0,
+            format: None,
+            to_hasher,
+            to_writer,
+            hasher: tokio::task::spawn_blocking(move || hash_all(hashes)),
+            writer: Some(tokio::task::spawn_blocking(move || write_all(file, &own, reserved, writes))),
+        })
+    }
+
+    /// Bytes received so far: where a broken transfer goes on.
+    pub fn received_bytes(&self) -> u64 {
+        self.received_bytes
+    }
+
+    /// Takes more bytes; waits while the disk or the hasher are behind.
+    pub async fn push(&mut self, mut bytes: Bytes) -> Result<(), AgentError> {
+        self.received_bytes += bytes.len() as u64;
+        check_size(self.received_bytes)?;
+        while !bytes.is_empty() {
+            let room = CHUNK_BYTES as usize - self.buffer.len();
+            let part = bytes.split_to(room.min(bytes.len()));
+            self.buffer.extend_from_slice(&part);
+            if self.buffer.len() as u64 == CHUNK_BYTES {
+                self.flush().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the file: pads it if asked, judges format and size, syncs the data.
+    pub async fn finish(mut self, pad_to_sector: bool) -> Result<Ingested, AgentError> {
+        if self.received_bytes == 0 {
+            self.stop().await;
+            return Err(AgentError::Empty);
+        }
+        let mut size_bytes = self.received_bytes;
+        self.probe()?;
+        let format = self.format.expect("the format is probed when there are bytes");
+        let excess = size_bytes % SECTOR_BYTES;
+        if format == Format::Raw && excess != 0 {
+            if !pad_to_sector {
+                self.stop().await;
+                return Err(AgentError::NotWholeSectors { size_bytes });
+            }
+            let padding = (SECTOR_BYTES - excess) as usize;
+            // A chunk is a whole number of sectors, so the padding always fits into the one that is begun.
+            let data = self.buffer.split().freeze();
+            self.send_hash(Hash::Data(data.clone())).await?;
+            self.send_hash(Hash::Mark).await?;
+            self.send_hash(Hash::Data(Bytes::from(vec![0; padding]))).await?;
+            let mut chunk = BytesMut::from(&data[..]);
+            chunk.resize(data.len() + padding, 0);
+            self.send_write(chunk.freeze()).await?;
+            size_bytes += padding as u64;
+        } else if !self.buffer.is_empty() {
+            self.flush().await?;
+        }
+        let Ingest { path, to_hasher, to_writer, hasher, writer, .. } = self;
+        drop((to_hasher, to_writer));
+        let written = join(writer.ok_or(AgentError::Cancelled)?).await??;
+        let digests = join(hasher).await?;
+        blocking(move || {
+            let Written { file, chunks } = written;
+            file.set_len(size_bytes).map_err(AgentError::io("set the length of", &path))?;
+            file.sync_all().map_err(AgentError::io("sync", &path))?;
+            let virtual_size_bytes = match format {
+                Format::Raw => size_bytes,
+                Format::Qcow2 => qcow2::inspect(&file, size_bytes).map_err(AgentError::Qcow2)?.virtual_size_bytes,
+            };
+            Ok(Ingested {
+                file,
+                size_bytes,
+                virtual_size_bytes,
+                format,
+                sha512: to_hex(&digests.stored),
+                unpadded_sha512: digests.unpadded.as_ref().map(to_hex),
+                chunks,
+            })
+        })
+        .await
+    }
+
+    /// Ends the work and removes the partial file.
+    pub async fn abandon(self) -> Result<(), AgentError> {
+        let path = self.path.clone();
+        self.stop().await;
+        blocking(move || durable::remove_file(&path)).await
+    }
+
+    async fn stop(self) {
+        let Ingest { to_hasher, to_writer, hasher, writer, .. } = self;
+        drop((to_hasher, to_writer));
+        let _ = hasher.await;
+        if let Some(writer) = writer {
+            let _ = writer.await;
+        }
+    }
+
+    /// Decides on the format by the first bytes, once; a bad qcow2 header ends the transfer before the rest is fetched.
+    fn probe(&mut self) -> Result<(), AgentError> {
+        if self.format.is_none() {
+            let format = if self.buffer.starts_with(&qcow2::MAGIC) { Format::Qcow2 } else { Format::Raw };
+            self.format = Some(format);
+            if format == Format::Qcow2 {
+                let header = &self.buffer[..self.buffer.len().min(qcow2::HEADER_BYTES)];
+                qcow2::Header::parse(header).map_err(AgentError::Qcow2)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> Result<(), AgentError> {
+        self.probe()?;
+        let chunk = std::mem::replace(&mut self.buffer, BytesMut::with_capacity(CHUNK_BYTES as usize)).freeze();
+        self.send_hash(Hash::Data(chunk.clone())).await?;
+        self.send_write(chunk).await
+    }
+
+    async fn send_hash(&mut self, hash: Hash) -> Result<(), AgentError> {
+        self.to_hasher.send(hash).await.map_err(|_| AgentError::Cancelled)
+    }
+
+    async fn send_write(&mut self, chunk: Bytes) -> Result<(), AgentError> {
+        if self.to_writer.send(chunk).await.is_ok() {
+            return Ok(());
+        }
+        // The writer ended early: its error says why.
+        match self.writer.take() {
+            Some(writer) => join(writer).await?.and(Err(AgentError::Cancelled)),
+            None => Err(AgentError::Cancelled),
+        }
+    }
+}
+
+fn check_size(size_bytes: u64) -> Result<(), AgentError> {
+    if size_bytes > MAX_FILE_BYTES {
+        return Err(AgentError::TooLarge { size_bytes, limit_bytes: MAX_FILE_BYTES });
+    }
+    Ok(())
+}
+
+fn create(path: &Path, length: Option<u64>) -> Result<File, AgentError> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    durable::create_dir(parent)?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .map_err(AgentError::io("create", path))?;
+    if let Some(length) = length.filter(|length| *length > 0) {
+        // The length comes first: behind the end of a file ext4 makes no holes, so reserved zeros would keep their blocks.
+        let room = sparse::check_free(parent, length)
+            .and_then(|()| file.set_len(length).map_err(AgentError::io("set the length of", path)))
+            .and_then(|()| sparse::reserve(&file, path, 0, length));
+        if let Err(error) = room {
+            durable::remove_file(path)?;
+            return Err(error);
+        }
+    }
+    Ok(file)
+}
+
+fn hash_all(mut hashes: mpsc::Receiver<Hash>) -> Digests {
+    let mut context = digest::Context::new(&digest::SHA512);
+    let mut unpadded = None;
+    while let Some(hash) = hashes.blocking_recv() {
+        match hash {
+            Hash::Data(bytes) => context.update(&bytes),
+            Hash::Mark => unpadded = Some(context.clone().finish()),
+        }
+    }
+    Digests { stored: context.finish(), unpadded }
+}
+
+fn write_all(
+    file: File,
+    path: &Path,
+    reserved: bool,
+    mut writes: mpsc::Receiver<Bytes>,
+) -> Result<Written, AgentError> {
+    let mut chunks = vec![];
+    while let Some(chunk) = writes.blocking_recv() {
+        let offset = chunks.len() as u64 * CHUNK_BYTES;
+        chunks.push(hash_chunk(&chunk));
+        sparse::write_at(&file, offset, &chunk, reserved).map_err(AgentError::io("write", path))?;
+    }
+    Ok(Written { file, chunks })
+}
+
+async fn join<T>(task: impl Future<Output = Result<T, tokio::task::JoinError>>) -> Result<T, AgentError> {
+    match task.await {
+        Ok(value) => Ok(value),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(AgentError::Cancelled),
+    }
+}
+
+fn to_hex(digest: &digest::Digest) -> Sha512Digest {
+    hex::encode(digest).parse().expect("SHA-512 has 64 bytes")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    async fn ingest(dir: &Path, bytes: &[u8], piece: usize, pad: bool) -> Result<Ingested, AgentError> {
+        let mut ingest = Ingest::begin(&dir.join("f.tmp"), Some(bytes.len() as u64)).await?;
+        for part in bytes.chunks(piece) {
+            ingest.push(Bytes::copy_from_slice(part)).await?;
+        }
+        ingest.finish(pad).await
+    }
+
+    fn sha512(bytes: &[u8]) -> String {
+        hex::encode(digest::digest(&digest::SHA512, bytes))
+    }
+
+    #[tokio::test]
+    async fn the_file_its_hashes_and_its_holes_are_right() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = vec![0u8; 5 << 20];
+        bytes[10] = 1;
+        bytes[(3 << 20) + 77..(3 << 20) + 99].fill(9);
+        bytes.extend_from_slice(&[5; 1024]);
+        for piece in [1000, 1 << 20, 3_333_333] {
+            let result = ingest(dir.path(), &bytes, piece, false).await.unwrap();
+            assert!(std::fs::read(dir.path().join("f.tmp")).unwrap() == bytes);
+            assert_eq!(result.sha512.as_str(), sha512(&bytes));
+            assert_eq!(result.format, Format::Raw);
+            let holes: Vec<bool> = result.chunks.iter().map(Option::is_none).collect();
+            assert_eq!(holes, [false, true, true, false, true, false]);
+            let used = result.file.metadata().unwrap().blocks() * 512;
+            assert!(used <= 4 * 64 * 1024, "sparse, but {used} bytes used");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_raw_size_that_is_no_multiple_of_512_is_refused_or_padded() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = vec![3u8; 1_000_000];
+        let error = ingest(dir.path(), &bytes, 4096, false).await.unwrap_err();
+        assert!(
+            error.to_string().contains("this one has 1000000") && error.to_string().contains("append 448"),
+            "{error}"
+        );
+        let result = ingest(dir.path(), &bytes, 4096, true).await.unwrap();
+        let mut padded = bytes.clone();
+        padded.resize(1_000_448, 0);
+        assert_eq!(result.size_bytes, 1_000_448);
+        assert_eq!(result.sha512.as_str(), sha512(&padded));
+        assert_eq!(result.unpadded_sha512.unwrap().as_str(), sha512(&bytes));
+        assert_eq!(result.chunks, [hash_chunk(&padded)]);
+    }
+
+    #[tokio::test]
+    async fn an_empty_source_and_a_bad_qcow2_header_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(ingest(dir.path(), &[], 1, true).await, Err(AgentError::Empty)));
+        let error = ingest(dir.path(), b"QFI\xfb and nothing more", 5, false).await.unwrap_err();
+        assert!(error.chain().contains("header is cut"), "{}", error.chain());
+    }
+}

@@ -1,0 +1,83 @@
+//! Every bound of this crate, with its reason.
+
+use std::time::Duration;
+
+/// Bytes of a chunk: the unit of verification, of repair and of writing.
+///
+/// Part of the manifest format. Large enough that system calls and BLAKE3 run at full speed, small enough to repair cheaply.
+pub const CHUNK_BYTES: u64 = 1 << 20;
+
+/// Granularity of holes inside a chunk. The cluster size of most qcow2 files.
+pub const HOLE_BYTES: usize = 64 << 10;
+
+/// Largest file that is accepted. Its manifest (32 bytes a chunk) still fits into memory with ease.
+pub const MAX_FILE_BYTES: u64 = 4 << 40;
+
+/// Largest virtual size that a qcow2 header may claim. ext4 ends here with 4 KiB blocks, and so do the volumes on it.
+pub const MAX_VIRTUAL_BYTES: u64 = 16 << 40;
+
+/// Chunks that may wait between the network and the disk: together with the hasher's queue, about 16 MiB at most.
+pub const INGEST_QUEUE: usize = 8;
+
+/// Redirects that a download follows.
+pub const MAX_REDIRECTS: usize = 10;
+
+/// How long a source or peer may stay silent. Longhorn's value since 1.9.2.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a connection attempt may take. A host that is up answers in far less.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// First and longest pause between two tries of a download.
+pub const RETRY_INITIAL: Duration = Duration::from_secs(1);
+/// See [`RETRY_INITIAL`].
+pub const RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// Tries in a row that bring no byte before a download fails: about two minutes of pauses.
+/// The controller then decides when to begin afresh.
+pub const MAX_TRIES_WITHOUT_PROGRESS: u32 = 8;
+
+/// Shortest time between two reports that differ in progress only.
+pub const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Copies that a disk receives at a time. More would only make the disk seek.
+pub const MAX_SYNCS: usize = 4;
+
+/// Files that a disk verifies at a time: verification must not starve the volumes on it.
+pub const MAX_VERIFICATIONS: usize = 1;
+
+/// Range requests that a manager serves at a time; further ones wait.
+pub const MAX_PEER_READS: usize = 16;
+
+/// Parallel requests to one peer during a sync. Two keep the line full while a chunk is verified and written.
+pub const STREAMS_PER_PEER: usize = 2;
+
+/// Peers used for one sync; more bring nothing on one disk.
+pub const MAX_PEERS: usize = 8;
+
+/// Chunks of one range request.
+pub const CHUNKS_PER_REQUEST: usize = 8;
+
+/// Failed requests in a row after which a peer is dropped from a sync.
+pub const MAX_PEER_FAILURES: u32 = 3;
+
+/// Parallel transfers of one copy to receivers that speak ssync (LF 5.1: `SendingLimit`).
+pub const MAX_SENDS_PER_COPY: u32 = 3;
+
+/// Workers and batch size of an ssync transfer (LF 5.4).
+pub const SSYNC_WORKERS: usize = 4;
+/// See [`SSYNC_WORKERS`].
+pub const SSYNC_BATCH_BYTES: u64 = 2 << 20;
+/// How long an ssync receiver may take to open its file (LF 5.4).
+pub const SSYNC_OPEN_TIMEOUT: Duration = Duration::from_secs(120);
+/// Tries of one ssync request.
+pub const SSYNC_TRIES: u32 = 3;
+
+/// How often a manager looks whether a file was changed or removed behind its back. One `stat` a file.
+pub const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long servers and tasks may take to end after a shutdown request, below the 30 s that a pod gets.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a short request to a data source may take.
+pub const DATA_SOURCE_TIMEOUT: Duration = Duration::from_secs(10);

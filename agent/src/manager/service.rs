@@ -1,0 +1,145 @@
+//! `bimrpc.BackingImageManagerService` (LF 5.1).
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use api::ErrorKind;
+use futures::stream::{Stream, StreamExt};
+use proto::bimrpc::backing_image_manager_service_server::BackingImageManagerService;
+use proto::bimrpc::{
+    BackingImageResponse, BackupCreateRequest, BackupStatusRequest, BackupStatusResponse, DeleteRequest, FetchRequest,
+    GetRequest, ListResponse, PrepareDownloadRequest, PrepareDownloadResponse, SendRequest, SyncRequest,
+    VersionResponse,
+};
+use tokio_stream::wrappers::WatchStream;
+use tonic::{Code, Request, Response, Status};
+
+use super::operations::Wanted;
+use super::registry::Registry;
+use crate::error::AgentError;
+use crate::layout::ImageKey;
+
+/// Longhorn's API version of the manager, both the newest and the oldest that is spoken.
+pub const API_VERSION: i64 = 3;
+
+pub(super) struct Service {
+    registry: Arc<Registry>,
+}
+
+impl Service {
+    pub fn new(registry: Arc<Registry>) -> Service {
+        Service { registry }
+    }
+}
+
+fn status(error: AgentError) -> Status {
+    let code = match error.kind() {
+        ErrorKind::Invalid => Code::InvalidArgument,
+        ErrorKind::NotFound => Code::NotFound,
+        ErrorKind::Incompatible | ErrorKind::NotReady => Code::FailedPrecondition,
+        ErrorKind::OutOfRange => Code::OutOfRange,
+        ErrorKind::Exhausted => Code::ResourceExhausted,
+        ErrorKind::Pending => Code::Aborted,
+        ErrorKind::Unavailable => Code::Unavailable,
+        ErrorKind::Unsupported => Code::Unimplemented,
+        ErrorKind::Corrupt => Code::DataLoss,
+        ErrorKind::Internal => Code::Internal,
+    };
+    if code == Code::Internal {
+        tracing::error!(error = error.chain(), "call failed");
+    }
+    Status::new(code, error.chain())
+}
+
+fn unsupported<T>(what: &str, instead: &str) -> Result<Response<T>, Status> {
+    Err(status(AgentError::Unsupported { message: format!("{what} is not supported yet: {instead}") }))
+}
+
+#[tonic::async_trait]
+impl BackingImageManagerService for Service {
+    async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<()>, Status> {
+        let request = request.into_inner();
+        let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
+        self.registry.delete(key).await.map_err(status)?;
+        Ok(Response::new(()))
+    }
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<BackingImageResponse>, Status> {
+        let request = request.into_inner();
+        let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
+        self.registry.recheck(&key).await;
+        let copy = self.registry.known(&key).map_err(status)?;
+        Ok(Response::new(copy.response(&key)))
+    }
+
+    async fn list(&self, _: Request<()>) -> Result<Response<ListResponse>, Status> {
+        let mut backing_images = HashMap::new();
+        for (key, copy) in self.registry.all() {
+            let mut name = key.name.to_string();
+            // Two images of one name, one after the other: the map would hide one of them.
+            if backing_images.contains_key(&name) {
+                name = key.to_string();
+            }
+            backing_images.insert(name, copy.response(&key));
+        }
+        Ok(Response::new(ListResponse { backing_images }))
+    }
+
+    async fn version_get(&self, _: Request<()>) -> Result<Response<VersionResponse>, Status> {
+        Ok(Response::new(VersionResponse {
+            version: concat!("v", env!("CARGO_PKG_VERSION")).into(),
+            git_commit: option_env!("GIT_COMMIT").unwrap_or_default().into(),
+            build_date: option_env!("BUILD_DATE").unwrap_or_default().into(),
+            backing_image_manager_api_version: API_VERSION,
+            backing_image_manager_api_min_version: API_VERSION,
+        }))
+    }
+
+    async fn sync(&self, request: Request<SyncRequest>) -> Result<Response<BackingImageResponse>, Status> {
+        let request = request.into_inner();
+        let wanted = Wanted::parse(request.spec).map_err(status)?;
+        let key = wanted.key.clone();
+        let copy = self.registry.sync(wanted, &request.from_address).await.map_err(status)?;
+        Ok(Response::new(copy.response(&key)))
+    }
+
+    async fn send(&self, request: Request<SendRequest>) -> Result<Response<()>, Status> {
+        let request = request.into_inner();
+        let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
+        self.registry.send(key, &request.to_address).await.map_err(status)?;
+        Ok(Response::new(()))
+    }
+
+    async fn fetch(&self, request: Request<FetchRequest>) -> Result<Response<BackingImageResponse>, Status> {
+        let request = request.into_inner();
+        let wanted = Wanted::parse(request.spec).map_err(status)?;
+        let key = wanted.key.clone();
+        let copy = self.registry.fetch(wanted, &request.data_source_address).await.map_err(status)?;
+        Ok(Response::new(copy.response(&key)))
+    }
+
+    async fn prepare_download(
+        &self,
+        _: Request<PrepareDownloadRequest>,
+    ) -> Result<Response<PrepareDownloadResponse>, Status> {
+        unsupported("PrepareDownload", "copy the file `backing` from the directory of the image")
+    }
+
+    async fn backup_create(&self, _: Request<BackupCreateRequest>) -> Result<Response<()>, Status> {
+        unsupported("BackupCreate", "keep the source of the image, from which it can be made again")
+    }
+
+    async fn backup_status(&self, _: Request<BackupStatusRequest>) -> Result<Response<BackupStatusResponse>, Status> {
+        unsupported("BackupStatus", "no backup can be running")
+    }
+
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<(), Status>> + Send>>;
+
+    /// One tick at once, so that nobody misses what happened before the call, then one for each change.
+    async fn watch(&self, _: Request<()>) -> Result<Response<Self::WatchStream>, Status> {
+        let stop = self.registry.tasks.clone();
+        let ticks = WatchStream::new(self.registry.watch()).map(|_| Ok(()));
+        Ok(Response::new(Box::pin(ticks.take_until(stop.cancelled_owned()))))
+    }
+}

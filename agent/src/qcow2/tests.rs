@@ -1,0 +1,209 @@
+//! Tests of the qcow2 inspection, with images that `qemu-img` makes.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().expect("the program is installed");
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn judge(path: &Path) -> Result<Header, Qcow2Error> {
+    let file = File::open(path).unwrap();
+    let size = file.metadata().unwrap().len();
+    inspect(&file, size)
+}
+
+fn refused(path: &Path) -> String {
+    judge(path).unwrap_err().to_string()
+}
+
+/// A raw file of 3 MiB with data in it, and some of it random so that compression leaves something.
+fn raw(dir: &Path) -> PathBuf {
+    let path = dir.join("raw");
+    let mut bytes = vec![0u8; 3 << 20];
+    let mut state = 1u32;
+    for byte in &mut bytes[500_000..1_900_000] {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = (state >> 24) as u8;
+    }
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn qcow2(dir: &Path, name: &str, options: &[&str]) -> PathBuf {
+    let path = dir.join(name);
+    let source = raw(dir);
+    let mut arguments = vec!["convert", "-f", "raw", "-O", "qcow2"];
+    arguments.extend_from_slice(options);
+    let (from, to) = (source.to_str().unwrap(), path.to_str().unwrap());
+    arguments.extend_from_slice(&[from, to]);
+    run("qemu-img", &arguments);
+    path
+}
+
+#[test]
+fn accepts_what_qemu_makes() {
+    let dir = tempfile::tempdir().unwrap();
+    let variants: &[&[&str]] = &[
+        &[],
+        &["-c"],
+        &["-c", "-o", "compression_type=zstd"],
+        &["-o", "compat=0.10"],
+        &["-o", "cluster_size=512"],
+        &["-o", "cluster_size=2M"],
+        &["-o", "extended_l2=on,cluster_size=128k"],
+        &["-o", "preallocation=metadata"],
+        &["-o", "lazy_refcounts=on"],
+    ];
+    for (index, options) in variants.iter().enumerate() {
+        let path = qcow2(dir.path(), &format!("v{index}"), options);
+        let header = judge(&path).unwrap_or_else(|e| panic!("{options:?}: {e}"));
+        assert_eq!(header.virtual_size_bytes, 3 << 20, "{options:?}");
+    }
+    let odd = dir.path().join("odd");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", odd.to_str().unwrap(), "1000448"]);
+    judge(&odd).unwrap();
+}
+
+#[test]
+fn refuses_a_backing_file() {
+    let dir = tempfile::tempdir().unwrap();
+    qcow2(dir.path(), "base", &[]);
+    let top = dir.path().join("top");
+    let base = dir.path().join("base");
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-b", base.to_str().unwrap(), "-F", "qcow2", top.to_str().unwrap()],
+    );
+    assert!(refused(&top).contains("has a backing file"), "{}", refused(&top));
+}
+
+#[test]
+fn refuses_an_external_data_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (top, data) = (dir.path().join("top"), dir.path().join("data"));
+    let option = format!("data_file={},data_file_raw=on", data.display());
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, top.to_str().unwrap(), "1M"]);
+    assert!(refused(&top).contains("external data file"), "{}", refused(&top));
+}
+
+#[test]
+fn refuses_encryption_and_internal_snapshots() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("luks");
+    let arguments = ["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o"];
+    let mut arguments = arguments.to_vec();
+    arguments.extend_from_slice(&["encrypt.format=luks,encrypt.key-secret=s", path.to_str().unwrap(), "1M"]);
+    run("qemu-img", &arguments);
+    assert!(refused(&path).contains("encrypted"), "{}", refused(&path));
+
+    let path = qcow2(dir.path(), "snap", &[]);
+    run("qemu-img", &["snapshot", "-c", "one", path.to_str().unwrap()]);
+    assert!(refused(&path).contains("1 internal snapshots"), "{}", refused(&path));
+}
+
+#[test]
+fn notices_a_cut_at_every_place() {
+    let dir = tempfile::tempdir().unwrap();
+    for options in [&[][..], &["-c"][..], &["-o", "extended_l2=on,cluster_size=128k"][..]] {
+        let path = qcow2(dir.path(), "cut", options);
+        let whole = std::fs::read(&path).unwrap();
+        for part in 0..40 {
+            let length = whole.len() * part / 40;
+            std::fs::write(&path, &whole[..length]).unwrap();
+            let error = refused(&path);
+            assert!(error.contains("cut"), "{options:?} {length}: {error}");
+        }
+        std::fs::write(&path, &whole[..whole.len() - 512]).unwrap();
+        assert!(judge(&path).is_err(), "{options:?}: the last sector is missing");
+    }
+}
+
+#[test]
+fn refuses_absurd_headers() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = qcow2(dir.path(), "h", &[]);
+    let whole = std::fs::read(&path).unwrap();
+    let cases: &[(usize, &[u8], &str)] = &[
+        (4, &4u32.to_be_bytes(), "version 4"),
+        (20, &31u32.to_be_bytes(), "cluster size"),
+        (24, &(!511u64).to_be_bytes(), "above the limit"),
+        (24, &1000u64.to_be_bytes(), "multiple of 512"),
+        (36, &u32::MAX.to_be_bytes(), "L1 table claims"),
+        (36, &0u32.to_be_bytes(), "L1 table is too small"),
+        (40, &(1u64 << 50).to_be_bytes(), "beyond its end"),
+        (40, &(!0xffffu64).to_be_bytes(), "beyond its end"),
+        (48, &(!0xffffu64).to_be_bytes(), "beyond its end"),
+        (56, &u32::MAX.to_be_bytes(), "refcount table claims"),
+        (72, &1u64.to_be_bytes(), "marked as dirty"),
+        (72, &2u64.to_be_bytes(), "marked as corrupt"),
+        (72, &4u64.to_be_bytes(), "external data file"),
+        (72, &(1u64 << 40).to_be_bytes(), "feature bits 0x10000000000"),
+        (100, &u32::MAX.to_be_bytes(), "header length"),
+    ];
+    for (position, bytes, expected) in cases {
+        let mut changed = whole.clone();
+        changed[*position..position + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(&path, &changed).unwrap();
+        let error = refused(&path);
+        assert!(error.contains(expected), "{position} {expected}: {error}");
+    }
+}
+
+#[test]
+fn refuses_an_l2_table_that_is_used_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = qcow2(dir.path(), "l", &["-o", "cluster_size=512"]);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let l1 = be64(&bytes, 40) as usize;
+    let entries = be32(&bytes, 36) as usize;
+    let used = (0..entries).map(|i| be64(&bytes, l1 + i * 8)).find(|entry| *entry != 0).unwrap();
+    let free = (0..entries).find(|i| be64(&bytes, l1 + i * 8) == 0).unwrap();
+    bytes[l1 + free * 8..][..8].copy_from_slice(&used.to_be_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    assert!(refused(&path).contains("used twice"), "{}", refused(&path));
+}
+
+fn minimal() -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path.to_str().unwrap(), "1M"]);
+    std::fs::read(path).unwrap()
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_headers_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..200), version in 2u32..4) {
+        let _ = Header::parse(&bytes);
+        if bytes.len() >= 8 {
+            bytes[..4].copy_from_slice(&MAGIC);
+            bytes[4..8].copy_from_slice(&version.to_be_bytes());
+            let _ = Header::parse(&bytes);
+        }
+    }
+}
+
+#[test]
+fn arbitrary_changes_of_a_valid_file_never_panic() {
+    let whole = minimal();
+    let file = tempfile::tempfile().unwrap();
+    let mut runner = proptest::test_runner::TestRunner::default();
+    let changes = prop::collection::vec((0..whole.len(), any::<u8>()), 1..40);
+    runner
+        .run(&changes, |changes| {
+            let mut bytes = whole.clone();
+            for (position, value) in changes {
+                bytes[position] = value;
+            }
+            bytes[..4].copy_from_slice(&MAGIC);
+            file.write_all_at(&bytes, 0).unwrap();
+            let _ = inspect(&file, bytes.len() as u64);
+            Ok(())
+        })
+        .unwrap();
+}

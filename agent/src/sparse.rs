@@ -1,0 +1,124 @@
+//! Files with holes: zeros are never written, and room is reserved before the first byte.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::{FallocateFlags, fallocate, statvfs};
+
+use crate::error::AgentError;
+use crate::limits::HOLE_BYTES;
+
+static ZEROS: [u8; HOLE_BYTES] = [0; HOLE_BYTES];
+
+/// Whether all bytes are zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    // Slices of bytes compare by memcmp, which is fast even in unoptimized builds.
+    bytes.chunks(ZEROS.len()).all(|part| part == &ZEROS[..part.len()])
+}
+
+/// Writes bytes, and makes holes of those blocks in it that are zero.
+///
+/// `punch` is needed where something may lie already: reserved blocks, or what an earlier try left.
+pub(crate) fn write_at(file: &File, offset: u64, bytes: &[u8], punch: bool) -> io::Result<()> {
+    let mut run_start = 0;
+    let mut run_is_zero = None;
+    let mut position = 0;
+    let flush = |start: usize, end: usize, zero: Option<bool>| match zero {
+        Some(true) if punch => punch_hole(file, offset + start as u64, (end - start) as u64),
+        Some(false) => file.write_all_at(&bytes[start..end], offset + start as u64),
+        _ => Ok(()),
+    };
+    for part in bytes.chunks(HOLE_BYTES) {
+        let zero = is_zero(part);
+        if run_is_zero != Some(zero) {
+            flush(run_start, position, run_is_zero)?;
+            (run_start, run_is_zero) = (position, Some(zero));
+        }
+        position += part.len();
+    }
+    flush(run_start, position, run_is_zero)
+}
+
+/// Frees a range of a file, which then reads as zeros. Has no effect behind the end of the file.
+pub(crate) fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    match fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length) {
+        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, offset, length),
+        other => other.map_err(Into::into),
+    }
+}
+
+fn write_zeros(file: &File, mut offset: u64, mut length: u64) -> io::Result<()> {
+    while length > 0 {
+        let part = length.min(ZEROS.len() as u64);
+        file.write_all_at(&ZEROS[..part as usize], offset)?;
+        offset += part;
+        length -= part;
+    }
+    Ok(())
+}
+
+/// Takes room for a range of a file, so that later writes cannot fail for want of it.
+///
+/// On a filesystem that cannot reserve, the free space was at least compared by [`check_free`].
+pub(crate) fn reserve(file: &File, path: &Path, offset: u64, length: u64) -> Result<(), AgentError> {
+    match fallocate(file, FallocateFlags::KEEP_SIZE, offset, length) {
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+        Err(rustix::io::Errno::NOSPC) => {
+            Err(AgentError::NoSpace { path: path.into(), needed_bytes: length, free_bytes: free_bytes(path)? })
+        }
+        Err(errno) => Err(AgentError::Io { doing: "reserve room for", path: path.into(), source: errno.into() }),
+    }
+}
+
+/// Refuses when the filesystem of a path has less than so many bytes free.
+pub(crate) fn check_free(path: &Path, needed_bytes: u64) -> Result<(), AgentError> {
+    let free_bytes = free_bytes(path)?;
+    if free_bytes < needed_bytes {
+        return Err(AgentError::NoSpace { path: path.into(), needed_bytes, free_bytes });
+    }
+    Ok(())
+}
+
+fn free_bytes(path: &Path) -> Result<u64, AgentError> {
+    let stat = statvfs(path).map_err(|errno| AgentError::Io {
+        doing: "ask for the free space of",
+        path: path.into(),
+        source: errno.into(),
+    })?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn zero_blocks_become_holes_also_in_reserved_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        reserve(&file, &path, 0, 1 << 20).unwrap();
+        let mut bytes = vec![0; 1 << 20];
+        bytes[300_000] = 7;
+        write_at(&file, 0, &bytes, true).unwrap();
+        file.sync_all().unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes);
+        let used = file.metadata().unwrap().blocks() * 512;
+        assert!(used <= 2 * HOLE_BYTES as u64, "{used} bytes used");
+    }
+
+    #[test]
+    fn a_full_disk_is_told_before_anything_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = check_free(dir.path(), u64::MAX).unwrap_err();
+        assert_eq!(error.kind(), api::ErrorKind::Exhausted);
+    }
+}

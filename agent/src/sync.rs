@@ -1,0 +1,212 @@
+//! A further copy of an image, from any number of peers at once, verified chunk by chunk.
+//!
+//! The manifest of a ready peer says what is right. Chunks that are on this disk already and match (from an interrupted
+//! sync, or in a damaged copy) are kept; holes stay holes; the rest is fetched in small ranges by workers that take from one
+//! queue, so a fast peer does more. A chunk that does not match is fetched from another peer; a peer that keeps failing is
+//! dropped. Since every chunk is verified, no pass over the whole file is needed at the end.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use api::ids::Sha512Digest;
+use tokio_util::sync::CancellationToken;
+
+use crate::config_file::FileConfig;
+use crate::durable;
+use crate::error::{AgentError, blocking, chain};
+use crate::layout::{FileSet, ImageKey};
+use crate::limits::{CHUNK_BYTES, MAX_PEERS};
+use crate::manifest::{Manifest, ManifestError};
+use crate::peer::Peer;
+use crate::seal::seal;
+use crate::sparse;
+use crate::verify::read_chunk;
+
+mod fetch;
+
+/// What to receive.
+#[derive(Clone, Debug)]
+pub struct Pull {
+    pub key: ImageKey,
+    pub files: FileSet,
+    pub peers: Vec<Peer>,
+    /// Size that the copy must have, when known.
+    pub size_bytes: Option<u64>,
+    /// SHA-512 that the copy must have, when known.
+    pub sha512: Option<Sha512Digest>,
+    /// Written into `backing.cfg`.
+    pub expected_checksum: String,
+}
+
+/// Where a sync stands.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// The manifest is known.
+    Begun(Arc<Manifest>),
+    /// Percent of the bytes that are data.
+    Progress(u32),
+}
+
+pub(crate) type Report = Arc<dyn Fn(Step) + Send + Sync>;
+
+/// Receives a copy. On failure the partial file stays for the next try, except when the disk is full.
+pub(crate) async fn pull(what: Pull, report: Report, cancel: CancellationToken) -> Result<FileConfig, AgentError> {
+    let mut what = what;
+    what.peers.truncate(MAX_PEERS);
+    let (manifest, peers) = tokio::select! {
+        found = agree(&what) => found?,
+        () = cancel.cancelled() => return Err(AgentError::Cancelled),
+    };
+    let manifest = Arc::new(manifest);
+    report(Step::Begun(manifest.clone()));
+
+    let (files, wanted, stop) = (what.files.clone(), manifest.clone(), cancel.clone());
+    let prepared = blocking(move || prepare(&files, &wanted, &stop)).await;
+    let (file, missing) = match prepared {
+        Err(error) if error.kind() == api::ErrorKind::Exhausted => {
+            durable::remove_file(&what.files.partial)?;
+            return Err(error);
+        }
+        other => other?,
+    };
+    let file = Arc::new(file);
+    if !missing.is_empty() {
+        let bytes: u64 = missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum();
+        tracing::info!(image = %what.key, peers = peers.len(), missing_bytes = bytes, "fetching chunks");
+        fetch::all(&what, peers, &manifest, &file, missing, &report, &cancel).await?;
+    }
+    blocking(move || seal(&file, &what.files.partial, &what.files, &manifest, &what.expected_checksum)).await
+}
+
+/// Asks all peers for the manifest. The first one that fits the request rules; peers with the same one can help.
+async fn agree(what: &Pull) -> Result<(Manifest, Vec<Peer>), AgentError> {
+    let answers = futures::future::join_all(what.peers.iter().map(|peer| peer.manifest(&what.key))).await;
+    let mut agreed: Option<Manifest> = None;
+    let mut peers = vec![];
+    let mut reasons = vec![];
+    for (peer, answer) in what.peers.iter().zip(answers) {
+        let problem = match answer {
+            Err(error) => chain(&error),
+            Ok(manifest) => match (check(what, &manifest), &agreed) {
+                (Err(error), _) => error.to_string(),
+                (Ok(()), Some(first)) if *first != manifest => "its manifest differs from that of another peer".into(),
+                (Ok(()), _) => {
+                    agreed = Some(manifest);
+                    peers.push(peer.clone());
+                    continue;
+                }
+            },
+        };
+        tracing::warn!(image = %what.key, peer = %peer.address(), problem, "peer cannot help");
+        reasons.push(format!("{}: {problem}", peer.address()));
+    }
+    match agreed {
+        Some(manifest) => Ok((manifest, peers)),
+        None => Err(AgentError::NoPeer { reasons: reasons.join("; ") }),
+    }
+}
+
+fn check(what: &Pull, manifest: &Manifest) -> Result<(), ManifestError> {
+    let other = |name: &str, found: String, expected: String| {
+        Err(ManifestError::Other { found: format!("{name} {found}"), expected })
+    };
+    if manifest.uuid != what.key.uuid {
+        return other("the image with uuid", manifest.uuid.to_string(), what.key.uuid.to_string());
+    }
+    if let Some(size) = what.size_bytes.filter(|size| *size != manifest.size_bytes) {
+        return other("a file of size", manifest.size_bytes.to_string(), size.to_string());
+    }
+    if let Some(sha512) = what.sha512.as_ref().filter(|digest| **digest != manifest.sha512) {
+        return other("a file with SHA-512", manifest.sha512.to_string(), sha512.to_string());
+    }
+    Ok(())
+}
+
+/// Opens the partial file, keeps what is right in it, takes good chunks over from a damaged copy, makes the holes, and takes
+/// room for the rest. Returns the chunks to fetch.
+fn prepare(files: &FileSet, manifest: &Manifest, cancel: &CancellationToken) -> Result<(File, Vec<u64>), AgentError> {
+    let partial = &files.partial;
+    durable::create_dir(partial.parent().unwrap_or(Path::new("/")))?;
+    let resumed = partial.exists();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(partial)
+        .map_err(AgentError::io("open", partial))?;
+    file.set_len(manifest.size_bytes).map_err(AgentError::io("set the length of", partial))?;
+    let damaged = File::open(&files.file).ok();
+
+    let mut missing = vec![];
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    for chunk in 0..manifest.chunks.len() as u64 {
+        if cancel.is_cancelled() {
+            return Err(AgentError::Cancelled);
+        }
+        let range = manifest.range(chunk);
+        if manifest.chunks[chunk as usize].is_none() {
+            if resumed {
+                sparse::punch_hole(&file, range.start, range.end - range.start)
+                    .map_err(AgentError::io("make a hole in", partial))?;
+            }
+            continue;
+        }
+        if resumed
+            && read_chunk(&file, partial, manifest, chunk, &mut buffer)?.is_some_and(|b| manifest.accepts(chunk, b))
+        {
+            continue;
+        }
+        if let Some(damaged) = &damaged
+            // A chunk that cannot be read from a damaged copy is as bad as a wrong one.
+            && let Ok(Some(bytes)) = read_chunk(damaged, &files.file, manifest, chunk, &mut buffer)
+            && manifest.accepts(chunk, bytes)
+        {
+            sparse::write_at(&file, range.start, bytes, true).map_err(AgentError::io("write", partial))?;
+            continue;
+        }
+        missing.push(chunk);
+    }
+    reserve(&file, partial, manifest, &missing)?;
+    Ok((file, missing))
+}
+
+fn reserve(file: &File, path: &Path, manifest: &Manifest, missing: &[u64]) -> Result<(), AgentError> {
+    for run in runs(missing, usize::MAX) {
+        let (start, end) = (manifest.range(run.start).start, manifest.range(run.end - 1).end);
+        sparse::reserve(file, path, start, end - start).map_err(|error| match error {
+            AgentError::NoSpace { path, free_bytes, .. } => AgentError::NoSpace {
+                path,
+                free_bytes,
+                needed_bytes: missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum(),
+            },
+            other => other,
+        })?;
+    }
+    Ok(())
+}
+
+/// Neighboring chunks as ranges of at most so many.
+fn runs(chunks: &[u64], limit: usize) -> Vec<std::ops::Range<u64>> {
+    let mut runs: Vec<std::ops::Range<u64>> = vec![];
+    for chunk in chunks {
+        match runs.last_mut() {
+            Some(run) if run.end == *chunk && run.end - run.start < limit as u64 => run.end += 1,
+            _ => runs.push(*chunk..chunk + 1),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbors_are_fetched_together_up_to_the_limit() {
+        assert_eq!(runs(&[], 8), []);
+        assert_eq!(runs(&[0, 1, 2, 5, 7, 8], 8), [0..3, 5..6, 7..9]);
+        assert_eq!(runs(&[0, 1, 2, 3, 4], 2), [0..2, 2..4, 4..5]);
+    }
+}

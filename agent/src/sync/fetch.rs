@@ -1,0 +1,356 @@
+//! The workers of a sync: one queue of chunk ranges, two requests per peer at a time.
+//!
+//! A worker that finds the queue empty takes the second half of what a worker of another peer still has to do, so that a
+//! slow peer delays the end by one chunk only.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::File;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::{Pull, Report, Step, runs};
+use crate::error::{AgentError, blocking, chain};
+use crate::limits::{CHUNKS_PER_REQUEST, MAX_PEER_FAILURES, STREAMS_PER_PEER};
+use crate::manifest::Manifest;
+use crate::peer::{Peer, PeerError};
+use crate::sparse;
+
+/// Pause after a failed request, times the failures in a row.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Wrong chunks after which a peer is dropped: its disk is bad, and every wrong chunk costs a transfer.
+const MAX_BAD_CHUNKS: usize = 8;
+
+struct Fetch<'a> {
+    what: &'a Pull,
+    peers: Vec<Peer>,
+    manifest: &'a Arc<Manifest>,
+    file: &'a Arc<File>,
+    report: &'a Report,
+    work: Mutex<Work>,
+    wake: Notify,
+}
+
+struct Work {
+    queue: VecDeque<Range<u64>>,
+    /// What each worker still has to do, the chunk that it is at included.
+    in_flight: BTreeMap<usize, Range<u64>>,
+    /// Chunks that a peer gave wrongly, by peer.
+    bad: BTreeMap<usize, BTreeSet<u64>>,
+    failures: BTreeMap<usize, u32>,
+    dropped: BTreeMap<usize, String>,
+    done_bytes: u64,
+    error: Option<AgentError>,
+}
+
+enum Next {
+    Fetch(Range<u64>),
+    Wait,
+    End,
+}
+
+/// What a request brought: how many chunks were right; which were wrong; why it ended early.
+#[derive(Default)]
+struct Outcome {
+    good: u64,
+    bad: Vec<u64>,
+    problem: Option<PeerError>,
+}
+
+/// The peer that a worker asks.
+fn peer_of(worker: usize) -> usize {
+    worker / STREAMS_PER_PEER
+}
+
+/// Fetches all missing chunks into the file.
+pub(super) async fn all(
+    what: &Pull,
+    peers: Vec<Peer>,
+    manifest: &Arc<Manifest>,
+    file: &Arc<File>,
+    missing: Vec<u64>,
+    report: &Report,
+    cancel: &CancellationToken,
+) -> Result<(), AgentError> {
+    let missing_bytes: u64 = missing.iter().map(|c| bytes_of(manifest, *c)).sum();
+    let work = Work {
+        queue: runs(&missing, CHUNKS_PER_REQUEST).into(),
+        in_flight: BTreeMap::new(),
+        bad: BTreeMap::new(),
+        failures: BTreeMap::new(),
+        dropped: BTreeMap::new(),
+        done_bytes: manifest.data_bytes() - missing_bytes,
+        error: None,
+    };
+    let fetch = Fetch { what, peers, manifest, file, report, work: Mutex::new(work), wake: Notify::new() };
+    let workers = (0..fetch.peers.len() * STREAMS_PER_PEER).map(|worker| fetch.run(worker));
+    tokio::select! {
+        _ = futures::future::join_all(workers) => {}
+        () = cancel.cancelled() => return Err(AgentError::Cancelled),
+    }
+    let work = fetch.work.into_inner().expect("no worker panicked");
+    match work.error {
+        Some(error) => Err(error),
+        None if work.queue.is_empty() => Ok(()),
+        None => {
+            let reasons = work.dropped.iter().map(|(peer, why)| format!("{}: {why}", fetch.peers[*peer].address()));
+            Err(AgentError::NoPeer { reasons: reasons.collect::<Vec<_>>().join("; ") })
+        }
+    }
+}
+
+impl Fetch<'_> {
+    async fn run(&self, worker: usize) {
+        loop {
+            let notified = self.wake.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            let next = self.work.lock().expect("no worker panicked").next(worker, self.peers.len());
+            let next = next.unwrap_or_else(|chunk| self.give_up(chunk));
+            match next {
+                Next::End => {
+                    self.wake.notify_waiters();
+                    return;
+                }
+                Next::Wait => notified.await,
+                Next::Fetch(range) => {
+                    let outcome = self.request(worker, range).await;
+                    let pause = self.settle(worker, outcome);
+                    self.wake.notify_waiters();
+                    if let Some(pause) = pause {
+                        tokio::time::sleep(pause).await;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn request(&self, worker: usize, chunks: Range<u64>) -> Result<Outcome, AgentError> {
+        let mut outcome = Outcome::default();
+        let client = &self.peers[peer_of(worker)];
+        let bytes = self.manifest.range(chunks.start).start..self.manifest.range(chunks.end - 1).end;
+        let mut response = match client.range(&self.what.key, bytes).await {
+            Ok(response) => response,
+            Err(problem) => {
+                outcome.problem = Some(problem);
+                return Ok(outcome);
+            }
+        };
+        let mut buffer = BytesMut::new();
+        for chunk in chunks {
+            if !self.work.lock().expect("no worker panicked").begin(worker, chunk) {
+                break;
+            }
+            let length = bytes_of(self.manifest, chunk) as usize;
+            while buffer.len() < length {
+                match client.read(&mut response).await {
+                    Ok(Some(part)) => buffer.extend_from_slice(&part),
+                    Ok(None) => outcome.problem = Some(PeerError::Transfer("it ended early".into())),
+                    Err(problem) => outcome.problem = Some(problem),
+                }
+                if outcome.problem.is_some() {
+                    return Ok(outcome);
+                }
+            }
+            if self.take(chunk, buffer.split_to(length).freeze()).await? {
+                outcome.good += 1;
+                self.count(chunk);
+            } else {
+                outcome.bad.push(chunk);
+            }
+            self.work.lock().expect("no worker panicked").end(worker, chunk);
+        }
+        Ok(outcome)
+    }
+
+    /// Writes a chunk if it is the right one.
+    async fn take(&self, chunk: u64, bytes: Bytes) -> Result<bool, AgentError> {
+        let (manifest, file) = (self.manifest.clone(), self.file.clone());
+        let path = self.what.files.partial.clone();
+        blocking(move || {
+            if !manifest.accepts(chunk, &bytes) {
+                return Ok(false);
+            }
+            let start = manifest.range(chunk).start;
+            sparse::write_at(&file, start, &bytes, true).map_err(AgentError::io("write", path))?;
+            Ok(true)
+        })
+        .await
+    }
+
+    fn give_up(&self, chunk: u64) -> Next {
+        let mut work = self.work.lock().expect("no worker panicked");
+        let live = self.peers.iter().enumerate().filter(|(peer, _)| !work.dropped.contains_key(peer));
+        let peers = live.map(|(_, peer)| peer.address().to_string()).collect::<Vec<_>>().join(", ");
+        work.error = Some(AgentError::ChunkBadEverywhere { chunk, peers });
+        Next::End
+    }
+
+    fn count(&self, chunk: u64) {
+        let mut work = self.work.lock().expect("no worker panicked");
+        work.done_bytes += bytes_of(self.manifest, chunk);
+        let percent = work.done_bytes * 100 / self.manifest.data_bytes().max(1);
+        drop(work);
+        (self.report)(Step::Progress(percent.min(99) as u32));
+    }
+
+    /// Books what a request brought; returns how long this worker shall pause.
+    fn settle(&self, worker: usize, outcome: Result<Outcome, AgentError>) -> Option<Duration> {
+        let peer = peer_of(worker);
+        let mut work = self.work.lock().expect("no worker panicked");
+        let rest = work.in_flight.remove(&worker).filter(|rest| !rest.is_empty());
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                work.error = Some(error);
+                return None;
+            }
+        };
+        let address = self.peers[peer].address();
+        for chunk in outcome.bad {
+            tracing::warn!(image = %self.what.key, peer = %address, chunk, "chunk does not match the manifest");
+            work.queue.push_front(chunk..chunk + 1);
+            let bad = work.bad.entry(peer).or_default();
+            bad.insert(chunk);
+            if bad.len() >= MAX_BAD_CHUNKS {
+                work.dropped.entry(peer).or_insert(format!("it gave {MAX_BAD_CHUNKS} wrong chunks"));
+            }
+        }
+        if let Some(rest) = rest {
+            work.queue.push_front(rest);
+        }
+        if outcome.good > 0 {
+            work.failures.remove(&peer);
+        }
+        let problem = outcome.problem?;
+        let failures = work.failures.entry(peer).or_default();
+        *failures += 1;
+        let failures = *failures;
+        if failures >= MAX_PEER_FAILURES || matches!(problem, PeerError::Without) {
+            tracing::warn!(image = %self.what.key, peer = %address, problem = chain(&problem), "peer dropped");
+            work.dropped.entry(peer).or_insert(chain(&problem));
+        }
+        Some(PAUSE * failures)
+    }
+}
+
+impl Work {
+    /// What a worker does next; an error is a chunk that no peer has right.
+    fn next(&mut self, worker: usize, peers: usize) -> Result<Next, u64> {
+        let peer = peer_of(worker);
+        if self.error.is_some() || self.dropped.contains_key(&peer) {
+            return Ok(Next::End);
+        }
+        if let Some(position) = self.queue.iter().position(|range| !self.is_bad(peer, range)) {
+            let range = self.queue.remove(position).expect("the position was found");
+            self.in_flight.insert(worker, range.clone());
+            return Ok(Next::Fetch(range));
+        }
+        // What is left was wrong from this peer; is there another one to ask?
+        let live: Vec<usize> = (0..peers).filter(|other| !self.dropped.contains_key(other)).collect();
+        let hopeless = |range: &&Range<u64>| live.iter().all(|other| self.is_bad(*other, range));
+        if let Some(range) = self.queue.iter().find(hopeless) {
+            return Err(range.start);
+        }
+        if let Some(range) = self.steal(peer) {
+            self.in_flight.insert(worker, range.clone());
+            return Ok(Next::Fetch(range));
+        }
+        Ok(if self.queue.is_empty() && self.in_flight.is_empty() { Next::End } else { Next::Wait })
+    }
+
+    /// Whether a range has a chunk that this peer gave wrongly. Such a chunk is always queued alone.
+    fn is_bad(&self, peer: usize, range: &Range<u64>) -> bool {
+        self.bad.get(&peer).is_some_and(|bad| bad.range(range.clone()).next().is_some())
+    }
+
+    /// The second half of the longest range that a worker of another peer has.
+    fn steal(&mut self, peer: usize) -> Option<Range<u64>> {
+        let others = self.in_flight.iter_mut().filter(|(worker, _)| peer_of(**worker) != peer);
+        let (_, range) = others.max_by_key(|(_, range)| range.end.saturating_sub(range.start))?;
+        let length = range.end.saturating_sub(range.start);
+        if length < 2 {
+            return None;
+        }
+        let middle = range.start + length.div_ceil(2);
+        let stolen = middle..range.end;
+        range.end = middle;
+        Some(stolen)
+    }
+
+    /// Whether a chunk is still this worker's to do.
+    fn begin(&self, worker: usize, chunk: u64) -> bool {
+        self.in_flight.get(&worker).is_some_and(|range| range.contains(&chunk))
+    }
+
+    fn end(&mut self, worker: usize, chunk: u64) {
+        if let Some(range) = self.in_flight.get_mut(&worker) {
+            range.start = chunk + 1;
+        }
+    }
+}
+
+fn bytes_of(manifest: &Manifest, chunk: u64) -> u64 {
+    let range = manifest.range(chunk);
+    range.end - range.start
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One range waits.
+    fn work(range: Range<u64>) -> Work {
+        Work {
+            queue: VecDeque::from([range]),
+            in_flight: BTreeMap::new(),
+            bad: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            dropped: BTreeMap::new(),
+            done_bytes: 0,
+            error: None,
+        }
+    }
+
+    fn fetch(work: &mut Work, worker: usize) -> Option<Range<u64>> {
+        match work.next(worker, 2).expect("no hopeless chunk") {
+            Next::Fetch(range) => Some(range),
+            Next::Wait | Next::End => None,
+        }
+    }
+
+    const OTHER: usize = STREAMS_PER_PEER;
+
+    #[test]
+    fn an_idle_worker_takes_half_of_what_another_peer_has_left() {
+        let mut work = work(0..8);
+        assert_eq!(fetch(&mut work, 0), Some(0..8));
+        assert!(work.begin(0, 0));
+        work.end(0, 0);
+        assert_eq!(fetch(&mut work, 1), None, "its own peer would not be faster");
+        assert_eq!(fetch(&mut work, OTHER), Some(5..8));
+        assert!(work.begin(0, 4) && !work.begin(0, 5), "the first worker stops before the stolen half");
+        assert!(matches!(work.next(OTHER + 1, 2), Ok(Next::Fetch(range)) if range == (3..5)));
+    }
+
+    #[test]
+    fn a_chunk_in_progress_is_not_stolen() {
+        let mut work = work(3..4);
+        assert_eq!(fetch(&mut work, 0), Some(3..4));
+        assert!(matches!(work.next(OTHER, 2), Ok(Next::Wait)));
+    }
+
+    #[test]
+    fn a_chunk_that_was_bad_goes_to_another_peer_or_nowhere() {
+        let mut work = work(3..4);
+        work.bad.insert(0, BTreeSet::from([3]));
+        assert_eq!(fetch(&mut work, 0), None);
+        work.dropped.insert(1, "dead".into());
+        assert!(matches!(work.next(0, 2), Err(3)));
+    }
+}

@@ -1,0 +1,100 @@
+//! Files that exist already: are they what their manifest says, and what are they when there is none?
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use api::ids::{ImageUuid, Sha512Digest};
+use aws_lc_rs::digest;
+use tokio_util::sync::CancellationToken;
+
+use crate::config_file::Format;
+use crate::error::AgentError;
+use crate::limits::{CHUNK_BYTES, MAX_FILE_BYTES};
+use crate::manifest::{Manifest, chunk_count, hash_chunk};
+use crate::qcow2;
+
+/// Reads a whole file and tells its manifest's chunks that are wrong.
+pub(crate) fn bad_chunks(
+    file: &File,
+    path: &Path,
+    manifest: &Manifest,
+    cancel: &CancellationToken,
+    progress: &dyn Fn(u32),
+) -> Result<Vec<u64>, AgentError> {
+    let mut bad = vec![];
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    let total = manifest.chunks.len() as u64;
+    for chunk in 0..total {
+        if cancel.is_cancelled() {
+            return Err(AgentError::Cancelled);
+        }
+        if !read_chunk(file, path, manifest, chunk, &mut buffer)?.is_some_and(|bytes| manifest.accepts(chunk, bytes)) {
+            bad.push(chunk);
+        }
+        progress((chunk * 100 / total) as u32);
+    }
+    Ok(bad)
+}
+
+/// The bytes of one chunk; `None` when the file ends before it does.
+pub(crate) fn read_chunk<'a>(
+    file: &File,
+    path: &Path,
+    manifest: &Manifest,
+    chunk: u64,
+    buffer: &'a mut [u8],
+) -> Result<Option<&'a [u8]>, AgentError> {
+    let range = manifest.range(chunk);
+    let bytes = &mut buffer[..(range.end - range.start) as usize];
+    match file.read_exact_at(bytes, range.start) {
+        Ok(()) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(source) => Err(AgentError::Io { doing: "read", path: path.into(), source }),
+    }
+}
+
+/// Makes the manifest of a file that has none: one that Longhorn left, or whose manifest was lost. Reads all of it.
+///
+/// The format is the recorded one; only when none was ever recorded the first bytes decide.
+pub(crate) fn make_manifest(
+    file: &File,
+    path: &Path,
+    uuid: &ImageUuid,
+    recorded: Option<Format>,
+    cancel: &CancellationToken,
+    progress: &dyn Fn(u32),
+) -> Result<Manifest, AgentError> {
+    let size_bytes = file.metadata().map_err(AgentError::io("look at", path))?.len();
+    if size_bytes == 0 {
+        return Err(AgentError::Empty);
+    }
+    if size_bytes > MAX_FILE_BYTES {
+        return Err(AgentError::TooLarge { size_bytes, limit_bytes: MAX_FILE_BYTES });
+    }
+    let mut context = digest::Context::new(&digest::SHA512);
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    let mut chunks = vec![];
+    let mut format = recorded;
+    let total = chunk_count(size_bytes);
+    for chunk in 0..total {
+        if cancel.is_cancelled() {
+            return Err(AgentError::Cancelled);
+        }
+        let start = chunk * CHUNK_BYTES;
+        let bytes = &mut buffer[..(size_bytes - start).min(CHUNK_BYTES) as usize];
+        file.read_exact_at(bytes, start).map_err(AgentError::io("read", path))?;
+        format = format.or(Some(if bytes.starts_with(&qcow2::MAGIC) { Format::Qcow2 } else { Format::Raw }));
+        context.update(bytes);
+        chunks.push(hash_chunk(bytes));
+        progress((chunk * 100 / total) as u32);
+    }
+    let format = format.expect("there is at least one chunk");
+    let virtual_size_bytes = match format {
+        Format::Raw if !size_bytes.is_multiple_of(512) => return Err(AgentError::NotWholeSectors { size_bytes }),
+        Format::Raw => size_bytes,
+        Format::Qcow2 => qcow2::inspect(file, size_bytes).map_err(AgentError::Qcow2)?.virtual_size_bytes,
+    };
+    let sha512: Sha512Digest = hex::encode(context.finish()).parse().expect("SHA-512 has 64 bytes");
+    Ok(Manifest { uuid: uuid.clone(), sha512, format, size_bytes, virtual_size_bytes, chunks })
+}

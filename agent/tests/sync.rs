@@ -1,0 +1,346 @@
+//! Copies between managers: several peers, damage, death, resumption, full disks; and sending to Longhorn's receivers.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use proto::bimrpc::{BackingImageSpec, SendRequest};
+use std::net::SocketAddr;
+use support::*;
+use tokio::net::TcpListener;
+
+/// Damages a sealed copy without changing its modification time.
+fn damage(disk: &TestDisk, chunk: u64) {
+    let path = disk.copy_file();
+    let time = path.metadata().unwrap().modified().unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    file.write_all_at(b"damage", chunk * MIB as u64 + 99).unwrap();
+    file.set_modified(time).unwrap();
+}
+
+#[track_caller]
+fn assert_copied(disk: &TestDisk, bytes: &[u8]) {
+    let file = disk.copy_file();
+    assert!(std::fs::read(&file).unwrap() == bytes, "the copy has the same bytes");
+    let metadata = file.metadata().unwrap();
+    assert!(metadata.blocks() * 512 < 10 * MIB as u64, "holes stay holes");
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o444);
+    assert!(!disk.disk().copy(&key()).partial.exists());
+}
+
+/// A second copy, made by a sync from the first.
+async fn second(first: &RunningManager) -> (TestDisk, RunningManager) {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    manager.sync(spec(), &[first.address]).await.unwrap();
+    manager.reaches("ready").await;
+    (disk, manager)
+}
+
+/// A peer that serves the copy of a disk, counts what is asked, and fails as told.
+struct FakePeer {
+    address: SocketAddr,
+    ranges: Arc<Mutex<Vec<String>>>,
+}
+
+#[derive(Clone)]
+struct FakeState {
+    files: backing_image_agent::layout::FileSet,
+    ranges: Arc<Mutex<Vec<String>>>,
+    /// Requests for data that are answered; later ones stay silent.
+    answers: usize,
+}
+
+impl FakePeer {
+    async fn new(disk: &TestDisk, answers: usize) -> FakePeer {
+        let address = address(8000);
+        let listener = TcpListener::bind(SocketAddr::new(address.ip(), 8001)).await.unwrap();
+        let ranges = Arc::new(Mutex::new(vec![]));
+        let state = FakeState { files: disk.disk().copy(&key()), ranges: ranges.clone(), answers };
+        let app = Router::new()
+            .route(
+                "/v1/copies/{key}/manifest",
+                get(|State(s): State<FakeState>| async move { std::fs::read(s.files.manifest).unwrap() }),
+            )
+            .route("/v1/copies/{key}/data", get(FakePeer::data))
+            .with_state(state);
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        FakePeer { address, ranges }
+    }
+
+    async fn data(State(state): State<FakeState>, headers: HeaderMap) -> Response {
+        let range = headers["range"].to_str().unwrap().to_owned();
+        let number = {
+            let mut ranges = state.ranges.lock().unwrap();
+            ranges.push(range.clone());
+            ranges.len()
+        };
+        if number > state.answers {
+            std::future::pending::<()>().await;
+        }
+        let (first, last) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+        let (first, last): (u64, u64) = (first.parse().unwrap(), last.parse().unwrap());
+        let mut bytes = vec![0; (last - first + 1) as usize];
+        File::open(&state.files.file).unwrap().read_exact_at(&mut bytes, first).unwrap();
+        (StatusCode::PARTIAL_CONTENT, Body::from(bytes)).into_response()
+    }
+
+    fn ranges(&self) -> Vec<String> {
+        self.ranges.lock().unwrap().clone()
+    }
+}
+
+#[tokio::test]
+async fn a_bad_chunk_is_taken_from_another_peer() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    let (other_disk, other) = second(&first).await;
+    assert_copied(&other_disk, &bytes);
+
+    damage(&disk, 1);
+    damage(&other_disk, 8);
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start(&target_disk).await;
+    let wanted = BackingImageSpec { checksum: sha512(&bytes), size: bytes.len() as i64, ..spec() };
+    let begun = target.sync(wanted.clone(), &[first.address, other.address]).await.unwrap().status.unwrap();
+    assert_eq!(begun.sender_manager_address, format!("{},{}", first.address, other.address));
+    let copy = target.reaches("ready").await;
+    assert_copied(&target_disk, &bytes);
+    assert_eq!((copy.format.as_str(), copy.status.unwrap().checksum), ("raw", sha512(&bytes)));
+    let again = target.sync(wanted, &[first.address]).await.unwrap();
+    assert_eq!(again.status.unwrap().state, "ready", "a second request finds it done");
+}
+
+#[tokio::test]
+async fn a_chunk_that_is_bad_everywhere_fails_the_copy_by_name() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    damage(&disk, 8);
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start(&target_disk).await;
+    target.sync(spec(), &[first.address]).await.unwrap();
+    let message = target.reaches("failed").await.status.unwrap().error_msg;
+    assert!(message.contains("chunk 8 (bytes 8388608 to 9437183)"), "{message}");
+    assert!(!target_disk.copy_file().exists());
+}
+
+#[tokio::test]
+async fn dead_and_wrong_peers_are_left_out() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    let empty_disk = TestDisk::new();
+    let empty = RunningManager::start(&empty_disk).await;
+    let silent = FakePeer::new(&disk, 1).await;
+
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_millis(1500)).await;
+    target.sync(spec(), &[address(8000), empty.address, silent.address, first.address]).await.unwrap();
+    target.reaches("ready").await;
+    assert_copied(&target_disk, &bytes);
+
+    let alone_disk = TestDisk::new();
+    let alone = RunningManager::start(&alone_disk).await;
+    alone.sync(spec(), &[address(8000), empty.address]).await.unwrap();
+    let message = alone.reaches("failed").await.status.unwrap().error_msg;
+    assert!(message.contains("refused") && message.contains("does not have the copy ready"), "{message}");
+
+    for wanted in [BackingImageSpec { checksum: "a".repeat(128), ..spec() }, BackingImageSpec { size: 512, ..spec() }] {
+        alone.sync(wanted, &[first.address]).await.unwrap();
+        let message = alone.reaches("failed").await.status.unwrap().error_msg;
+        assert!(message.contains("is wanted"), "{message}");
+    }
+    alone.sync(spec(), &[first.address]).await.unwrap();
+    alone.reaches("ready").await;
+}
+
+#[tokio::test]
+async fn a_killed_sync_goes_on_with_what_it_had() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    // One request of eight chunks at most is answered, then silence.
+    let silent = FakePeer::new(&disk, 1).await;
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start(&target_disk).await;
+    target.sync(spec(), &[silent.address]).await.unwrap();
+    let partial = target_disk.disk().copy(&key()).partial;
+    wait_until("a part is there", async || {
+        target.get().await.status.unwrap().progress > 20 && silent.ranges().len() > 1
+    })
+    .await;
+    let address = target.address;
+    target.kill();
+    assert!(partial.exists() && !target_disk.copy_file().exists());
+    let answered = silent.ranges()[0].clone();
+
+    let counting = FakePeer::new(&disk, usize::MAX).await;
+    wait_until("the address is free", async || TcpListener::bind(address).await.is_ok()).await;
+    let target = RunningManager::start_with(&target_disk, address, Duration::from_secs(20)).await;
+    let request = proto::bimrpc::GetRequest { name: "parrot".into(), uuid: UUID.into() };
+    assert!(target.client().await.get(request).await.is_err(), "half a file is no copy");
+    target.sync(spec(), &[counting.address]).await.unwrap();
+    target.reaches("ready").await;
+    assert_copied(&target_disk, &bytes);
+    assert!(!counting.ranges().contains(&answered), "{:?} were asked again", counting.ranges());
+    assert!(counting.ranges().len() < 3, "{:?}", counting.ranges());
+}
+
+#[tokio::test]
+async fn a_damaged_copy_is_repaired_by_the_bad_chunk_only() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    let (other_disk, other) = second(&first).await;
+    damage(&other_disk, 10);
+    File::open(other_disk.copy_file()).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
+    other.reaches("failed").await;
+
+    let counting = FakePeer::new(&disk, usize::MAX).await;
+    other.sync(spec(), &[counting.address]).await.unwrap();
+    other.reaches("ready").await;
+    assert_copied(&other_disk, &bytes);
+    assert_eq!(counting.ranges(), ["bytes=10485760-11534335"]);
+}
+
+#[tokio::test]
+async fn delete_stops_a_running_sync_and_leaves_nothing() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    let silent = FakePeer::new(&disk, 0).await;
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start(&target_disk).await;
+    target.sync(spec(), &[silent.address]).await.unwrap();
+    wait_until("data is asked for", async || !silent.ranges().is_empty()).await;
+    let url = target.address.to_string();
+    backing_image_agent::client::delete(&url, "parrot", UUID).await.unwrap();
+    assert!(!target_disk.disk().image_dir(&key()).exists());
+    assert!(backing_image_agent::client::list(&url).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    let small = TestDisk::small();
+    let target = RunningManager::start(&small).await;
+    target.sync(spec(), &[first.address]).await.unwrap();
+    let message = target.reaches("failed").await.status.unwrap().error_msg;
+    assert!(message.contains("bytes free, the file needs"), "{message}");
+    assert!(!small.disk().copy(&key()).partial.exists() && !small.copy_file().exists());
+}
+
+#[tokio::test]
+async fn the_peer_port_only_reads_ready_copies() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let manager = RunningManager::start(&disk).await;
+    prepare(&disk, &manager, &bytes).await;
+    let base = format!("http://{}:8001/v1/copies", manager.address.ip());
+    let client = http();
+    let ask = async |path: &str, range: Option<&str>| {
+        let mut request = client.get(format!("{base}/{path}"));
+        if let Some(range) = range {
+            request = request.header("Range", range);
+        }
+        let response = request.send().await.unwrap();
+        (response.status().as_u16(), response.bytes().await.unwrap())
+    };
+    let (status, body) = ask("parrot-0a1b2c3d/data", Some("bytes=10-19")).await;
+    assert_eq!((status, &body[..]), (206, &bytes[10..20]));
+    assert_eq!(ask("parrot-0a1b2c3d/data", None).await.0, 416);
+    assert_eq!(ask("parrot-0a1b2c3d/data", Some("bytes=0-99999999")).await.0, 416);
+    assert_eq!(ask("parrot-ffffffff/data", Some("bytes=0-1")).await.0, 404);
+    assert_eq!(ask("..%2F..%2Fetc/data", Some("bytes=0-1")).await.0, 400);
+    let response = client.delete(format!("{base}/parrot-0a1b2c3d/data")).send().await.unwrap();
+    assert_eq!(response.status().as_u16(), 405);
+    wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
+}
+
+/// A receiver as Longhorn's: writes what it gets into memory.
+#[derive(Clone, Default)]
+struct Receiver {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    calls: Arc<Mutex<Vec<&'static str>>>,
+}
+
+type Range = Query<BTreeMap<String, String>>;
+
+fn number(query: &Range, key: &str) -> usize {
+    query.0[key].parse().unwrap()
+}
+
+impl Receiver {
+    async fn start(&self) -> SocketAddr {
+        let address = address(30001);
+        let listener = TcpListener::bind(address).await.unwrap();
+        let app = Router::new()
+            .route(
+                "/v1-ssync/open",
+                get(|State(r): State<Receiver>, query: Range| async move {
+                    r.calls.lock().unwrap().push("open");
+                    *r.bytes.lock().unwrap() = vec![0xff; number(&query, "end")];
+                    "false"
+                }),
+            )
+            .route(
+                "/v1-ssync/sendHole",
+                post(|State(r): State<Receiver>, query: Range| async move {
+                    r.calls.lock().unwrap().push("hole");
+                    r.bytes.lock().unwrap()[number(&query, "begin")..number(&query, "end")].fill(0);
+                }),
+            )
+            .route(
+                "/v1-ssync/writeData",
+                post(|State(r): State<Receiver>, query: Range, body: Bytes| async move {
+                    r.calls.lock().unwrap().push("data");
+                    r.bytes.lock().unwrap()[number(&query, "begin")..number(&query, "end")].copy_from_slice(&body);
+                })
+                .layer(axum::extract::DefaultBodyLimit::disable()),
+            )
+            .route(
+                "/v1-ssync/close",
+                post(|State(r): State<Receiver>| async move { r.calls.lock().unwrap().push("close") }),
+            )
+            .with_state(self.clone());
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        address
+    }
+}
+
+#[tokio::test]
+async fn a_copy_is_sent_to_longhorns_receiver() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let manager = RunningManager::start(&disk).await;
+    let request = |to: String| SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address: to };
+    let error = manager.client().await.send(request("127.0.0.1:1".into())).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::NotFound);
+    prepare(&disk, &manager, &bytes).await;
+    let receiver = Receiver::default();
+    let address = receiver.start().await;
+    manager.client().await.send(request(address.to_string())).await.unwrap();
+    wait_until("the receiver is closed", async || receiver.calls.lock().unwrap().last() == Some(&"close")).await;
+    assert!(*receiver.bytes.lock().unwrap() == bytes);
+    let calls = receiver.calls.lock().unwrap().clone();
+    assert_eq!(calls.iter().filter(|call| **call == "hole").count(), 1, "{calls:?}");
+    assert_eq!(calls[0], "open");
+    tokio::time::timeout(Duration::from_secs(5), async {
+        wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
+    })
+    .await
+    .unwrap();
+}

@@ -1,0 +1,256 @@
+//! Tables of what is filled in and what is refused.
+
+use expect_test::{Expect, expect};
+use serde_json::{Value, json};
+
+use super::*;
+
+const RULES: ImageRules = ImageRules { default_min_copies: 3, allow_loopback_sources: false };
+const URL: &str = "https://example.com/a.qcow2";
+
+fn image(name: &str, spec: Value) -> BackingImage {
+    let meta = json!({"name": name});
+    serde_json::from_value(
+        json!({"apiVersion": "longhorn.io/v1beta2", "kind": "BackingImage", "metadata": meta, "spec": spec}),
+    )
+    .unwrap()
+}
+
+fn download(url: &str) -> Value {
+    json!({"sourceType": "download", "sourceParameters": {"url": url}})
+}
+
+fn with(mut spec: Value, field: &str, value: impl Into<Value>) -> Value {
+    spec[field] = value.into();
+    spec
+}
+
+fn check(name: &str, spec: Value, expected: Expect) {
+    let shown = admit_new(image(name, spec), &RULES).map_or_else(|e| e.to_string(), |_| "fine".into());
+    expected.assert_eq(&shown);
+}
+
+#[test]
+fn fills_in_defaults() {
+    let spec = json!({
+        "checksum": format!(" {}\n", "a".repeat(128)),
+        "sourceType": "export-from-volume",
+        "sourceParameters": {"volume-name": " vol ", "export-type": " "},
+        "dataEngine": "",
+        "futureField": 7,
+    });
+    let admitted = admit_new(image("a1", spec), &RULES).unwrap();
+    expect![[r#"
+        {
+          "apiVersion": "longhorn.io/v1beta2",
+          "kind": "BackingImage",
+          "metadata": {
+            "finalizers": [
+              "longhorn.io"
+            ],
+            "labels": {
+              "longhorn.io/component": "backing-image",
+              "longhorn.io/managed-by": "longhorn-manager"
+            },
+            "name": "a1"
+          },
+          "spec": {
+            "checksum": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+            "sourceType": "export-from-volume",
+            "sourceParameters": {
+              "export-type": "raw",
+              "volume-name": "vol"
+            },
+            "minNumberOfCopies": 3,
+            "nodeSelector": [],
+            "diskSelector": [],
+            "secret": "",
+            "secretNamespace": "",
+            "dataEngine": "v1",
+            "diskFileSpecMap": {},
+            "futureField": 7
+          }
+        }"#]]
+    .assert_eq(&serde_json::to_string_pretty(&admitted).unwrap());
+    assert_eq!(admit_new(admitted.clone(), &RULES).unwrap(), admitted, "once is enough");
+    let clone = json!({"sourceType": "clone", "sourceParameters": {"backing-image": "b1"}});
+    let clone = admit_new(image("a1", clone), &RULES).unwrap();
+    assert_eq!(clone.spec.source_parameters["encryption"], "ignore");
+    let untyped = admit_new(image("a1", json!({"sourceType": "", "sourceParameters": {"url": URL}})), &RULES).unwrap();
+    assert_eq!(untyped.spec.source_type, Some(SourceType::Download));
+}
+
+#[test]
+fn judges_names_and_checksums() {
+    check("ubuntu-24.04_x", download(URL), expect!["fine"]);
+    check(
+        "a",
+        download(URL),
+        expect![
+            "metadata.name is `a`: invalid name: 2 to 253 characters of a-z 0-9 _ . -, beginning with a letter or digit"
+        ],
+    );
+    check(
+        "Ubuntu",
+        download(URL),
+        expect![
+            "metadata.name is `Ubuntu`: invalid name: 2 to 253 characters of a-z 0-9 _ . -, beginning with a letter or digit"
+        ],
+    );
+    check(
+        "../../etc",
+        download(URL),
+        expect![
+            "metadata.name is `../../etc`: invalid name: 2 to 253 characters of a-z 0-9 _ . -, beginning with a letter or digit"
+        ],
+    );
+    check(
+        "a_",
+        download(URL),
+        expect![
+            "metadata.name is `a_`: invalid name: at most 63 characters that end with a letter or digit, as it becomes a label of other objects"
+        ],
+    );
+    check(
+        "a1",
+        with(download(URL), "checksum", "abc"),
+        expect![
+            "spec.checksum is `abc`: invalid checksum: the SHA-512 of the file is 128 characters of 0-9 a-f, and this has 3; `sha512sum FILE` prints it"
+        ],
+    );
+    check(
+        "a1",
+        with(download(URL), "checksum", "A".repeat(128)),
+        expect![
+            "spec.checksum is `AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA`: invalid checksum: write its letters in lower case"
+        ],
+    );
+}
+
+#[test]
+fn judges_sources() {
+    check(
+        "a1",
+        json!({}),
+        expect![
+            "spec.sourceType: it is not provided, and must be one of download, upload, export-from-volume, restore or clone"
+        ],
+    );
+    check(
+        "a1",
+        json!({"sourceType": "download"}),
+        expect![
+            "spec.sourceParameters[url]: download URL is not provided: give the http or https address of a qcow2 or raw file"
+        ],
+    );
+    check(
+        "a1",
+        download("example.com/a"),
+        expect![
+            "spec.sourceParameters[url] is `example.com/a`: invalid URI for request: an address looks like https://example.com/image.qcow2"
+        ],
+    );
+    check(
+        "a1",
+        download("ftp://user:secret@example.com/a"),
+        expect![
+            "spec.sourceParameters[url] is `ftp://…@example.com/a`: invalid download URL scheme: only http and https are offered"
+        ],
+    );
+    check(
+        "a1",
+        download("http://localhost/a"),
+        expect![
+            "spec.sourceParameters[url] is `http://localhost/a`: must not target a loopback address: the file is fetched from within the cluster, so give an address that every node reaches"
+        ],
+    );
+    let standalone = ImageRules { allow_loopback_sources: true, ..RULES };
+    assert!(admit_new(image("a1", download("http://localhost/a")), &standalone).is_ok());
+    check(
+        "a1",
+        json!({"sourceType": "download", "sourceParameters": {"url": URL, "padToSectors": "true"}}),
+        expect![
+            "spec.sourceParameters[padToSectors] is `true`: a download source has no such parameter; did you mean `padToSector`?"
+        ],
+    );
+    check(
+        "a1",
+        json!({"sourceType": "download", "sourceParameters": {"url": URL, "padToSector": "yes"}}),
+        expect!["spec.sourceParameters[padToSector] is `yes`: it must be one of true, false"],
+    );
+    check("a1", json!({"sourceType": "upload"}), expect!["fine"]);
+    check(
+        "a1",
+        json!({"sourceType": "export-from-volume", "sourceParameters": {"export-type": "vmdk"}}),
+        expect![
+            "spec.sourceParameters[volume-name]: it is not provided: give the name of a volume; spec.sourceParameters[export-type] is `vmdk`: it must be one of raw, qcow2"
+        ],
+    );
+    check(
+        "a1",
+        json!({"sourceType": "restore", "sourceParameters": {"concurrent-limit": "-1"}}),
+        expect![
+            "spec.sourceParameters[backup-url]: it is not provided: give the address of the backup; spec.sourceParameters[concurrent-limit] is `-1`: it must be a whole number, at least 1"
+        ],
+    );
+    check(
+        "a1",
+        json!({"sourceType": "clone", "sourceParameters": {"encryption": "encrypt", "secret": "s"}}),
+        expect![
+            "spec.sourceParameters[backing-image]: it is not provided: give the name of another image; spec.sourceParameters[secret-namespace]: it is not provided: give the namespace of the secret"
+        ],
+    );
+}
+
+#[test]
+fn refuses_what_is_not_offered_and_reports_every_mistake() {
+    let spec = json!({
+        "sourceType": "upload", "dataEngine": "v2", "secret": "s", "secretNamespace": "n",
+        "nodeSelector": ["a,b"], "diskFileSpecMap": {"disk 1": {}},
+    });
+    check(
+        "a1",
+        spec,
+        expect![
+            "spec.dataEngine is `v2`: v2 backing images are not supported, use v1; spec.secret is `s`: encrypted images are not supported; leave it out; spec.secretNamespace is `n`: encrypted images are not supported; leave it out; spec.nodeSelector is `a,b`: a tag is a word without blanks, commas and semicolons; spec.diskFileSpecMap is `disk 1`: its keys are UUIDs of disks: 1 to 64 characters of a-z A-Z 0-9 -"
+        ],
+    );
+}
+
+#[test]
+fn judges_changes() {
+    let old = admit_new(image("a1", download(URL)), &RULES).unwrap();
+    let changed = |change: fn(&mut BackingImage)| {
+        let mut new = old.clone();
+        change(&mut new);
+        admit_change(&old, new, &RULES).map_or_else(|e| e.to_string(), |_| "fine".into())
+    };
+    expect!["fine"].assert_eq(&changed(|i| i.spec.min_number_of_copies = 1));
+    expect!["fine"].assert_eq(&changed(|i| i.metadata.finalizers = None));
+    expect!["spec.minNumberOfCopies is `0`: the minimum number of copies must larger than 0"]
+        .assert_eq(&changed(|i| i.spec.min_number_of_copies = 0));
+    expect!["spec.dataEngine is `v2`: it cannot be changed, and was `v1`"]
+        .assert_eq(&changed(|i| i.spec.data_engine = DataEngine::V2));
+    expect!["spec.secret is `s`: it cannot be changed, and was ``"].assert_eq(&changed(|i| i.spec.secret = "s".into()));
+    expect!["spec.sourceParameters[url]: download URL is not provided: give the http or https address of a qcow2 or raw file"]
+        .assert_eq(&changed(|i| i.spec.source_parameters.clear()));
+    expect!["fine"].assert_eq(&changed(|i| i.spec.source_type = None));
+}
+
+#[test]
+fn lets_an_image_go_that_is_being_deleted_whatever_it_holds() {
+    let mut old = image("A", json!({"checksum": "wrong", "minNumberOfCopies": 0}));
+    let now = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+    old.metadata.deletion_timestamp = Some(now);
+    assert_eq!(admit_change(&old, old.clone(), &RULES).unwrap(), old);
+}
+
+#[test]
+fn keeps_an_image_that_replicas_use() {
+    assert_eq!(admit_deletion("a1", &[]), Ok(()));
+    let error = admit_deletion("a1", &["v-r-1".into(), "v-r-2".into()]).unwrap_err();
+    expect![
+        "cannot delete backing image `a1` since there are replicas using it: v-r-1, v-r-2; delete their volumes first"
+    ]
+    .assert_eq(&error.to_string());
+}

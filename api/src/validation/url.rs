@@ -1,0 +1,186 @@
+//! The address of a download, as far as it can be judged without asking the network.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// What is wrong with a download address. The texts are Longhorn's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mistake {
+    Empty,
+    Syntax,
+    Scheme,
+    Loopback,
+}
+
+impl Mistake {
+    pub fn message(self) -> &'static str {
+        match self {
+            Mistake::Empty => "download URL is not provided: give the http or https address of a qcow2 or raw file",
+            Mistake::Syntax => "invalid URI for request: an address looks like https://example.com/image.qcow2",
+            Mistake::Scheme => "invalid download URL scheme: only http and https are offered",
+            Mistake::Loopback => {
+                "must not target a loopback address: the file is fetched from within the cluster, so give an address that every node reaches"
+            }
+        }
+    }
+}
+
+/// Looks at the text of an address.
+///
+/// Names that only resolve to a loopback address pass: whoever connects must look at what it connects to.
+pub fn check(url: &str, allow_loopback: bool) -> Result<(), Mistake> {
+    if url.is_empty() {
+        return Err(Mistake::Empty);
+    }
+    if url.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Err(Mistake::Syntax);
+    }
+    if url.starts_with('/') {
+        return Err(Mistake::Scheme);
+    }
+    let (scheme, rest) = url.split_once(':').filter(|(scheme, _)| is_scheme(scheme)).ok_or(Mistake::Syntax)?;
+    if !matches!(scheme.to_ascii_lowercase().as_str(), "http" | "https") {
+        return Err(Mistake::Scheme);
+    }
+    let after = rest.strip_prefix("//").ok_or(Mistake::Syntax)?;
+    let authority = after.split(['/', '?', '#', '\\']).next().unwrap_or_default();
+    let address = authority.rsplit_once('@').map_or(authority, |(_, address)| address);
+    let host = split_port(address).ok_or(Mistake::Syntax)?;
+    if host.is_empty() && allow_loopback {
+        return Err(Mistake::Syntax);
+    }
+    if !allow_loopback && is_loopback(host) {
+        return Err(Mistake::Loopback);
+    }
+    Ok(())
+}
+
+/// The address without user and password.
+pub fn redact(url: &str) -> String {
+    let Some((scheme, after)) = url.split_once("://") else { return url.to_owned() };
+    let end = after.find(['/', '?', '#']).unwrap_or(after.len());
+    match after[..end].rfind('@') {
+        Some(at) => format!("{scheme}://…{}", &after[at..]),
+        None => url.to_owned(),
+    }
+}
+
+fn is_scheme(text: &str) -> bool {
+    text.bytes().next().is_some_and(|b| b.is_ascii_alphabetic())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'))
+}
+
+/// The host of `host`, `host:port` or `[v6]:port`; `None` when it is none of them.
+fn split_port(address: &str) -> Option<&str> {
+    let (host, port) = match address.strip_prefix('[') {
+        Some(rest) => {
+            let (host, port) = rest.split_once(']')?;
+            host.parse::<Ipv6Addr>().ok()?;
+            (host, port)
+        }
+        None => address.find(':').map_or((address, ""), |colon| address.split_at(colon)),
+    };
+    let port_is_right = match port.strip_prefix(':') {
+        Some(digits) => {
+            digits.is_empty() || (digits.bytes().all(|b| b.is_ascii_digit()) && digits.parse::<u16>().is_ok())
+        }
+        None => port.is_empty(),
+    };
+    port_is_right.then_some(host)
+}
+
+fn is_loopback(host: &str) -> bool {
+    let name = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
+    if let Ok(v6) = name.parse::<Ipv6Addr>() {
+        return v6.is_loopback() || v6.is_unspecified() || v6.to_ipv4_mapped().is_some_and(is_local_v4);
+    }
+    name.is_empty() || name == "localhost" || name.ends_with(".localhost") || classic_v4(&name).is_some_and(is_local_v4)
+}
+
+fn is_local_v4(address: Ipv4Addr) -> bool {
+    address.is_loopback() || address.octets()[0] == 0
+}
+
+/// An address in any form that resolvers accept: `127.1`, `0x7f000001`, `2130706433`.
+fn classic_v4(text: &str) -> Option<Ipv4Addr> {
+    let number = |part: &str| match (part.strip_prefix("0x"), part.strip_prefix('0')) {
+        (Some(digits), _) => u32::from_str_radix(digits, 16).ok(),
+        (None, Some(digits)) if !digits.is_empty() => u32::from_str_radix(digits, 8).ok(),
+        _ => part.parse().ok(),
+    };
+    let parts: Vec<u32> = text.split('.').map(number).collect::<Option<_>>()?;
+    let (last, first) = parts.split_last()?;
+    if first.len() > 3 || first.iter().any(|part| *part > 255) {
+        return None;
+    }
+    let room = 32 - 8 * first.len() as u32;
+    if u64::from(*last) >= 1 << room {
+        return None;
+    }
+    let high = first.iter().enumerate().fold(0_u32, |all, (index, part)| all | part << (24 - 8 * index));
+    Some(Ipv4Addr::from(high | last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn judges_addresses_as_longhorn_does() {
+        use Mistake::*;
+        let cases = [
+            ("https://example.com/image.qcow2", None),
+            ("HTTP://example.com", None),
+            ("http://user:secret@example.com:8080/a?b#c", None),
+            ("http://10.0.0.7/raw", None),
+            ("http://169.254.169.254/", None),
+            ("http://[2001:db8::1]:80/x", None),
+            ("http://1.2.3.4.5/x", None),
+            ("", Some(Empty)),
+            ("example.com/image", Some(Syntax)),
+            ("http//example.com", Some(Syntax)),
+            ("http://exa mple.com", Some(Syntax)),
+            ("http://example.com/\n", Some(Syntax)),
+            ("http:example.com", Some(Syntax)),
+            ("http://example.com:port/", Some(Syntax)),
+            ("http://example.com:70000/", Some(Syntax)),
+            ("http://[::1/", Some(Syntax)),
+            ("http://[example.com]/", Some(Syntax)),
+            ("://example.com", Some(Syntax)),
+            ("ftp://example.com/image", Some(Scheme)),
+            ("file:///etc/passwd", Some(Scheme)),
+            ("/etc/passwd", Some(Scheme)),
+            ("http://localhost/image", Some(Loopback)),
+            ("http://LOCALHOST.:80/image", Some(Loopback)),
+            ("http://a.localhost/", Some(Loopback)),
+            ("http://example.com@127.0.0.1/", Some(Loopback)),
+            ("http://127.8.9.1/", Some(Loopback)),
+            ("http://127.1/", Some(Loopback)),
+            ("http://0x7f000001/", Some(Loopback)),
+            ("http://2130706433/", Some(Loopback)),
+            ("http://0177.0.0.1/", Some(Loopback)),
+            ("http://0.0.0.0/", Some(Loopback)),
+            ("http://0/", Some(Loopback)),
+            ("http://[::1]/", Some(Loopback)),
+            ("http://[::]/", Some(Loopback)),
+            ("http://[::ffff:127.0.0.1]/", Some(Loopback)),
+            ("http://", Some(Loopback)),
+            ("http:///image", Some(Loopback)),
+        ];
+        for (url, expected) in cases {
+            assert_eq!(check(url, false).err(), expected, "{url}");
+            let allowed = match expected {
+                Some(Loopback) if url == "http://" || url == "http:///image" => Some(Syntax),
+                Some(Loopback) => None,
+                other => other,
+            };
+            assert_eq!(check(url, true).err(), allowed, "{url} where loopback is allowed");
+        }
+    }
+
+    #[test]
+    fn shows_no_password() {
+        assert_eq!(redact("http://user:p@ss@example.com/a@b"), "http://…@example.com/a@b");
+        assert_eq!(redact("http://example.com/a@b"), "http://example.com/a@b");
+        assert_eq!(redact("no address"), "no address");
+    }
+}

@@ -1,0 +1,73 @@
+//! Roles of the data plane: a replica, an engine, an engine's holder. They outlive whoever started them.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use instance::replica_process;
+
+use crate::failure::Failure;
+use crate::roles::start_logs;
+
+/// Serves one replica of a volume.
+#[derive(Args, Debug)]
+pub struct Replica {
+    /// Its configuration (JSON).
+    #[arg(long)]
+    config: PathBuf,
+}
+
+/// Joins the replicas of one attached volume; started by its holder.
+#[derive(Args, Debug)]
+pub struct Engine {
+    /// Its configuration (JSON).
+    #[arg(long)]
+    config: PathBuf,
+    /// Number of the inherited descriptor of /dev/fuse.
+    #[arg(long)]
+    fuse_fd: RawFd,
+    /// How many engines served this mount before.
+    #[arg(long, default_value_t = 0)]
+    lives: u32,
+}
+
+/// Keeps the mount of one attached volume while its engine is replaced.
+#[derive(Args, Debug)]
+pub struct EngineHolder {
+    /// The engine's configuration (JSON).
+    #[arg(long)]
+    config: PathBuf,
+}
+
+/// Runs `replica`.
+pub async fn replica(Replica { config }: Replica) -> anyhow::Result<()> {
+    start_logs(false);
+    let fail = |error: replica_process::ReplicaError| {
+        let failure = Failure::new(error.kind(), error.to_string());
+        anyhow::Error::new(error).context(failure)
+    };
+    let config = replica_process::Config::read(&config).map_err(fail)?;
+    let shutdown = runtime::shutdown::on_signal().context("cannot listen for signals")?;
+    replica_process::run(config, shutdown).await.map_err(fail)
+}
+
+/// Runs `engine`. It has an event loop of its own.
+pub fn engine(Engine { config, fuse_fd, lives }: Engine) -> anyhow::Result<()> {
+    start_logs(false);
+    ::engine::process::run(&config, fuse_fd, lives).map_err(|e| engine_failure(&e))
+}
+
+/// Runs `engine-holder`. It has an event loop of its own.
+pub fn engine_holder(EngineHolder { config }: EngineHolder) -> anyhow::Result<()> {
+    start_logs(false);
+    // The name in /proc works also when the file was replaced by a newer one: an engine that is started then is the newer one.
+    let program = std::env::current_exe().context("cannot find the own binary")?;
+    let program = program.to_str().and_then(|p| p.strip_suffix(" (deleted)")).map_or(program.clone(), PathBuf::from);
+    let command = vec![program.into_os_string(), "engine".into(), "--config".into(), config.clone().into_os_string()];
+    ::engine::holder::run(&config, command).map_err(|e| engine_failure(&e))
+}
+
+fn engine_failure(error: &::engine::EngineError) -> anyhow::Error {
+    Failure::new(error.kind(), error.chain()).into()
+}

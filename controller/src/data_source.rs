@@ -1,0 +1,81 @@
+//! Starts, follows and ends the process that prepares an image's first file.
+
+use std::time::Duration;
+
+use api::ids::ImageName;
+use api::names::data_source_workload_name;
+use api::{BackingImageDataSource, BackingImageManager};
+use jiff::Timestamp;
+use planner::data_source::{Action, Observed, decide};
+use planner::workload::State;
+
+use crate::error::{Doing, ReconcileError};
+use crate::queue::Kind;
+use crate::{Shared, world};
+
+pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
+    let (store, workloads) = (&shared.store, &shared.workloads);
+    let Ok(image) = name.parse::<ImageName>() else { return Ok(None) };
+    let workload = workloads.get(&data_source_workload_name(&image)).await.doing("look for the data source process")?;
+    let Some(source) = store.get::<BackingImageDataSource>(name).await.doing("read the data source")? else {
+        if let Some(workload) = workload {
+            // Its object went without it.
+            shared.agents.forget(Kind::DataSource, name);
+            workloads.remove(&workload.spec.name).await.doing("end the data source process")?;
+        }
+        return Ok(None);
+    };
+    let workload = workload.as_ref().map(world::observed);
+    let mut report = None;
+    if let Some(workload) = workload.as_ref().filter(|w| w.state == State::Running && !w.ip.is_empty()) {
+        report = Some(shared.agents.report(&workload.ip).await);
+        if report.as_ref().is_some_and(Result::is_ok) {
+            shared.agents.follow(Kind::DataSource, name, &workload.ip);
+        }
+    }
+    let observed = Observed {
+        now: Timestamp::now(),
+        disks: world::nodes(store).await?.disks,
+        workload,
+        report,
+        taken_over: taken_over(name, &source, shared).await?,
+        source,
+    };
+    let decision = decide(&observed);
+    if observed.source.status.as_ref() != Some(&decision.status) {
+        let status = decision.status;
+        store
+            .modify_status::<BackingImageDataSource>(name, |s| s.status = Some(status.clone()))
+            .await
+            .doing("report the data source's status")?;
+    }
+    for action in decision.actions {
+        match action {
+            Action::EnsureWorkload(wish) => {
+                workloads.ensure(&world::spec(&wish)?).await.doing("start the data source process")?;
+                tracing::info!(image = name, node = wish.node, "data source started");
+            }
+            Action::RemoveWorkload(workload) => {
+                shared.agents.forget(Kind::DataSource, name);
+                workloads.remove(&workload).await.doing("end the data source process")?;
+                // Nobody else says that it is gone.
+                shared.queue.add(Kind::DataSource, name);
+            }
+            Action::RemoveFinalizer => world::remove_finalizer::<BackingImageDataSource>(store, name).await?,
+        }
+    }
+    Ok(decision.recheck_after)
+}
+
+/// What the manager of its disk knows of the file.
+async fn taken_over(
+    name: &str,
+    source: &BackingImageDataSource,
+    shared: &Shared,
+) -> Result<Option<api::image::CopyState>, ReconcileError> {
+    let Ok(disk) = source.spec.disk_uuid.parse() else { return Ok(None) };
+    let manager = shared.store.get::<BackingImageManager>(&api::names::manager_name(&disk)).await;
+    let files = manager.doing("read the manager of the disk")?.and_then(|m| m.status).unwrap_or_default();
+    let file = files.backing_image_file_map.get(name).filter(|f| f.uuid == source.spec.uuid);
+    Ok(file.map(|f| f.state))
+}

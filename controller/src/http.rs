@@ -1,0 +1,53 @@
+//! HTTP API: the objects of the store as a Kubernetes API server would serve them, and the probes.
+//!
+//! Paths, verbs, list and watch forms and `Status` errors are those of Kubernetes, so that its clients work. Every kind that is
+//! served stands in [`registry`]; what is refused on the way in is decided in [`admission`].
+
+pub mod admission;
+mod discovery;
+pub mod failure;
+mod path;
+pub mod registry;
+mod rest;
+mod watch;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use runtime::metrics::{self, Metrics};
+use store::Store;
+use tokio_util::sync::CancellationToken;
+
+/// What the API serves from.
+#[derive(Clone)]
+pub struct ApiState {
+    pub store: Store,
+    pub metrics: Metrics,
+    /// Whether everything that this process promises answers; `/readyz`.
+    pub ready: tokio::sync::watch::Receiver<bool>,
+    /// Whether images may be downloaded from this very machine (the standalone mode, where every node is this machine).
+    pub allow_loopback_sources: bool,
+    /// Ends open watches, so that a server that waits for its connections can stop.
+    pub shutdown: CancellationToken,
+}
+
+/// The whole API below `/`.
+pub fn router(state: ApiState) -> Router {
+    Router::new()
+        .route("/healthz", get(async || "ok"))
+        .route("/livez", get(async || "ok"))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(render_metrics))
+        .fallback(rest::serve)
+        .with_state(state)
+}
+
+async fn readyz(State(state): State<ApiState>) -> (StatusCode, &'static str) {
+    if *state.ready.borrow() { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting") }
+}
+
+async fn render_metrics(State(state): State<ApiState>) -> Response {
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], state.metrics.render()).into_response()
+}

@@ -1,0 +1,33 @@
+//! Bounds and time limits, each with its reason.
+
+use std::time::Duration;
+
+/// Passes at a time: they mostly wait for the store and for agents.
+pub const CONCURRENT_PASSES: usize = 16;
+
+/// Everything is looked at again this often, in case an event was lost. No happy path depends on it.
+pub const RESYNC: Duration = Duration::from_secs(30);
+
+/// Longer than the slowest single step (a workload that does not end by SIGTERM), shorter than a user's patience.
+pub const PASS_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long begun passes may take to finish after a shutdown request.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Agents and data sources are near; one that takes longer to accept a connection is away.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Reads are answered from memory.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Requests that begin or end something on a disk.
+pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A silent connection to an agent is probed this often, so that a dead peer is noticed without traffic.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// Delay after the first failed pass; it doubles up to [`RESYNC`].
+pub const FIRST_RETRY: Duration = Duration::from_millis(50);
+
+/// The longest line that a data source may send.
+pub const MAX_LINE_BYTES: usize = 1 << 20;

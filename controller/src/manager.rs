@@ -1,0 +1,190 @@
+//! Keeps the agent of one disk running while there is work, and tells it what to do with each file.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use api::image::CopyState;
+use api::manager::ManagerState;
+use api::names::{MANAGER_PORT, manager_name};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager};
+use jiff::Timestamp;
+use planner::manager::{Action, Decision, Memory, Observed, decide};
+use planner::workload::State;
+
+use crate::error::{Doing, ReconcileError};
+use crate::queue::Kind;
+use crate::{Shared, world};
+
+pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
+    let observed = observe(name, shared).await?;
+    let decision = decide(&observed);
+    act(name, &observed, decision, shared).await
+}
+
+async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError> {
+    let store = &shared.store;
+    let managers: Vec<BackingImageManager> = world::list(store, "list managers").await?;
+    let images: Vec<BackingImage> = world::list(store, "list images").await?;
+    let sources: Vec<BackingImageDataSource> = world::list(store, "list data sources").await?;
+    let disks = world::nodes(store).await?.disks;
+    let manager = managers.iter().find(|m| m.metadata.name.as_deref() == Some(name)).cloned();
+    let is_ours = |id: &str| id.parse().is_ok_and(|id| manager_name(&id) == name);
+    let named_by_images =
+        || images.iter().flat_map(|i| i.spec.disk_file_spec_map.keys()).find(|id| is_ours(id)).cloned();
+    let disk_id = manager
+        .as_ref()
+        .map(|m| m.spec.disk_uuid.clone())
+        .or_else(|| disks.list.iter().map(|d| d.id.clone()).find(|id| is_ours(id)))
+        .or_else(named_by_images)
+        .unwrap_or_default();
+    let workload = shared.workloads.get(name).await.doing("look for the agent of the disk")?;
+    let workload = workload.as_ref().map(world::observed);
+    let mut agent = None;
+    if let Some(workload) = workload.as_ref().filter(|w| w.state == State::Running && !w.ip.is_empty()) {
+        agent = Some(shared.agents.list(&workload.ip).await);
+        if agent.as_ref().is_some_and(Result::is_ok) && manager.is_some() {
+            shared.agents.follow(Kind::Manager, name, &workload.ip);
+        }
+    }
+    let memory = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner()).get(name).cloned();
+    Ok(Observed {
+        now: Timestamp::now(),
+        name: name.to_owned(),
+        peers: peers(name, &managers, &images),
+        disk_id,
+        disks,
+        manager,
+        workload,
+        agent,
+        images,
+        data_sources: sources.into_iter().filter_map(|s| Some((s.metadata.name.clone()?, s))).collect(),
+        memory: memory.unwrap_or_default(),
+    })
+}
+
+/// Image name → addresses of the other agents that have a ready copy of it.
+fn peers(name: &str, managers: &[BackingImageManager], images: &[BackingImage]) -> BTreeMap<String, Vec<String>> {
+    let mut peers: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for manager in managers.iter().filter(|m| m.metadata.name.as_deref() != Some(name)) {
+        let Some(status) = manager.status.as_ref().filter(|s| s.current_state == ManagerState::Running) else {
+            continue;
+        };
+        for image in images {
+            let (Some(image_name), Some(known)) = (&image.metadata.name, &image.status) else { continue };
+            // The image's own verdict counts too: a copy that differs is no source.
+            let is_good =
+                known.disk_file_status_map.get(&manager.spec.disk_uuid).is_none_or(|f| f.state == CopyState::Ready);
+            let file = status.backing_image_file_map.get(image_name);
+            if is_good && file.is_some_and(|f| f.uuid == known.uuid && f.state == CopyState::Ready) {
+                peers.entry(image_name.clone()).or_default().push(format!("{}:{MANAGER_PORT}", status.ip));
+            }
+        }
+    }
+    peers
+}
+
+async fn act(
+    name: &str,
+    observed: &Observed,
+    decision: Decision,
+    shared: &Shared,
+) -> Result<Option<Duration>, ReconcileError> {
+    let store = &shared.store;
+    let ip = observed.workload.as_ref().map(|w| w.ip.clone()).unwrap_or_default();
+    remember(name, shared, |memory| *memory = decision.memory.clone());
+    let stored = observed.manager.as_ref();
+    if stored.is_some_and(|m| m.status.as_ref() != Some(&decision.status)) {
+        let status = decision.status;
+        store
+            .modify_status::<BackingImageManager>(name, |m| m.status = Some(status.clone()))
+            .await
+            .doing("report the manager's status")?;
+    }
+    for action in decision.actions {
+        match action {
+            Action::Create(manager) => {
+                store.create(manager.as_ref()).await.doing("create the manager")?;
+            }
+            Action::SetSpec(spec) => {
+                store
+                    .modify::<BackingImageManager>(name, |m| m.spec = (*spec).clone())
+                    .await
+                    .doing("change the manager")?;
+            }
+            Action::EnsureWorkload(wish) => {
+                let started = shared.workloads.ensure(&world::spec(&wish)?).await;
+                if let Err(error) = &started {
+                    let why = crate::error::chain(error);
+                    remember(name, shared, |memory| memory.restart = memory.restart.failed(observed.now, why.clone()));
+                }
+                started.doing("start the agent of the disk")?;
+                tracing::info!(manager = name, node = wish.node, "agent started");
+            }
+            Action::RemoveWorkload => {
+                shared.agents.forget(Kind::Manager, name);
+                shared.workloads.remove(name).await.doing("end the agent of the disk")?;
+                // Nobody else says that it is gone.
+                shared.queue.add(Kind::Manager, name);
+            }
+            Action::DeleteFile { image, uuid } => {
+                shared.agents.delete_file(&ip, &image, &uuid).await?;
+                tracing::info!(image, manager = name, "copy removed");
+            }
+            Action::FetchFile { file, from } => {
+                tracing::info!(image = file.image, manager = name, from, "copy fetched");
+                let asked = shared.agents.fetch_file(&ip, &file, from.as_deref()).await;
+                if let Err(error) = asked {
+                    return refused(name, &file.image, &error, observed.now, shared);
+                }
+            }
+            Action::SyncFile { file, from } => {
+                tracing::info!(image = file.image, manager = name, from = from.join(","), "copy synced");
+                let asked = shared.agents.sync_file(&ip, &file, &from).await;
+                if let Err(error) = asked {
+                    return refused(name, &file.image, &error, observed.now, shared);
+                }
+            }
+            Action::Remove => {
+                if let Some(manager) = stored {
+                    if manager.metadata.deletion_timestamp.is_none() {
+                        world::delete(store, manager).await?;
+                    }
+                    world::remove_finalizer::<BackingImageManager>(store, name).await?;
+                    tracing::info!(manager = name, "manager removed");
+                }
+            }
+        }
+    }
+    Ok(decision.recheck_after)
+}
+
+fn remember(name: &str, shared: &Shared, change: impl FnOnce(&mut Memory)) {
+    let mut all = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner());
+    let memory = all.entry(name.to_owned()).or_default();
+    change(memory);
+    if *memory == Memory::default() {
+        all.remove(name);
+    }
+}
+
+/// The agent refused a request: that is a failed attempt at this copy, shown and tried again after its own back-off.
+fn refused(
+    name: &str,
+    image: &str,
+    error: &ReconcileError,
+    now: Timestamp,
+    shared: &Shared,
+) -> Result<Option<Duration>, ReconcileError> {
+    let why = match error {
+        ReconcileError::Agent { source, .. } => source.message().to_owned(),
+        other => other.chain(),
+    };
+    tracing::warn!(image, manager = name, error = why, "copy refused");
+    remember(name, shared, |memory| {
+        let attempt = memory.copies.entry(image.to_owned()).or_default();
+        attempt.retry = attempt.retry.failed(now, why);
+        attempt.is_running = false;
+    });
+    // At once: the next pass reports it.
+    Ok(Some(Duration::ZERO))
+}

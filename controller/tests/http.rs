@@ -1,0 +1,160 @@
+//! The HTTP API without a network: paths, verbs and errors as Kubernetes clients expect them.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use backing_image_controller::http::{ApiState, router};
+use bytes::Bytes;
+use futures::StreamExt;
+use runtime::metrics::Metrics;
+use serde_json::{Value, json};
+use store::Store;
+use store::embedded::Embedded;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+
+const IMAGES: &str = "/apis/longhorn.io/v1beta2/namespaces/longhorn-system/backingimages";
+
+fn api() -> Router {
+    let (sender, ready) = tokio::sync::watch::channel(true);
+    // Kept for as long as the process lives: the API only reads it.
+    std::mem::forget(sender);
+    router(ApiState {
+        store: Store::new(Arc::new(Embedded::in_memory()), "longhorn-system"),
+        metrics: Metrics::default(),
+        ready,
+        allow_loopback_sources: false,
+        shutdown: CancellationToken::new(),
+    })
+}
+
+async fn call(api: &Router, method: &str, path: &str, body: Value) -> (StatusCode, Value) {
+    let body = if body.is_null() { Body::empty() } else { Body::from(body.to_string()) };
+    let request = Request::builder().method(method).uri(path).body(body).unwrap();
+    let response = api.clone().oneshot(request).await.unwrap();
+    let status = response.status();
+    let bytes = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+    (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+}
+
+fn image(name: &str) -> Value {
+    json!({
+        "apiVersion": "longhorn.io/v1beta2", "kind": "BackingImage", "metadata": { "name": name, "labels": { "a": "b" } },
+        "spec": { "sourceType": "download", "sourceParameters": { "url": "https://example.com/x.qcow2" } },
+    })
+}
+
+#[tokio::test]
+async fn creates_reads_lists_and_deletes() {
+    let api = api();
+    let (status, created) = call(&api, "POST", IMAGES, image("one")).await;
+    assert_eq!(status, 201, "{created}");
+    assert_eq!(created["metadata"]["namespace"], "longhorn-system");
+    assert_eq!(created["spec"]["minNumberOfCopies"], 3);
+    assert_eq!(created["metadata"]["finalizers"], json!(["longhorn.io"]));
+    assert_eq!(call(&api, "POST", IMAGES, image("one")).await.1["reason"], "AlreadyExists");
+    let (status, read) = call(&api, "GET", &format!("{IMAGES}/one"), Value::Null).await;
+    assert_eq!((status, &read), (StatusCode::OK, &created));
+    let (_, list) = call(&api, "GET", &format!("{IMAGES}?labelSelector=a%3Db"), Value::Null).await;
+    assert_eq!((list["kind"].as_str(), list["items"].as_array().unwrap().len()), (Some("BackingImageList"), 1));
+    let (_, list) = call(&api, "GET", "/apis/longhorn.io/v1beta2/backingimages?labelSelector=a=c", Value::Null).await;
+    assert_eq!(list["items"], json!([]));
+    let stale = json!({ "preconditions": { "uid": "another" } });
+    assert_eq!(call(&api, "DELETE", &format!("{IMAGES}/one"), stale).await.0, 409);
+    assert_eq!(call(&api, "DELETE", &format!("{IMAGES}/one"), Value::Null).await.0, 200);
+    let (_, deleting) = call(&api, "GET", &format!("{IMAGES}/one"), Value::Null).await;
+    assert!(deleting["metadata"]["deletionTimestamp"].is_string());
+}
+
+#[tokio::test]
+async fn a_stale_change_is_a_conflict_and_status_is_apart() {
+    let api = api();
+    let (_, created) = call(&api, "POST", IMAGES, image("one")).await;
+    let path = format!("{IMAGES}/one");
+    let mut changed = created.clone();
+    changed["spec"]["minNumberOfCopies"] = 2.into();
+    changed["status"] = json!({ "uuid": "12345678" });
+    let (status, stored) = call(&api, "PUT", &path, changed.clone()).await;
+    assert_eq!(status, 200, "{stored}");
+    assert!(stored.get("status").is_none_or(|s| s["uuid"] != "12345678"));
+    assert_eq!(call(&api, "PUT", &path, changed.clone()).await.1["reason"], "Conflict");
+    changed["metadata"]["resourceVersion"] = stored["metadata"]["resourceVersion"].clone();
+    let (status, stored) = call(&api, "PUT", &format!("{path}/status"), changed).await;
+    assert_eq!((status, stored["status"]["uuid"].as_str()), (StatusCode::OK, Some("12345678")));
+    let (_, patched) = call(&api, "PATCH", &path, json!({ "metadata": { "labels": { "a": null, "c": "d" } } })).await;
+    let labels = &patched["metadata"]["labels"];
+    assert!(labels["a"].is_null() && labels["c"] == "d", "{labels}");
+}
+
+#[tokio::test]
+async fn errors_are_status_objects() {
+    let api = api();
+    let (code, status) = call(&api, "GET", &format!("{IMAGES}/none"), Value::Null).await;
+    assert_eq!(
+        (code, status["kind"].as_str(), status["reason"].as_str()),
+        (StatusCode::NOT_FOUND, Some("Status"), Some("NotFound"))
+    );
+    let mut wrong = image("one");
+    wrong["spec"]["checksum"] = "abc".into();
+    let (code, status) = call(&api, "POST", IMAGES, wrong).await;
+    assert_eq!(
+        (code, status["details"]["causes"][0]["reason"].as_str()),
+        (StatusCode::UNPROCESSABLE_ENTITY, Some("Invalid"))
+    );
+    assert!(status["message"].as_str().unwrap().contains("spec.checksum"), "{status}");
+    let mut elsewhere = image("one");
+    elsewhere["metadata"]["namespace"] = "other".into();
+    assert_eq!(call(&api, "POST", IMAGES, elsewhere).await.0, 400);
+    assert_eq!(call(&api, "POST", IMAGES, json!([1])).await.0, 400);
+    assert_eq!(call(&api, "PUT", IMAGES, image("one")).await.0, 405);
+    assert_eq!(call(&api, "GET", "/api/v1/pods", Value::Null).await.0, 404);
+}
+
+#[tokio::test]
+async fn an_image_in_use_is_not_deleted() {
+    let api = api();
+    call(&api, "POST", IMAGES, image("one")).await;
+    let volume = json!({
+        "apiVersion": "longhorn.io/v1beta2", "kind": "Volume", "metadata": { "name": "v" },
+        "spec": { "size": "10485760", "backingImage": "one", "numberOfReplicas": 1 },
+    });
+    let volumes = "/apis/longhorn.io/v1beta2/namespaces/longhorn-system/volumes";
+    let (code, answer) = call(&api, "POST", volumes, volume).await;
+    assert_eq!(code, 201, "{answer}");
+    let (code, status) = call(&api, "DELETE", &format!("{IMAGES}/one"), Value::Null).await;
+    assert_eq!((code, status["reason"].as_str()), (StatusCode::FORBIDDEN, Some("Forbidden")));
+    assert!(status["message"].as_str().unwrap().contains("replicas using it"), "{status}");
+}
+
+#[tokio::test]
+async fn a_watch_tells_every_change_of_what_was_asked_for() {
+    let api = api();
+    call(&api, "POST", IMAGES, image("one")).await;
+    let request =
+        Request::get(format!("{IMAGES}?watch=true&fieldSelector=metadata.name%3Done")).body(Body::empty()).unwrap();
+    let mut body = api.clone().oneshot(request).await.unwrap().into_body().into_data_stream();
+    let mut next =
+        async || -> Value { serde_json::from_slice::<Value>(&body.next().await.unwrap().unwrap() as &Bytes).unwrap() };
+    let first = next().await;
+    assert_eq!((first["type"].as_str(), first["object"]["metadata"]["name"].as_str()), (Some("ADDED"), Some("one")));
+    call(&api, "POST", IMAGES, image("two")).await;
+    call(&api, "PATCH", &format!("{IMAGES}/one"), json!({ "metadata": { "finalizers": null } })).await;
+    assert_eq!(next().await["type"], "MODIFIED");
+    call(&api, "DELETE", &format!("{IMAGES}/one"), Value::Null).await;
+    assert_eq!(next().await["type"], "DELETED");
+}
+
+#[tokio::test]
+async fn says_which_kinds_there_are_and_how_it_does() {
+    let api = api();
+    let (_, groups) = call(&api, "GET", "/apis", Value::Null).await;
+    let names: Vec<&str> = groups["groups"].as_array().unwrap().iter().map(|g| g["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["longhorn.io", "storage.k8s.io"]);
+    let (_, kinds) = call(&api, "GET", "/api/v1", Value::Null).await;
+    assert!(kinds["resources"].as_array().unwrap().iter().any(|r| r["name"] == "persistentvolumeclaims"));
+    for probe in ["/healthz", "/readyz", "/metrics"] {
+        assert_eq!(call(&api, "GET", probe, Value::Null).await.0, 200, "{probe}");
+    }
+}

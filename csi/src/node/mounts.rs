@@ -1,0 +1,121 @@
+//! Mounts and filesystems of this node: the narrow passage to `dataplane`.
+//!
+//! System calls on mounts may take as long as a slow disk does, so they leave the async threads.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+pub use dataplane::filesystem::Contents as Content;
+use dataplane::mount::Unmount;
+use dataplane::{DataplaneError, filesystem, mount, stats};
+
+use crate::CsiError;
+use crate::capability::FsType;
+
+/// `major:minor` of a block device, as the kernel's list of mounts writes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceNumber(pub String);
+
+/// Something that is mounted.
+#[derive(Clone, Debug)]
+pub struct Mount {
+    pub target: PathBuf,
+    /// Of its filesystem.
+    pub device: DeviceNumber,
+    pub source: String,
+    pub read_only: bool,
+    /// A part of its filesystem is mounted, such as one device node of `/dev`.
+    pub is_part: bool,
+}
+
+impl From<mount::Mount> for Mount {
+    fn from(mount: mount::Mount) -> Mount {
+        Mount {
+            read_only: mount.is_read_only(),
+            is_part: mount.root != Path::new("/"),
+            target: mount.target,
+            device: DeviceNumber(mount.device),
+            source: mount.source,
+        }
+    }
+}
+
+/// The number of a block device; `None` for anything else. Follows links.
+pub fn device_number(path: &Path) -> io::Result<Option<DeviceNumber>> {
+    let meta = std::fs::metadata(path)?;
+    let number = meta.rdev();
+    let text = format!("{}:{}", rustix::fs::major(number), rustix::fs::minor(number));
+    Ok(meta.file_type().is_block_device().then_some(DeviceNumber(text)))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, DataplaneError> + Send + 'static,
+) -> Result<T, CsiError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(result?),
+        Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+    }
+}
+
+/// Everything that is mounted on this node.
+pub async fn table() -> Result<Vec<Mount>, CsiError> {
+    Ok(blocking(mount::list).await?.into_iter().map(Mount::from).collect())
+}
+
+/// What is mounted at exactly this path.
+pub async fn at(target: &Path) -> Result<Option<Mount>, CsiError> {
+    let target = target.to_owned();
+    Ok(blocking(move || mount::find(&target)).await?.map(Mount::from))
+}
+
+/// What a device holds.
+pub async fn content(device: &Path) -> Result<Content, CsiError> {
+    Ok(filesystem::detect(device).await?)
+}
+
+/// Makes a filesystem on a blank device; refused on any other.
+pub async fn format(device: &Path, fs_type: FsType, extra: &[String]) -> Result<(), CsiError> {
+    Ok(filesystem::format_blank(device, fs_type.as_str(), extra).await?)
+}
+
+/// Mounts the filesystem of a device, grown to the device. A failure leaves nothing mounted.
+pub async fn mount(device: &Path, target: &Path, fs_type: &str, flags: &[String]) -> Result<(), CsiError> {
+    filesystem::grow_before_mount(device, fs_type).await?;
+    let mut options = flags.to_vec();
+    if fs_type == "xfs" {
+        // Two volumes of one image have filesystems with one UUID.
+        options.push("nouuid".into());
+    }
+    let (source, place, kind) = (device.to_owned(), target.to_owned(), fs_type.to_owned());
+    blocking(move || mount::mount(&source, &place, &kind, &options)).await?;
+    if let Err(error) = filesystem::grow_mounted(target, fs_type).await {
+        // Half-done work would pass for done when the call is repeated.
+        unmount(target).await?;
+        return Err(error.into());
+    }
+    Ok(())
+}
+
+/// Makes a folder or device node visible at another path.
+pub async fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), CsiError> {
+    let (source, target) = (source.to_owned(), target.to_owned());
+    blocking(move || mount::bind(&source, &target, read_only)).await
+}
+
+/// Ends everything that is mounted at a path; nothing mounted is success.
+pub async fn unmount(target: &Path) -> Result<(), CsiError> {
+    Ok(mount::unmount(target, Unmount::Orderly).await?)
+}
+
+/// How full the filesystem of a path is.
+pub async fn usage(path: &Path) -> Result<stats::FilesystemStats, CsiError> {
+    let path = path.to_owned();
+    blocking(move || stats::filesystem(&path)).await
+}
+
+/// Bytes of a block device.
+pub async fn device_size(device: &Path) -> Result<u64, CsiError> {
+    let device = device.to_owned();
+    blocking(move || stats::device_size(&device)).await
+}

@@ -1,0 +1,291 @@
+//! The node service with real loop devices, filesystems and mounts.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use api::engine::{DesireState, EngineStatus, InstanceState};
+use api::volume::{Robustness, VolumeStatus};
+use api::{Engine, ErrorKind, Volume, names};
+use dataplane::loop_device::{self, LoopDevice};
+use proto::csi::volume_capability::access_mode::Mode;
+use proto::csi::volume_capability::{AccessType, BlockVolume, MountVolume};
+use proto::csi::{VolumeCapability, volume_usage::Unit};
+use store::embedded::Embedded;
+
+use super::*;
+use crate::capability::tests::{capability, mount};
+use crate::deadline::Deadline;
+
+/// A volume `v`, attached to `node-1`, whose device is a loop device over a file. Everything ends with it.
+struct World {
+    context: Context,
+    folder: tempfile::TempDir,
+    device: Option<LoopDevice>,
+}
+
+impl World {
+    async fn new(prepare: impl FnOnce(&Path)) -> World {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("disk");
+        fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
+        prepare(&file);
+        let device = loop_device::attach(&file).await.unwrap();
+        let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+        store.create(&Volume::new("v", Default::default())).await.unwrap();
+        let mut engine = Engine::new(&names::engine_name("v"), Default::default());
+        engine.spec.node_id = "node-1".into();
+        engine.spec.desire_state = DesireState::Running;
+        let mut engine = store.create(&engine).await.unwrap();
+        let endpoint = device.path.display().to_string();
+        engine.status = Some(EngineStatus { current_state: InstanceState::Running, endpoint, ..Default::default() });
+        store.replace_status(&engine).await.unwrap();
+        let context = Context { store, node_name: "node-1".into(), in_flight: InFlight::default() };
+        World { context, folder, device: Some(device) }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().canonicalize().unwrap().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    async fn stage(&self, capability: VolumeCapability) -> Result<(), CsiError> {
+        let request = csi::NodeStageVolumeRequest {
+            volume_id: "v".into(),
+            staging_target_path: self.text("staging"),
+            volume_capability: Some(capability),
+            ..Default::default()
+        };
+        stage::stage(&self.context, request, &never()).await.map(drop)
+    }
+
+    async fn unstage(&self) -> Result<(), CsiError> {
+        let request =
+            csi::NodeUnstageVolumeRequest { volume_id: "v".into(), staging_target_path: self.text("staging") };
+        stage::unstage(&self.context, request, &never()).await.map(drop)
+    }
+
+    async fn publish(&self, target: &str, capability: VolumeCapability, readonly: bool) -> Result<(), CsiError> {
+        let request = csi::NodePublishVolumeRequest {
+            volume_id: "v".into(),
+            staging_target_path: self.text("staging"),
+            target_path: self.text(target),
+            volume_capability: Some(capability),
+            readonly,
+            ..Default::default()
+        };
+        publish::publish(&self.context, request, &never()).await.map(drop)
+    }
+
+    async fn unpublish(&self, target: &str) -> Result<(), CsiError> {
+        let request = csi::NodeUnpublishVolumeRequest { volume_id: "v".into(), target_path: self.text(target) };
+        publish::unpublish(&self.context, request, &never()).await.map(drop)
+    }
+
+    async fn stats(&self, path: &str) -> Result<Vec<csi::VolumeUsage>, CsiError> {
+        let request =
+            csi::NodeGetVolumeStatsRequest { volume_id: "v".into(), volume_path: path.into(), ..Default::default() };
+        Ok(stats::get_stats(&self.context, request, &never()).await?.usage)
+    }
+
+    /// The device's loop, gone for good.
+    async fn end(mut self) {
+        let device = self.device.take().unwrap();
+        loop_device::detach(&device).await.unwrap();
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // After a failed test.
+        let Some(device) = self.device.take() else { return };
+        let below = self.folder.path().canonicalize().unwrap();
+        for mounted in dataplane::mount::list().unwrap().into_iter().rev().filter(|m| m.target.starts_with(&below)) {
+            dataplane::mount::unmount_lazily(&mounted.target).unwrap();
+        }
+        Command::new("losetup").arg("-d").arg(device.path).status().unwrap();
+    }
+}
+
+fn never() -> Deadline {
+    Deadline::after(Duration::from_secs(60), &CancellationToken::new())
+}
+
+fn block() -> VolumeCapability {
+    capability(AccessType::Block(BlockVolume {}), Mode::SingleNodeWriter)
+}
+
+fn single_writer() -> VolumeCapability {
+    capability(AccessType::Mount(MountVolume::default()), Mode::SingleNodeSingleWriter)
+}
+
+fn error<T: std::fmt::Debug>(result: Result<T, CsiError>) -> (ErrorKind, String) {
+    let error = result.unwrap_err();
+    (error.kind(), crate::status::sentence(&error))
+}
+
+fn mkfs(file: &Path, program: &str, args: &[&str], blocks: &str) {
+    assert!(Command::new(program).args(args).arg(file).arg(blocks).output().unwrap().status.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blank_volume_is_formatted_once_and_used_by_several() {
+    let world = World::new(|_| ()).await;
+    for _ in 0..2 {
+        world.stage(mount()).await.unwrap();
+    }
+    for target in ["a/target", "a/target", "b"] {
+        world.publish(target, mount(), false).await.unwrap();
+    }
+    fs::write(world.path("a/target/file"), "hello").unwrap();
+    assert_eq!(fs::read(world.path("b/file")).unwrap(), b"hello");
+    let (kind, text) = error(world.publish("c", single_writer(), false).await);
+    assert!(kind == ErrorKind::NotReady && text.contains("one user only"), "{text}");
+    for target in ["a/target", "b", "b"] {
+        world.unpublish(target).await.unwrap();
+        assert!(!world.path(target).exists());
+    }
+    for _ in 0..2 {
+        world.unstage().await.unwrap();
+    }
+    world.stage(mount()).await.unwrap();
+    assert_eq!(fs::read(world.path("staging/file")).unwrap(), b"hello");
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_keeps_its_filesystem_which_grows_to_the_volume() {
+    // The image's filesystem has 64 MiB, the volume 320.
+    let world = World::new(|file| mkfs(file, "mkfs.ext4", &["-q", "-b", "4096"], "16384")).await;
+    let fs_type = "xfs".into();
+    let wish = capability(AccessType::Mount(MountVolume { fs_type, ..Default::default() }), Mode::SingleNodeWriter);
+    world.stage(wish).await.unwrap();
+    let mounted = dataplane::mount::find(&world.path("staging")).unwrap().unwrap();
+    assert_eq!(mounted.fs_type, "ext4");
+    let usage = world.stats(&world.text("staging")).await.unwrap();
+    assert!(usage[0].total > 250 << 20, "{usage:?}: the filesystem did not grow");
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn xfs_is_made_mounted_and_counted() {
+    let world = World::new(|_| ()).await;
+    let xfs = capability(
+        AccessType::Mount(MountVolume {
+            fs_type: "xfs".into(),
+            mount_flags: vec!["noatime".into()],
+            ..Default::default()
+        }),
+        Mode::SingleNodeMultiWriter,
+    );
+    world.stage(xfs.clone()).await.unwrap();
+    world.publish("target", xfs, false).await.unwrap();
+    let mounted = dataplane::mount::find(&world.path("staging")).unwrap().unwrap();
+    assert!(mounted.fs_type == "xfs" && mounted.options.contains("noatime"), "{mounted:?}");
+    let usage = world.stats(&world.text("target")).await.unwrap();
+    assert_eq!((usage[0].unit(), usage[1].unit()), (Unit::Bytes, Unit::Inodes));
+    assert!(usage.iter().all(|u| u.total > 0 && u.used > 0 && u.available > 0 && u.total >= u.used), "{usage:?}");
+    world.unpublish("target").await.unwrap();
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_blank_is_never_formatted() {
+    let world = World::new(|file| fs::write(file, vec![7u8; 8 << 20]).unwrap()).await;
+    let (kind, text) = error(world.stage(mount()).await);
+    assert!(kind == ErrorKind::NotReady && text.contains("volumeMode: Block"), "{text}");
+    assert!(fs::read(world.folder.path().join("disk")).unwrap().iter().all(|b| *b == 7));
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_volume_is_the_device_itself() {
+    let world = World::new(|_| ()).await;
+    for _ in 0..2 {
+        world.stage(block()).await.unwrap();
+        world.publish("pod/block", block(), false).await.unwrap();
+    }
+    let device = &world.device.as_ref().unwrap().path;
+    assert_eq!(mounts::device_number(&world.path("pod/block")).unwrap(), mounts::device_number(device).unwrap());
+    let usage = world.stats(&world.text("pod/block")).await.unwrap();
+    assert_eq!((usage.len(), usage[0].total, usage[0].unit()), (1, 320 << 20, Unit::Bytes));
+    let writer = capability(AccessType::Block(BlockVolume {}), Mode::SingleNodeSingleWriter);
+    assert_eq!(error(world.publish("other", writer, false).await).0, ErrorKind::NotReady);
+    for _ in 0..2 {
+        world.unpublish("pod/block").await.unwrap();
+        assert!(!world.path("pod/block").exists());
+    }
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn read_only_users_cannot_write() {
+    let world = World::new(|_| ()).await;
+    world.stage(mount()).await.unwrap();
+    world.publish("target", mount(), true).await.unwrap();
+    assert!(fs::write(world.path("target/file"), "x").is_err());
+    let (kind, text) = error(world.publish("target", mount(), false).await);
+    assert!(kind == ErrorKind::Incompatible && text.contains("read-only"), "{text}");
+    assert_eq!(error(world.stage(block()).await).0, ErrorKind::Incompatible);
+    world.unpublish("target").await.unwrap();
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_attached_or_not_staged_says_what_to_do_first() {
+    let mut world = World::new(|_| ()).await;
+    let (kind, text) = error(world.publish("target", mount(), false).await);
+    assert!(kind == ErrorKind::NotReady && text.contains("stage it first"), "{text}");
+    world.context.node_name = "node-2".into();
+    let (kind, text) = error(world.stage(mount()).await);
+    assert!(kind == ErrorKind::NotReady && text.contains("attach it first"), "{text}");
+    world.context.node_name = "node-1".into();
+    for path in ["some/path", "/no/such/path", &world.text(""), "/"] {
+        assert_eq!(error(world.stats(path).await).0, ErrorKind::NotFound, "{path}");
+    }
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_holds_data_is_not_removed() {
+    let world = World::new(|_| ()).await;
+    fs::create_dir(world.path("target")).unwrap();
+    fs::write(world.path("target/precious"), "x").unwrap();
+    assert!(world.unpublish("target").await.is_err());
+    fs::write(world.path("file"), "x").unwrap();
+    assert_eq!(error(world.unpublish("file").await).0, ErrorKind::Incompatible);
+    assert!(world.path("target/precious").exists() && world.path("file").exists());
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_degraded_volume_is_reported() {
+    let world = World::new(|_| ()).await;
+    let mut volume = world.context.store.get::<Volume>("v").await.unwrap().unwrap();
+    volume.status = Some(VolumeStatus { robustness: Robustness::Degraded, ..Default::default() });
+    world.context.store.replace_status(&volume).await.unwrap();
+    let request = |id: &str| csi::NodeGetVolumeHealthRequest { volume_id: id.into(), ..Default::default() };
+    let health = stats::get_health(&world.context, request("v"), &never()).await.unwrap().volume_health.unwrap();
+    assert_eq!(health.health_statuses[0].status(), csi::VolumeHealthErrorType::Degraded);
+    for (id, kind) in [("", ErrorKind::Invalid), ("w", ErrorKind::NotFound)] {
+        assert_eq!(error(stats::get_health(&world.context, request(id), &never()).await).0, kind);
+    }
+    world.end().await;
+}
+
+#[test]
+fn paths_are_whole() {
+    assert!(path("target_path", "/var/lib/x").is_ok());
+    for bad in ["", "relative/path", "/a/../b", "/"] {
+        assert_eq!(path("target_path", bad).unwrap_err().kind(), ErrorKind::Invalid, "{bad}");
+    }
+}

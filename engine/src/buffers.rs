@@ -1,0 +1,90 @@
+//! The buffers behind [`BufferId`]: last in, first out, so that a load of small requests touches few pages.
+
+use crate::core::{BufferId, Payload};
+use crate::limits;
+
+/// Length of a pooled buffer: a FUSE request with the largest payload.
+pub const POOLED_BYTES: usize = limits::FUSE_MAX_IO + limits::FUSE_HEADER_ROOM;
+
+/// All buffers of an engine.
+#[derive(Default)]
+pub struct Buffers {
+    slots: Vec<Box<[u8]>>,
+    /// Slots with a pooled buffer that nobody uses.
+    pooled: Vec<u32>,
+    /// Slots without memory.
+    vacant: Vec<u32>,
+}
+
+impl Buffers {
+    /// A buffer of at least `bytes` bytes, with whatever content.
+    pub fn get(&mut self, bytes: usize) -> BufferId {
+        if bytes <= POOLED_BYTES
+            && let Some(id) = self.pooled.pop()
+        {
+            return BufferId(id);
+        }
+        // Large zeroed allocations come from the kernel untouched: no memory is used before it is written.
+        let memory = vec![0; bytes.max(POOLED_BYTES)].into_boxed_slice();
+        match self.vacant.pop() {
+            Some(id) => {
+                self.slots[id as usize] = memory;
+                BufferId(id)
+            }
+            None => {
+                self.slots.push(memory);
+                BufferId((self.slots.len() - 1) as u32)
+            }
+        }
+    }
+
+    pub fn put(&mut self, id: BufferId) {
+        let slot = &mut self.slots[id.0 as usize];
+        if slot.len() == POOLED_BYTES && self.pooled.len() < limits::MAX_POOLED_BUFFERS {
+            self.pooled.push(id.0);
+        } else {
+            *slot = Box::default();
+            self.vacant.push(id.0);
+        }
+    }
+
+    pub fn bytes(&self, id: BufferId) -> &[u8] {
+        &self.slots[id.0 as usize]
+    }
+
+    pub fn bytes_mut(&mut self, id: BufferId) -> &mut [u8] {
+        &mut self.slots[id.0 as usize]
+    }
+
+    pub fn part(&self, payload: Payload, length: usize) -> &[u8] {
+        &self.bytes(payload.buffer)[payload.start..payload.start + length]
+    }
+
+    pub fn part_mut(&mut self, payload: Payload, length: usize) -> &mut [u8] {
+        &mut self.bytes_mut(payload.buffer)[payload.start..payload.start + length]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gives_the_buffer_that_was_returned_last() {
+        let mut buffers = Buffers::default();
+        let (a, b) = (buffers.get(1), buffers.get(1));
+        buffers.put(b);
+        buffers.put(a);
+        assert_eq!(buffers.get(4096), a);
+    }
+
+    #[test]
+    fn keeps_no_large_buffer() {
+        let mut buffers = Buffers::default();
+        let large = buffers.get(2 * POOLED_BYTES);
+        assert_eq!(buffers.bytes(large).len(), 2 * POOLED_BYTES);
+        buffers.put(large);
+        assert!(buffers.bytes(large).is_empty());
+        assert_eq!(buffers.get(1), large, "its place is used again");
+    }
+}

@@ -1,0 +1,298 @@
+//! Single decisions of the core, each as a short story.
+
+use std::time::Duration;
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+
+struct Story {
+    core: Core,
+    now: Duration,
+}
+
+fn story(replicas: usize, compare: bool) -> Story {
+    let core = Core::new(Options {
+        size_bytes: 1024 * MIB,
+        generation: 10,
+        replicas,
+        members: Set::first(replicas),
+        read_from: None,
+        compare,
+        replica_timeout: Duration::from_secs(8),
+        no_replica_hold: Duration::from_secs(5),
+        scratch: (0..replicas as u32).map(BufferId).collect(),
+        compare_step_bytes: MIB,
+        zero_piece_bytes: 256 * MIB,
+    });
+    Story { core, now: Duration::ZERO }
+}
+
+impl Story {
+    fn tell(&mut self, event: Event) -> Vec<Output> {
+        self.core.handle(self.now, event);
+        let mut outputs = Vec::new();
+        self.core.take_outputs(&mut outputs);
+        outputs.retain(|output| *output != Output::StatusChanged);
+        outputs
+    }
+
+    /// Lets time pass in ticks.
+    fn wait(&mut self, duration: Duration) -> Vec<Output> {
+        let mut outputs = Vec::new();
+        for _ in 0..duration.as_millis() / 250 {
+            self.now += Duration::from_millis(250);
+            outputs.extend(self.tell(Event::Tick));
+        }
+        outputs
+    }
+
+    fn reply(&mut self, transfer: Transfer, failure: Option<Failure>) -> Vec<Output> {
+        self.tell(Event::Reply { replica: transfer.replica, cookie: transfer.cookie, failure })
+    }
+
+    fn done(&mut self, replica: usize) -> Vec<Output> {
+        self.tell(Event::ControlReply { replica, reply: ControlReply::Done })
+    }
+}
+
+fn sent(outputs: &[Output]) -> Vec<Transfer> {
+    outputs.iter().filter_map(|o| if let Output::Send(transfer) = o { Some(*transfer) } else { None }).collect()
+}
+
+fn completed(outputs: &[Output]) -> Vec<(u64, Result<(), Failure>)> {
+    let pick = |o: &Output| if let Output::Complete { tag, result } = o { Some((*tag, *result)) } else { None };
+    outputs.iter().filter_map(pick).collect()
+}
+
+fn zero(tag: u64, offset: u64, length: u64) -> Event {
+    Event::Submit(Submission { tag, operation: Operation::Zero { allocate: false }, offset, length, payload: None })
+}
+
+#[test]
+fn acknowledges_a_write_when_every_replica_has_it() {
+    let mut story = story(3, false);
+    let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    assert_eq!(transfers.iter().map(|t| t.replica).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!(completed(&story.reply(transfers[0], None)), []);
+    assert_eq!(completed(&story.reply(transfers[2], None)), []);
+    assert_eq!(completed(&story.reply(transfers[1], None)), [(1, Ok(()))]);
+}
+
+#[test]
+fn acknowledges_nothing_before_the_survivors_recorded_the_fence() {
+    let mut story = story(3, false);
+    let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    story.reply(transfers[0], None);
+    story.reply(transfers[1], None);
+    let outputs = story.tell(Event::ConnectionLost { replica: 2, reason: "gone".into() });
+    assert_eq!(outputs[0], Output::Drop { replica: 2, reason: "gone".into() });
+    let members = Set::first(2);
+    let request = ControlRequest::Fence { generation: 11, members };
+    assert_eq!(outputs[1..], [0, 1].map(|replica| Output::Control { replica, request }));
+    assert_eq!(story.done(0), []);
+    let outputs = story.done(1);
+    assert_eq!(outputs[0], Output::Record { generation: 11, members });
+    assert_eq!(completed(&outputs), [(1, Ok(()))]);
+}
+
+#[test]
+fn drops_a_survivor_that_refuses_the_fence() {
+    let mut story = story(3, false);
+    let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    story.tell(Event::ConnectionLost { replica: 2, reason: "gone".into() });
+    story.reply(transfers[0], None);
+    story.reply(transfers[1], None);
+    let refused = ControlReply::Refused("somebody else's".into());
+    let outputs = story.tell(Event::ControlReply { replica: 0, reply: refused });
+    let request = ControlRequest::Fence { generation: 12, members: Set::only(1) };
+    assert!(outputs.contains(&Output::Control { replica: 1, request }));
+    assert_eq!(completed(&story.done(1)), [], "that was the answer to the first fence");
+    assert_eq!(completed(&story.done(1)), [(1, Ok(()))]);
+    assert!(story.core.replica_error(0).unwrap().contains("somebody else's"));
+}
+
+#[test]
+fn drops_a_survivor_that_does_not_answer_the_fence() {
+    let mut story = story(2, false);
+    story.tell(Event::ConnectionLost { replica: 0, reason: "gone".into() });
+    story.wait(Duration::from_secs(8));
+    assert_eq!(story.core.members(), Set::only(1));
+    story.wait(Duration::from_secs(1));
+    assert_eq!(story.core.members(), Set::EMPTY);
+}
+
+#[test]
+fn gives_an_error_of_all_replicas_to_the_caller() {
+    let mut story = story(3, false);
+    let transfers = sent(&story.tell(Event::write(1, MIB, 4096, 9)));
+    story.reply(transfers[0], Some(Failure::NoSpace));
+    story.reply(transfers[1], Some(Failure::NoSpace));
+    let outputs = story.reply(transfers[2], Some(Failure::NoSpace));
+    assert_eq!(completed(&outputs), [(1, Err(Failure::NoSpace))]);
+    assert_eq!(outputs[0], Output::MayDiffer, "remembered before the caller knows");
+    assert_eq!(story.core.members(), Set::first(3));
+    assert_eq!(story.core.replica_state(1), ReplicaState::Comparing);
+    let steps = sent(&outputs);
+    assert_eq!(
+        steps.iter().map(|t| (t.replica, t.offset, t.length)).collect::<Vec<_>>(),
+        [0, 1, 2].map(|r| (r, MIB, 4096))
+    );
+}
+
+#[test]
+fn drops_those_that_err_when_others_do_not() {
+    let mut story = story(3, false);
+    let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    story.reply(transfers[0], None);
+    story.reply(transfers[1], Some(Failure::Io));
+    let outputs = story.reply(transfers[2], None);
+    assert_eq!(completed(&outputs), []);
+    assert_eq!(story.core.members(), Set::only(0).with(Set::only(2)));
+    story.done(0);
+    assert_eq!(completed(&story.done(2)), [(1, Ok(()))]);
+}
+
+#[test]
+fn reads_from_the_next_replica_when_one_errs() {
+    let mut story = story(2, false);
+    let first = sent(&story.tell(Event::read(1, 0, 4096, 9)));
+    assert_eq!(first.len(), 1);
+    let second = sent(&story.reply(first[0], Some(Failure::Io)));
+    assert_eq!(second[0].replica, 1);
+    assert_eq!(completed(&story.reply(second[0], None)), [(1, Ok(()))]);
+    assert_eq!(story.core.members(), Set::only(1));
+}
+
+#[test]
+fn a_read_that_fails_everywhere_costs_no_replica() {
+    let mut story = story(2, false);
+    let first = sent(&story.tell(Event::read(1, 0, 4096, 9)));
+    let second = sent(&story.reply(first[0], Some(Failure::Io)));
+    assert_eq!(completed(&story.reply(second[0], Some(Failure::Io))), [(1, Err(Failure::Io))]);
+    assert_eq!(story.core.members(), Set::first(2));
+}
+
+#[test]
+fn serializes_what_overlaps_and_lets_reads_share() {
+    let mut story = story(1, false);
+    let write = sent(&story.tell(Event::write(1, 0, 8192, 9)));
+    assert_eq!(sent(&story.tell(Event::read(2, 4096, 4096, 10))), []);
+    assert_eq!(sent(&story.tell(Event::read(3, 4096, 8192, 11))), []);
+    assert_eq!(sent(&story.tell(Event::write(4, 12288, 4096, 12))).len(), 1);
+    assert_eq!(sent(&story.reply(write[0], None)).len(), 2, "both reads start");
+}
+
+#[test]
+fn cuts_long_zeroes_under_one_lock() {
+    let mut story = story(1, false);
+    let first = sent(&story.tell(zero(1, 0, 600 * MIB)));
+    assert_eq!((first[0].offset, u64::from(first[0].length)), (0, 256 * MIB));
+    assert_eq!(sent(&story.tell(Event::write(2, 599 * MIB, 4096, 9))), []);
+    let second = sent(&story.reply(first[0], None));
+    assert_eq!(second[0].offset, 256 * MIB);
+    let third = sent(&story.reply(second[0], None));
+    assert_eq!((third[0].offset, u64::from(third[0].length)), (512 * MIB, 88 * MIB));
+    let outputs = story.reply(third[0], None);
+    assert_eq!(completed(&outputs), [(1, Ok(()))]);
+    assert_eq!(sent(&outputs).len(), 1, "the write starts");
+}
+
+#[test]
+fn drops_a_replica_that_is_silent_for_too_long() {
+    let mut story = story(2, false);
+    let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    story.reply(transfers[0], None);
+    story.wait(Duration::from_secs(8));
+    assert_eq!(story.core.members(), Set::first(2));
+    story.wait(Duration::from_millis(250));
+    assert_eq!(story.core.members(), Set::only(0));
+    assert_eq!(completed(&story.done(0)), [(1, Ok(()))]);
+}
+
+#[test]
+fn blames_nobody_for_its_own_standstill() {
+    let mut story = story(2, false);
+    let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    story.reply(transfers[0], None);
+    story.now += Duration::from_secs(60);
+    assert_eq!(story.tell(Event::Tick), []);
+    assert_eq!(completed(&story.reply(transfers[1], None)), [(1, Ok(()))]);
+}
+
+#[test]
+fn holds_requests_for_a_while_when_no_replica_is_left() {
+    let mut story = story(1, false);
+    story.tell(Event::write(1, 0, 4096, 9));
+    story.tell(Event::ConnectionLost { replica: 0, reason: "gone".into() });
+    assert!(story.core.faulted().unwrap().contains("held"));
+    assert_eq!(story.tell(Event::read(2, 0, 4096, 10)), []);
+    let outputs = story.wait(Duration::from_secs(5));
+    assert_eq!(completed(&outputs), [(1, Err(Failure::Io)), (2, Err(Failure::Io))]);
+    assert_eq!(completed(&story.tell(Event::read(3, 0, 4096, 10))), [(3, Err(Failure::Io))]);
+}
+
+#[test]
+fn a_barrier_drains_and_flushes() {
+    let mut story = story(2, false);
+    let write = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    assert_eq!(story.tell(Event::Pause), []);
+    assert_eq!(story.tell(Event::write(2, 4096, 4096, 10)), [], "new requests wait");
+    story.reply(write[0], None);
+    let flush = sent(&story.reply(write[1], None));
+    assert_eq!(flush.iter().map(|t| t.operation).collect::<Vec<_>>(), [Operation::Flush; 2]);
+    story.reply(flush[0], None);
+    assert_eq!(story.reply(flush[1], None), [Output::Paused { flushed: true }]);
+    assert_eq!(sent(&story.tell(Event::Resume)).len(), 2);
+}
+
+#[test]
+fn a_clean_end_is_recorded_by_every_member() {
+    let mut story = story(2, false);
+    let flush = sent(&story.tell(Event::Shutdown));
+    story.reply(flush[0], None);
+    let request = ControlRequest::Close { generation: 10 };
+    assert_eq!(story.reply(flush[1], None), [0, 1].map(|replica| Output::Control { replica, request }));
+    assert_eq!(story.tell(Event::ConnectionLost { replica: 0, reason: "its export ended".into() }), []);
+    assert_eq!(story.done(0), []);
+    assert_eq!(story.done(1), [Output::Ended { clean: true }]);
+}
+
+#[test]
+fn an_end_while_comparing_is_not_clean() {
+    let mut story = story(2, true);
+    let step = sent(&story.tell(Event::Tick));
+    assert_eq!(story.tell(Event::Shutdown), []);
+    story.reply(step[0], None);
+    let outputs = story.reply(step[1], None);
+    let Some(Output::Compare { token, .. }) = outputs.first() else { panic!("{outputs:?}") };
+    let flush = sent(&story.tell(Event::Compared { token: *token, differing: Set::EMPTY }));
+    story.reply(flush[0], None);
+    assert_eq!(story.reply(flush[1], None), [Output::Ended { clean: false }]);
+}
+
+#[test]
+fn rewrites_only_what_differs_and_reads_from_the_pinned_one_meanwhile() {
+    let mut story = story(3, true);
+    let step = sent(&story.tell(Event::Tick));
+    assert_eq!(step.len(), 3);
+    assert_eq!(
+        story.core.expected(2, step[2].cookie),
+        Ok(Some((Payload { buffer: BufferId(2), start: 0 }, MIB as usize)))
+    );
+    assert_eq!(sent(&story.tell(Event::read(1, 512 * MIB, 4096, 9)))[0].replica, 0);
+    assert_eq!(sent(&story.tell(Event::write(2, 0, 4096, 10))), [], "the step excludes writes to its range");
+    story.reply(step[0], None);
+    story.reply(step[1], None);
+    let outputs = story.reply(step[2], None);
+    let Some(Output::Compare { token, pinned, others, .. }) = outputs.first() else { panic!("{outputs:?}") };
+    assert_eq!((pinned, others.len()), (&BufferId(0), 2));
+    let rewrite = sent(&story.tell(Event::Compared { token: *token, differing: Set::only(2) }));
+    assert_eq!(rewrite.len(), 1);
+    assert_eq!((rewrite[0].replica, rewrite[0].operation), (2, Operation::Write));
+    assert_eq!(rewrite[0].payload, Some(Payload { buffer: BufferId(0), start: 0 }));
+    let follows = sent(&story.reply(rewrite[0], None));
+    let writes = follows.iter().filter(|transfer| transfer.operation == Operation::Write);
+    assert_eq!(writes.count(), 3, "the write that waited follows");
+    assert_eq!(story.core.counters().repaired_bytes, MIB);
+}

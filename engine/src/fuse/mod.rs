@@ -1,0 +1,4 @@
+//! FUSE without a library: one regular file that is the root of its own mount.
+
+pub mod mount;
+pub mod wire;

@@ -1,0 +1,109 @@
+//! What one life of an engine leaves to the next, in small files beside its control socket.
+//!
+//! They need not survive the machine: a node's end ends the attachment. They need to survive the engine.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// The generation under which an engine acknowledged last. It is written before the first acknowledgement under it.
+///
+/// Without it a new engine that meets only replicas which were dropped meanwhile would take the highest of their records.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    pub generation: u64,
+    pub members: Vec<String>,
+}
+
+/// The files of one attachment.
+#[derive(Clone, Debug)]
+pub struct LifeFiles {
+    known: PathBuf,
+    differ: PathBuf,
+    failure: PathBuf,
+    lock: PathBuf,
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name: OsString = path.file_name().unwrap_or_default().to_owned();
+    name.push(suffix);
+    path.with_file_name(name)
+}
+
+impl LifeFiles {
+    pub fn of(control_socket: &Path) -> LifeFiles {
+        LifeFiles {
+            known: beside(control_socket, ".generation"),
+            differ: beside(control_socket, ".differ"),
+            failure: beside(control_socket, ".failure"),
+            lock: beside(control_socket, ".lock"),
+        }
+    }
+
+    /// Forgets an earlier attachment.
+    pub fn forget(&self) -> io::Result<()> {
+        for path in [&self.known, &self.differ, &self.failure] {
+            runtime::files::remove_if_present(path)?;
+        }
+        Ok(())
+    }
+
+    pub fn known(&self) -> io::Result<Option<Known>> {
+        match std::fs::read(&self.known) {
+            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn set_known(&self, known: &Known) -> io::Result<()> {
+        let temporary = runtime::files::temporary_name(&self.known);
+        std::fs::write(&temporary, serde_json::to_vec(known)?)?;
+        std::fs::rename(&temporary, &self.known)
+    }
+
+    /// Whether replicas may differ in a way that repeating unanswered requests does not heal.
+    pub fn may_differ(&self) -> bool {
+        self.differ.exists()
+    }
+
+    pub fn set_may_differ(&self, may_differ: bool) -> io::Result<()> {
+        if may_differ { std::fs::write(&self.differ, b"") } else { runtime::files::remove_if_present(&self.differ) }
+    }
+
+    /// Why an engine ended, for the holder's own error.
+    pub fn set_failure(&self, sentence: &str) {
+        let _ = std::fs::write(&self.failure, sentence);
+    }
+
+    pub fn take_failure(&self) -> Option<String> {
+        let sentence = std::fs::read_to_string(&self.failure).ok();
+        let _ = std::fs::remove_file(&self.failure);
+        sentence
+    }
+
+    pub fn lock_path(&self) -> &Path {
+        &self.lock
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_life_finds_what_the_last_one_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = LifeFiles::of(&folder.path().join("engine.sock"));
+        assert_eq!(files.known().unwrap(), None);
+        let known = Known { generation: 9, members: vec!["r1".into()] };
+        files.set_known(&known).unwrap();
+        files.set_may_differ(true).unwrap();
+        let next = LifeFiles::of(&folder.path().join("engine.sock"));
+        assert_eq!((next.known().unwrap(), next.may_differ()), (Some(known), true));
+        next.forget().unwrap();
+        assert_eq!((files.known().unwrap(), files.may_differ()), (None, false));
+    }
+}

@@ -1,0 +1,81 @@
+//! The control connection to one replica while the engine serves.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use proto::engine::ReplicaAddress;
+use proto::replica::{Reply, Request};
+
+use crate::core::ControlReply;
+use crate::lines::Lines;
+use crate::stream::{Service, Stream};
+
+/// How long a new connection may take. Requests stand still meanwhile, so it is short; it happens only before a fence when an
+/// idle connection had ended.
+const RECONNECT_LIMIT: Duration = Duration::from_millis(500);
+
+/// The connection, made again on demand: a replica may end an idle one.
+pub struct ReplicaControl {
+    address: ReplicaAddress,
+    lines: Option<Lines>,
+    unanswered: usize,
+}
+
+impl ReplicaControl {
+    pub fn new(address: ReplicaAddress, stream: Stream) -> Result<ReplicaControl, rustix::io::Errno> {
+        Ok(ReplicaControl { address, lines: Some(Lines::new(stream.into_socket())?), unanswered: 0 })
+    }
+
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.lines.as_ref().map(std::os::fd::AsFd::as_fd)
+    }
+
+    /// Whether a connection had to be made, so that its events must be asked for.
+    ///
+    /// # Errors
+    /// A sentence when the replica cannot be reached.
+    pub fn ensure_connected(&mut self) -> Result<bool, String> {
+        if self.lines.is_some() {
+            return Ok(false);
+        }
+        let stream = Stream::connect(&self.address, Service::Control, Instant::now() + RECONNECT_LIMIT);
+        let stream = stream.map_err(|error| error.to_string())?;
+        self.lines = Some(Lines::new(stream.into_socket()).map_err(|error| error.to_string())?);
+        Ok(true)
+    }
+
+    pub fn send(&mut self, request: &Request) -> Result<(), String> {
+        self.unanswered += 1;
+        self.lines.as_mut().ok_or("it is not connected")?.write(request)
+    }
+
+    /// Sends what is queued and takes what has come.
+    ///
+    /// # Errors
+    /// A sentence when the connection ended while answers are missing. The end of an idle connection is no error.
+    pub fn progress(&mut self) -> Result<Vec<ControlReply>, String> {
+        let Some(lines) = &mut self.lines else { return Ok(Vec::new()) };
+        let read = lines.flush().and_then(|()| lines.read());
+        match read {
+            Ok(lines) => lines.iter().map(|line| self.parse(line)).collect(),
+            Err(_) if self.unanswered == 0 => {
+                self.lines = None;
+                Ok(Vec::new())
+            }
+            Err(error) => {
+                self.lines = None;
+                Err(error)
+            }
+        }
+    }
+
+    fn parse(&mut self, line: &[u8]) -> Result<ControlReply, String> {
+        self.unanswered = self.unanswered.checked_sub(1).ok_or("it answered a question that was not asked")?;
+        match serde_json::from_slice(line) {
+            Ok(Reply::Done) => Ok(ControlReply::Done),
+            Ok(Reply::Refused { message }) => Ok(ControlReply::Refused(message)),
+            Ok(_) => Err("it sent a reply of another kind".into()),
+            Err(error) => Err(format!("it sent something that is no reply ({error})")),
+        }
+    }
+}

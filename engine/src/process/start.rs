@@ -1,0 +1,217 @@
+//! The start of an engine: ask every replica, choose the members, raise the generation, open the exports. It blocks.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use proto::engine::{Config, ReplicaAddress};
+use proto::replica::{Record, Reply, Request};
+use tracing::{info, warn};
+
+use super::choice::{Choice, Situation, choose};
+use super::life::LifeFiles;
+use crate::core::Set;
+use crate::error::EngineError;
+use crate::nbd;
+use crate::stream::{Service, Stream};
+
+/// A member's connections.
+pub struct Member {
+    pub control: Stream,
+    pub data: Stream,
+}
+
+/// All members have recorded `generation` and their exports are open.
+pub struct Started {
+    pub generation: u64,
+    pub members: Vec<Option<Member>>,
+    /// Why a replica of the configuration is no member.
+    pub errors: Vec<Option<String>>,
+    pub compare: bool,
+}
+
+impl Started {
+    pub fn set(&self) -> Set {
+        let here = (0..self.members.len()).filter(|replica| self.members[*replica].is_some());
+        here.fold(Set::EMPTY, |set, replica| set.with(Set::only(replica)))
+    }
+}
+
+struct Starting<'a> {
+    config: &'a Config,
+    names: &'a [String],
+    addresses: Vec<&'a ReplicaAddress>,
+    limit: Duration,
+    controls: Vec<Option<Stream>>,
+    errors: Vec<Option<String>>,
+}
+
+/// Brings an engine to the point where it can serve.
+///
+/// # Errors
+/// [`EngineError::NoReplica`] when nobody is left to begin with.
+pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) -> Result<Started, EngineError> {
+    let nobody = |reason: String| EngineError::NoReplica { volume: config.volume.clone(), reason };
+    let mut starting = Starting {
+        config,
+        names,
+        addresses: names.iter().map(|name| &config.replicas[name]).collect(),
+        limit: Duration::from_millis(config.replica_timeout_ms),
+        controls: names.iter().map(|_| None).collect(),
+        errors: vec![None; names.len()],
+    };
+    let records = starting.ask_status();
+    let known = life.known().map_err(|error| nobody(format!("what the last engine left cannot be read: {error}")))?;
+    let situation = Situation {
+        config_generation: config.generation,
+        config_compare: config.compare_replicas,
+        names,
+        records: &records,
+        first_life: lives == 0,
+        known: known.as_ref(),
+        known_to_differ: life.may_differ(),
+    };
+    let Choice { mut generation, members, compare } =
+        choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
+    for replica in (0..names.len()).filter(|replica| !members.contains(*replica)) {
+        starting.errors[replica].get_or_insert("it is not a member of the latest generation; it missed writes".into());
+    }
+    info!(volume = %config.volume, generation, members = ?starting.named(members), compare, "members chosen");
+    let exports = starting.open(generation, members);
+    let opened = starting.answered(&exports);
+    let data = starting.connect(&exports);
+    let connected = starting.answered(&data);
+    let mut remaining = connected;
+    if remaining != members {
+        warn!(opened = ?starting.named(opened), remaining = ?starting.named(remaining), "going on without some replicas");
+    }
+    // Those that are gone are fenced out before anything is acknowledged.
+    let mut recorded = members;
+    while recorded != remaining && !remaining.is_empty() {
+        generation += 1;
+        recorded = remaining;
+        remaining = starting.fence(generation, remaining);
+    }
+    if remaining.is_empty() {
+        return Err(nobody(starting.with_errors("none of them could be opened")));
+    }
+    let mut members = Vec::new();
+    for (replica, data) in data.into_iter().enumerate() {
+        let control = starting.controls[replica].take();
+        members.push(match (control, data) {
+            (Some(control), Some(data)) if remaining.contains(replica) => Some(Member { control, data }),
+            _ => None,
+        });
+    }
+    Ok(Started { generation, members, errors: starting.errors, compare: compare && remaining.len() > 1 })
+}
+
+impl Starting<'_> {
+    fn named(&self, set: Set) -> Vec<&str> {
+        set.iter().map(|replica| self.names[replica].as_str()).collect()
+    }
+
+    fn with_errors(&self, reason: &str) -> String {
+        let errors = self.names.iter().zip(&self.errors);
+        let errors = errors.filter_map(|(name, error)| error.as_ref().map(|error| format!("; {name}: {error}")));
+        errors.fold(reason.to_owned(), |text, error| text + &error)
+    }
+
+    fn answered<T>(&self, results: &[Option<T>]) -> Set {
+        let here = (0..results.len()).filter(|replica| results[*replica].is_some());
+        here.fold(Set::EMPTY, |set, replica| set.with(Set::only(replica)))
+    }
+
+    /// Does something with several replicas at the same time; an error is noted and takes the replica out.
+    fn each<T: Send>(
+        &mut self,
+        replicas: Set,
+        work: impl Fn(usize, &mut Option<Stream>, Instant) -> io::Result<T> + Sync,
+    ) -> Vec<Option<T>> {
+        let deadline = Instant::now() + self.limit;
+        let work = &work;
+        let results: Vec<Option<io::Result<T>>> = thread::scope(|scope| {
+            let threads = self.controls.iter_mut().enumerate().map(|(replica, control)| {
+                replicas.contains(replica).then(|| scope.spawn(move || work(replica, control, deadline)))
+            });
+            let threads: Vec<_> = threads.collect();
+            threads.into_iter().map(|thread| thread.map(|t| t.join().expect("no panic in a start thread"))).collect()
+        });
+        let keep = |(replica, result): (usize, Option<io::Result<T>>)| match result? {
+            Ok(value) => Some(value),
+            Err(error) => {
+                warn!(replica = %self.names[replica], %error, "replica left out");
+                self.errors[replica] = Some(error.to_string());
+                None
+            }
+        };
+        results.into_iter().enumerate().map(keep).collect()
+    }
+
+    fn ask_status(&mut self) -> Vec<Option<Record>> {
+        let (config, addresses) = (self.config, self.addresses.clone());
+        self.each(Set::first(self.names.len()), move |replica, control, deadline| {
+            let mut stream = Stream::connect(addresses[replica], Service::Control, deadline)?;
+            let record = match stream.ask(&Request::Status, deadline)? {
+                Reply::Status { record, .. } => record,
+                other => return Err(unexpected(&other)),
+            };
+            if !record.volume.is_empty() && record.volume != config.volume {
+                return Err(io::Error::other(format!("it belongs to volume `{}`", record.volume)));
+            }
+            if record.size_bytes != 0 && record.size_bytes != config.size_bytes {
+                return Err(io::Error::other(format!(
+                    "it has {} bytes, the volume has {}",
+                    record.size_bytes, config.size_bytes
+                )));
+            }
+            *control = Some(stream);
+            Ok(record)
+        })
+    }
+
+    fn open(&mut self, generation: u64, members: Set) -> Vec<Option<String>> {
+        let names: Vec<String> = self.named(members).into_iter().map(String::from).collect();
+        self.each(members, move |_, control, deadline| {
+            let control = control.as_mut().ok_or_else(|| io::Error::other("it is not connected"))?;
+            match control.ask(&Request::Open { generation, members: names.clone() }, deadline)? {
+                Reply::Opened { export } => Ok(export),
+                other => Err(unexpected(&other)),
+            }
+        })
+    }
+
+    fn connect(&mut self, exports: &[Option<String>]) -> Vec<Option<Stream>> {
+        let opened = self.answered(exports);
+        let (addresses, size_bytes) = (self.addresses.clone(), self.config.size_bytes);
+        self.each(opened, move |replica, _, deadline| {
+            let export = exports[replica].as_ref().expect("it was opened");
+            let mut stream = Stream::connect(addresses[replica], Service::Data, deadline)?;
+            stream.set_deadline(deadline)?;
+            let size = nbd::client::open_export(&mut stream, export)?;
+            if size != size_bytes {
+                return Err(io::Error::other(format!("its export has {size} bytes, the volume has {size_bytes}")));
+            }
+            Ok(stream)
+        })
+    }
+
+    fn fence(&mut self, generation: u64, members: Set) -> Set {
+        let names: Vec<String> = self.named(members).into_iter().map(String::from).collect();
+        let done = self.each(members, move |_, control, deadline| {
+            let control = control.as_mut().ok_or_else(|| io::Error::other("it is not connected"))?;
+            match control.ask(&Request::Fence { generation, members: names.clone() }, deadline)? {
+                Reply::Done => Ok(()),
+                other => Err(unexpected(&other)),
+            }
+        });
+        self.answered(&done)
+    }
+}
+
+fn unexpected(reply: &Reply) -> io::Error {
+    io::Error::other(match reply {
+        Reply::Refused { message } => format!("it refused: {message}"),
+        _ => "it sent a reply of another kind".to_owned(),
+    })
+}

@@ -1,0 +1,130 @@
+//! Blocking connections to replicas with deadlines, for the start of an engine and for clients of its control socket.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use proto::engine::ReplicaAddress;
+use proto::replica::file;
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::limits;
+
+/// Which of a replica's two services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    Data,
+    Control,
+}
+
+/// A connection of either kind.
+pub enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Stream {
+    /// Connects to a service of a replica.
+    pub fn connect(address: &ReplicaAddress, service: Service, deadline: Instant) -> io::Result<Stream> {
+        match address {
+            ReplicaAddress::Directory(directory) => {
+                let name = match service {
+                    Service::Data => file::NBD_SOCKET,
+                    Service::Control => file::CONTROL_SOCKET,
+                };
+                Ok(Stream::Unix(runtime::socket::connect_blocking(&directory.join(name))?))
+            }
+            ReplicaAddress::Tcp(address) => {
+                let mut address = parse_address(address)?;
+                if service == Service::Control {
+                    let port = address.port().checked_add(1);
+                    address.set_port(port.ok_or_else(|| invalid("the control port would be above 65535"))?);
+                }
+                let stream = TcpStream::connect_timeout(&address, left(deadline)?)?;
+                stream.set_nodelay(true)?;
+                Ok(Stream::Tcp(stream))
+            }
+        }
+    }
+
+    /// What is read or written next must be done by then.
+    pub fn set_deadline(&self, deadline: Instant) -> io::Result<()> {
+        let left = Some(left(deadline)?);
+        match self {
+            Stream::Unix(stream) => stream.set_read_timeout(left).and_then(|()| stream.set_write_timeout(left)),
+            Stream::Tcp(stream) => stream.set_read_timeout(left).and_then(|()| stream.set_write_timeout(left)),
+        }
+    }
+
+    /// Sends one request and waits for its reply.
+    pub fn ask<Reply: DeserializeOwned>(&mut self, request: &impl Serialize, deadline: Instant) -> io::Result<Reply> {
+        self.set_deadline(deadline)?;
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.write_all(&line)?;
+        let line = self.read_line(deadline)?;
+        Ok(serde_json::from_slice(&line)?)
+    }
+
+    /// One line, read byte by byte so that nothing behind it is taken; replies are short.
+    pub fn read_line(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while line.last() != Some(&b'\n') {
+            self.set_deadline(deadline)?;
+            if self.read(&mut byte)? == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the connection ended before the reply"));
+            }
+            line.push(byte[0]);
+            if line.len() > limits::MAX_CONTROL_LINE {
+                return Err(invalid("the reply is too long"));
+            }
+        }
+        Ok(line)
+    }
+
+    pub fn into_socket(self) -> OwnedFd {
+        match self {
+            Stream::Unix(stream) => stream.into(),
+            Stream::Tcp(stream) => stream.into(),
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(stream) => stream.read(buffer),
+            Stream::Tcp(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(stream) => stream.write(buffer),
+            Stream::Tcp(stream) => stream.write(buffer),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn invalid(problem: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, problem.to_owned())
+}
+
+/// Parses `ip:port`.
+pub fn parse_address(address: &str) -> io::Result<SocketAddr> {
+    address.parse().map_err(|_| invalid(&format!("`{address}` is not an address; `ip:port` is expected")))
+}
+
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(io::Error::from(io::ErrorKind::TimedOut)) } else { Ok(left) }
+}

@@ -1,0 +1,216 @@
+//! What to do about one engine: an observation in, a step and a report out.
+
+use std::collections::BTreeMap;
+
+use api::engine::{DesireState, InstanceState, ReplicaMode};
+use api::names::condition::{DETACHED, READY};
+use api::{Condition, ConditionStatus, Engine};
+use proto::engine::{ReplicaState, Status};
+
+/// The holder and engine of a volume, as they were seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Process {
+    /// There is none.
+    None,
+    /// The holder runs; what its engine said last, when it said anything.
+    Running(Option<Status>),
+    /// The holder has ended without being asked; the end of its log.
+    Ended(String),
+}
+
+/// The loop device on its mount file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Device {
+    None,
+    /// Attached; who uses it (mount points, holders).
+    Attached {
+        path: String,
+        users: Vec<String>,
+    },
+}
+
+/// One step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Start holder and engine.
+    Start,
+    /// Make the block device.
+    AttachDevice,
+    /// Take the block device away.
+    DetachDevice,
+    /// Ask the engine to finish, then end the holder and forget both.
+    Shutdown,
+    /// Nothing runs any more: remove the mount and forget it.
+    CleanUp,
+    /// Release the object.
+    Release,
+    Nothing,
+}
+
+/// What to do and what to report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    pub step: Step,
+    pub state: InstanceState,
+    pub conditions: Vec<Condition>,
+}
+
+/// Decides about one engine of this node.
+pub fn decide(engine: &Engine, process: &Process, device: &Device) -> Decision {
+    let is_deleted = engine.metadata.deletion_timestamp.is_some();
+    if engine.spec.desire_state == DesireState::Running && !is_deleted {
+        return run(process, device);
+    }
+    let busy = match device {
+        Device::Attached { path, users } if !users.is_empty() => {
+            Some(format!("{path} is in use by {}", users.join(", ")))
+        }
+        _ => None,
+    };
+    if let Some(busy) = busy {
+        let hint = "unmount it, or end what uses it";
+        let detached = Condition::new(DETACHED, ConditionStatus::False, "DeviceBusy", busy).with_hint(hint);
+        return Decision { step: Step::Nothing, state: InstanceState::Stopping, conditions: vec![detached] };
+    }
+    let step = match (process, device) {
+        (_, Device::Attached { .. }) => Step::DetachDevice,
+        (Process::Running(_), Device::None) => Step::Shutdown,
+        (Process::Ended(_), Device::None) => Step::CleanUp,
+        (Process::None, Device::None) if is_deleted => Step::Release,
+        (Process::None, Device::None) => Step::Nothing,
+    };
+    let is_gone = matches!(step, Step::Nothing | Step::Release);
+    let (status, reason) =
+        if is_gone { (ConditionStatus::True, "Detached") } else { (ConditionStatus::False, "Stopping") };
+    Decision {
+        step,
+        state: if is_gone { InstanceState::Stopped } else { InstanceState::Stopping },
+        conditions: vec![
+            Condition::new(DETACHED, status, reason, ""),
+            Condition::new(READY, ConditionStatus::False, "Stopped", "it is not wanted now"),
+        ],
+    }
+}
+
+fn run(process: &Process, device: &Device) -> Decision {
+    let attached = Condition::new(DETACHED, ConditionStatus::False, "Attached", "");
+    let decide = |step, state, status, reason: &str, message: String| Decision {
+        step,
+        state,
+        conditions: vec![Condition::new(READY, status, reason, message), attached.clone()],
+    };
+    let (no, yes) = (ConditionStatus::False, ConditionStatus::True);
+    match (process, device) {
+        (Process::None, Device::None) => {
+            decide(Step::Start, InstanceState::Starting, no, "Starting", "it is being started".into())
+        }
+        // A device without an engine is a leftover of a machine or process that died.
+        (Process::None, Device::Attached { users, .. }) if users.is_empty() => decide(
+            Step::DetachDevice,
+            InstanceState::Starting,
+            no,
+            "Starting",
+            "a device of an earlier attachment is being removed".into(),
+        ),
+        (Process::None, Device::Attached { path, users }) => {
+            let message = format!("device {path} of an earlier attachment is still in use by {}", users.join(", "));
+            decide(Step::Nothing, InstanceState::Error, no, "DeviceBusy", message)
+        }
+        (Process::Ended(words), _) => {
+            let said =
+                if words.is_empty() { "its log is empty".to_owned() } else { format!("its last words: {words}") };
+            decide(Step::Nothing, InstanceState::Error, no, "EngineEnded", format!("the engine's holder ended; {said}"))
+        }
+        (Process::Running(Some(status)), _) if status.faulted.is_some() => {
+            let message = status.faulted.clone().unwrap_or_default();
+            decide(Step::Nothing, InstanceState::Running, no, "Faulted", message)
+        }
+        (Process::Running(Some(status)), Device::None) if status.serving => {
+            decide(Step::AttachDevice, InstanceState::Starting, no, "Starting", "the block device is being made".into())
+        }
+        (Process::Running(Some(status)), Device::Attached { .. }) if status.serving => {
+            decide(Step::Nothing, InstanceState::Running, yes, "Serving", String::new())
+        }
+        // The holder starts another engine; requests wait in the kernel meanwhile.
+        (Process::Running(_), Device::Attached { .. }) => decide(
+            Step::Nothing,
+            InstanceState::Running,
+            no,
+            "EngineStarting",
+            "its holder is starting a new engine; I/O waits".into(),
+        ),
+        (Process::Running(_), Device::None) => decide(
+            Step::Nothing,
+            InstanceState::Starting,
+            no,
+            "Starting",
+            "the engine is connecting to its replicas".into(),
+        ),
+    }
+}
+
+/// The engine's view of its replicas in Longhorn's words.
+pub fn modes(status: &Status) -> BTreeMap<String, ReplicaMode> {
+    let mode = |state: &ReplicaState| match state {
+        ReplicaState::InSync => ReplicaMode::Rw,
+        ReplicaState::Comparing => ReplicaMode::Wo,
+        ReplicaState::Dropped => ReplicaMode::Err,
+    };
+    status.replicas.iter().map(|(name, state)| (name.clone(), mode(state))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engine(wish: DesireState) -> Engine {
+        let mut engine = Engine::default();
+        engine.spec.desire_state = wish;
+        engine
+    }
+
+    fn attached(users: &[&str]) -> Device {
+        Device::Attached { path: "/dev/loop7".into(), users: users.iter().map(|u| (*u).to_owned()).collect() }
+    }
+
+    fn serving() -> Process {
+        Process::Running(Some(Status { serving: true, ..Status::default() }))
+    }
+
+    #[test]
+    fn comes_up_step_by_step() {
+        let wish = engine(DesireState::Running);
+        let step = |process, device| {
+            let decision = decide(&wish, &process, &device);
+            (decision.step, decision.state)
+        };
+        assert_eq!(step(Process::None, Device::None), (Step::Start, InstanceState::Starting));
+        assert_eq!(step(Process::Running(None), Device::None), (Step::Nothing, InstanceState::Starting));
+        assert_eq!(step(serving(), Device::None), (Step::AttachDevice, InstanceState::Starting));
+        assert_eq!(step(serving(), attached(&["/mnt"])), (Step::Nothing, InstanceState::Running));
+    }
+
+    #[test]
+    fn goes_down_step_by_step() {
+        let wish = engine(DesireState::Stopped);
+        let step = |process, device| decide(&wish, &process, &device).step;
+        assert_eq!(step(serving(), attached(&[])), Step::DetachDevice);
+        assert_eq!(step(serving(), Device::None), Step::Shutdown);
+        assert_eq!(step(Process::Ended(String::new()), Device::None), Step::CleanUp);
+        assert_eq!(step(Process::None, Device::None), Step::Nothing);
+    }
+
+    #[test]
+    fn a_device_in_use_is_never_taken_away() {
+        let decision = decide(&engine(DesireState::Stopped), &serving(), &attached(&["/mnt/a"]));
+        assert_eq!((decision.step, decision.state), (Step::Nothing, InstanceState::Stopping));
+        assert_eq!(decision.conditions[0].message, "/dev/loop7 is in use by /mnt/a");
+    }
+
+    #[test]
+    fn an_end_by_surprise_is_an_error_with_the_last_words() {
+        let decision = decide(&engine(DesireState::Running), &Process::Ended("gave up".into()), &attached(&[]));
+        assert_eq!((decision.step, decision.state), (Step::Nothing, InstanceState::Error));
+        assert_eq!(decision.conditions[0].message, "the engine's holder ended; its last words: gave up");
+    }
+}

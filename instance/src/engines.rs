@@ -1,0 +1,342 @@
+//! Engine objects of this node: observe, decide, act, report.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::engine::{EngineStatus, InstanceState};
+use api::names::FINALIZER;
+use api::quantity::SizeBytes;
+use api::{Engine, Replica, condition};
+use dataplane::loop_device::{self, LoopDevice};
+use dataplane::{DataplaneError, mount};
+use jiff::Timestamp;
+use proto::engine::{Config, ReplicaAddress, Reply, Request};
+use runtime::process::{Launch, ProcessIdentity};
+use tracing::{debug, info};
+
+use crate::control::{self, Connection};
+use crate::engine_decision::{Decision, Device, Process, Step, decide, modes};
+use crate::error::InstanceError;
+use crate::limits::{CONNECT, HOLDER_GRACE, HOLDER_LIMIT, NO_REPLICA_HOLD, REPLICA_TIMEOUT};
+use crate::role::{Key, Role};
+
+/// How soon to look again while something is on its way that makes no event (a device that is being released).
+const SOON: Duration = Duration::from_millis(500);
+
+/// Where the parts of one engine are.
+struct Place {
+    directory: PathBuf,
+    config: PathBuf,
+    mount_file: PathBuf,
+    control: PathBuf,
+    nbd: PathBuf,
+}
+
+impl Place {
+    fn of(role: &Role, name: &str) -> Place {
+        let directory = role.engines.directory(name);
+        Place {
+            config: directory.join("config.json"),
+            mount_file: directory.join("volume"),
+            control: directory.join("control.sock"),
+            nbd: directory.join("nbd.sock"),
+            directory,
+        }
+    }
+}
+
+struct Observed {
+    process: Process,
+    device: Device,
+    loop_device: Option<LoopDevice>,
+}
+
+/// Brings holder, engine and block device of one volume in line with its object.
+pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>, InstanceError> {
+    let engine = role.config.store.get::<Engine>(name).await?.filter(|e| e.spec.node_id == role.config.node.as_str());
+    // An engine that nobody wishes for is ended like one that is wished stopped.
+    let wished = engine.clone().unwrap_or_default();
+    let place = Place::of(role, name);
+    let observed = observe(role, name, &place).await?;
+    let decision = decide(&wished, &observed.process, &observed.device);
+    if let Some(engine) = &engine {
+        report(role, engine, &decision, &observed, &place).await?;
+    }
+    let waits = matches!(decision.step, Step::Nothing) && decision.state == InstanceState::Stopping;
+    match decision.step {
+        Step::Nothing => return Ok(waits.then_some(SOON)),
+        Step::Start => start(role, name, &wished, &place).await?,
+        Step::AttachDevice => {
+            let device = loop_device::attach(&place.mount_file).await;
+            let device = device.map_err(device_error("attach a block device"))?;
+            info!(engine = name, device = %device.path.display(), "block device attached");
+        }
+        Step::DetachDevice => {
+            if let Some(device) = &observed.loop_device {
+                loop_device::detach(device).await.map_err(device_error("detach the block device"))?;
+                info!(engine = name, device = %device.path.display(), "block device detached");
+            }
+        }
+        Step::Shutdown => shutdown(role, name, &place).await?,
+        Step::CleanUp => clean_up(role, name, &place).await?,
+        Step::Release => return release(role, wished).await.map(|()| None),
+    }
+    role.queue.add(Key::Engine(name.to_owned()));
+    Ok(None)
+}
+
+fn device_error(action: &str) -> impl FnOnce(DataplaneError) -> InstanceError {
+    move |source| InstanceError::Device { action: action.to_owned(), source }
+}
+
+async fn observe(role: &Arc<Role>, name: &str, place: &Place) -> Result<Observed, InstanceError> {
+    let read = |source| InstanceError::File { action: "read", path: place.directory.clone(), source };
+    let process = match role.engines.record(name).map_err(read)? {
+        None => Process::None,
+        Some(record) if record.identity.is_alive() => {
+            role.watch_end(&record.identity, Key::Engine(name.to_owned()));
+            follow(role, name, &place.control, &record.identity);
+            Process::Running(role.state().engine_status.get(name).cloned())
+        }
+        Some(_) => Process::Ended(role.engines.last_words(name)),
+    };
+    let file = place.mount_file.clone();
+    let needs_users = !matches!(process, Process::Running(_)) || is_wished_stopped(role, name).await?;
+    let looked = tokio::task::spawn_blocking(move || -> Result<_, DataplaneError> {
+        let Some(device) = loop_device::find(&file)? else { return Ok(None) };
+        let users = if needs_users { loop_device::users(&device)? } else { vec![] };
+        Ok(Some((device, users)))
+    });
+    let looked = looked.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+    let found = looked.map_err(device_error("look for the block device"))?;
+    let (loop_device, device) = match found {
+        None => (None, Device::None),
+        Some((device, users)) => {
+            let path = device.path.display().to_string();
+            (Some(device), Device::Attached { path, users })
+        }
+    };
+    Ok(Observed { process, device, loop_device })
+}
+
+async fn is_wished_stopped(role: &Role, name: &str) -> Result<bool, InstanceError> {
+    let engine = role.config.store.get::<Engine>(name).await?;
+    Ok(engine.is_none_or(|e| {
+        e.spec.node_id != role.config.node.as_str()
+            || e.metadata.deletion_timestamp.is_some()
+            || e.spec.desire_state == api::engine::DesireState::Stopped
+    }))
+}
+
+/// Keeps the last status of an engine, from its own words, for as long as its holder lives.
+fn follow(role: &Arc<Role>, name: &str, socket: &Path, holder: &ProcessIdentity) {
+    if !role.state().followed.insert(name.to_owned()) {
+        return;
+    }
+    let (role, name, socket, holder) = (role.clone(), name.to_owned(), socket.to_owned(), holder.clone());
+    role.tasks.clone().spawn(async move {
+        let followed = async {
+            let mut attempt = 0;
+            while holder.is_alive() {
+                if let Err(error) = listen(&role, &name, &socket, &mut attempt).await {
+                    debug!(engine = name, %error, "engine does not answer");
+                }
+                // Between two engines of one holder there is nobody to ask.
+                if let Some(status) = role.state().engine_status.get_mut(&name) {
+                    status.serving = false;
+                }
+                role.queue.add(Key::Engine(name.clone()));
+                attempt += 1;
+                tokio::select! { () = tokio::time::sleep(CONNECT.delay(attempt)) => {}, _ = holder.wait() => {} }
+            }
+        };
+        tokio::select! { () = role.cancelled.cancelled() => {}, () = followed => {} }
+        let mut state = role.state();
+        state.followed.remove(&name);
+        state.engine_status.remove(&name);
+        drop(state);
+        role.queue.add(Key::Engine(name));
+    });
+}
+
+async fn listen(role: &Role, name: &str, socket: &Path, attempt: &mut u32) -> std::io::Result<()> {
+    let mut connection = Connection::open(socket).await?;
+    connection.send(&Request::Watch).await?;
+    loop {
+        let Reply::Status(status) = connection.receive().await? else { continue };
+        *attempt = 0;
+        let is_news = {
+            let mut state = role.state();
+            let is_news = state.engine_status.get(name).is_none_or(|old| !is_same(old, &status));
+            state.engine_status.insert(name.to_owned(), status);
+            is_news
+        };
+        if is_news {
+            role.queue.add(Key::Engine(name.to_owned()));
+        }
+    }
+}
+
+/// Whether two states of an engine lead to the same report. Counters of I/O do not matter.
+fn is_same(old: &proto::engine::Status, new: &proto::engine::Status) -> bool {
+    old.generation == new.generation
+        && old.serving == new.serving
+        && old.replicas == new.replicas
+        && old.replica_errors == new.replica_errors
+        && old.faulted == new.faulted
+}
+
+async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> Result<(), InstanceError> {
+    let at = |action| move |source| InstanceError::File { action, path: place.directory.clone(), source };
+    let mut replicas = BTreeMap::new();
+    let mut read_from = None;
+    for (replica, address) in &engine.spec.replica_address_map {
+        let local = role.config.store.get::<Replica>(replica).await?;
+        let local = local.filter(|r| r.spec.node_id == role.config.node.as_str());
+        let address = match local {
+            Some(r) => {
+                read_from = Some(replica.clone());
+                let directory = Path::new(&r.spec.disk_path).join("replicas").join(&r.spec.data_directory_name);
+                ReplicaAddress::Directory(directory)
+            }
+            None => ReplicaAddress::Tcp(address.clone()),
+        };
+        replicas.insert(replica.clone(), address);
+    }
+    let config = Config {
+        volume: engine.spec.volume_name.clone(),
+        size_bytes: engine.spec.volume_size.0,
+        generation: engine.spec.generation,
+        replicas,
+        read_from,
+        compare_replicas: engine.spec.compare_replicas,
+        mount_file: place.mount_file.clone(),
+        control_socket: place.control.clone(),
+        nbd_socket: place.nbd.clone(),
+        replica_timeout_ms: REPLICA_TIMEOUT.as_millis() as u64,
+        no_replica_hold_ms: NO_REPLICA_HOLD.as_millis() as u64,
+        holder_limit_ms: HOLDER_LIMIT.as_millis() as u64,
+    };
+    fs::create_dir_all(&place.directory).map_err(at("make"))?;
+    unmount(place).await?;
+    File::create(&place.mount_file).map_err(at("write in"))?;
+    let text = serde_json::to_vec_pretty(&config)
+        .map_err(|source| InstanceError::Parse { path: place.config.clone(), source })?;
+    fs::write(&place.config, text).map_err(at("write in"))?;
+    let launch = Launch::new(&role.config.program).arg("engine-holder").flag("--config", &place.config);
+    let record = role.engines.start(name, launch, None);
+    let record = record.map_err(|source| InstanceError::Start { what: format!("engine {name}"), source })?;
+    info!(engine = name, pid = record.identity.pid, "engine started");
+    Ok(())
+}
+
+/// Takes away what a holder that died left on the mount file.
+async fn unmount(place: &Place) -> Result<(), InstanceError> {
+    while mount::is_mounted(&place.mount_file).map_err(device_error("read the mounts"))? {
+        mount::unmount_lazily(&place.mount_file).map_err(device_error("unmount what a dead engine left"))?;
+    }
+    Ok(())
+}
+
+async fn shutdown(role: &Arc<Role>, name: &str, place: &Place) -> Result<(), InstanceError> {
+    let what = || format!("engine {name}");
+    match control::ask::<Reply>(&place.control, &Request::Shutdown).await {
+        Ok(Reply::Refused { message }) => {
+            let source = std::io::Error::other(format!("it refuses to end: {message}"));
+            return Err(InstanceError::End { what: what(), source });
+        }
+        Ok(_) => {}
+        // It may be between two engines, or already gone; a holder without an engine ends at SIGTERM.
+        Err(error) => debug!(engine = name, %error, "engine does not answer a shutdown"),
+    }
+    let path = place.directory.clone();
+    let record = role.engines.record(name).map_err(|source| InstanceError::File { action: "read", path, source })?;
+    if let Some(record) = record {
+        let waited = tokio::time::timeout(HOLDER_GRACE, record.identity.wait()).await;
+        if waited.is_err() {
+            record
+                .identity
+                .terminate(HOLDER_GRACE)
+                .await
+                .map_err(|source| InstanceError::End { what: what(), source })?;
+        }
+    }
+    clean_up(role, name, place).await
+}
+
+async fn clean_up(role: &Arc<Role>, name: &str, place: &Place) -> Result<(), InstanceError> {
+    unmount(place).await?;
+    info!(engine = name, "engine ended");
+    role.engines.forget(name).map_err(|source| InstanceError::File {
+        action: "remove",
+        path: place.directory.clone(),
+        source,
+    })
+}
+
+async fn release(role: &Role, mut engine: Engine) -> Result<(), InstanceError> {
+    engine.metadata.finalizers.get_or_insert_default().retain(|f| f != FINALIZER);
+    match role.config.store.replace(&engine).await {
+        Err(store::StoreError::NotFound { .. }) => Ok(()),
+        other => other.map(drop).map_err(InstanceError::from),
+    }
+}
+
+async fn report(
+    role: &Role,
+    engine: &Engine,
+    decision: &Decision,
+    observed: &Observed,
+    place: &Place,
+) -> Result<(), InstanceError> {
+    let now = Timestamp::now();
+    let old = engine.status.clone().unwrap_or_default();
+    let seen = match &observed.process {
+        Process::Running(Some(status)) if status.generation > 0 => Some(status),
+        _ => None,
+    };
+    let is_up = decision.state == InstanceState::Running;
+    let endpoint = match &observed.device {
+        Device::Attached { path, .. } if is_up => path.clone(),
+        _ => String::new(),
+    };
+    let is_gone = decision.state == InstanceState::Stopped;
+    let status = EngineStatus {
+        owner_id: role.config.node.to_string(),
+        current_state: decision.state,
+        ip: if is_up { role.config.ip.to_string() } else { String::new() },
+        port: 0,
+        current_size: if is_up { engine.spec.volume_size } else { SizeBytes(0) },
+        current_replica_address_map: if is_up { engine.spec.replica_address_map.clone() } else { BTreeMap::new() },
+        replica_mode_map: match seen {
+            Some(status) => modes(status),
+            None if is_gone => BTreeMap::new(),
+            None => old.replica_mode_map,
+        },
+        endpoint,
+        started: is_up,
+        // It is never lowered: the controller learns from it what a stale replica is.
+        generation: seen.map_or(0, |s| s.generation).max(old.generation),
+        replica_errors: match seen {
+            Some(status) => status.replica_errors.clone(),
+            None if is_gone => BTreeMap::new(),
+            None => old.replica_errors,
+        },
+        nbd_socket: if is_up { place.nbd.display().to_string() } else { String::new() },
+        conditions: decision.conditions.iter().cloned().fold(old.conditions, |mut list, c| {
+            condition::set(&mut list, c, now);
+            list
+        }),
+        other: old.other,
+    };
+    if engine.status.as_ref() == Some(&status) {
+        return Ok(());
+    }
+    let mut changed = engine.clone();
+    changed.status = Some(status);
+    role.config.store.replace_status(&changed).await?;
+    Ok(())
+}

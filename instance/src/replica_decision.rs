@@ -1,0 +1,211 @@
+//! What to do about one replica process: an observation in, a step and a report out.
+
+use api::engine::{DesireState, InstanceState};
+use api::image::CopyState;
+use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
+use api::{BackingImage, Condition, ConditionStatus, Replica};
+use proto::replica::ImageFile;
+
+/// The process of a replica, as it was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Process {
+    /// There is none.
+    None,
+    /// It runs and answers.
+    Serving,
+    /// It runs and does not answer (yet).
+    Silent,
+    /// It has ended without being asked; the end of its log.
+    Ended(String),
+}
+
+/// One step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Start a process; over this image file, if any.
+    Start(Option<ImageFile>),
+    /// End the process and forget it.
+    End,
+    /// End the process, remove the data, release the object.
+    Remove,
+    Nothing,
+}
+
+/// What to do and what to report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Decision {
+    pub step: Step,
+    pub state: InstanceState,
+    pub conditions: Vec<Condition>,
+}
+
+/// Decides about one replica of this node. `image`: the BackingImage that it names, when there is one of that name.
+pub fn decide(replica: &Replica, image: Option<&BackingImage>, process: &Process) -> Decision {
+    let is_wished = replica.spec.desire_state == DesireState::Running;
+    if replica.metadata.deletion_timestamp.is_some() {
+        return Decision { step: Step::Remove, state: InstanceState::Stopping, conditions: vec![] };
+    }
+    let (state, step, ready) = match (is_wished, process) {
+        (false, Process::None) => (InstanceState::Stopped, Step::Nothing, not_ready("Stopped", "it is not wanted now")),
+        (false, _) => (InstanceState::Stopping, Step::End, not_ready("Stopping", "it is being ended")),
+        (true, Process::Serving) => {
+            (InstanceState::Running, Step::Nothing, Condition::new(READY, ConditionStatus::True, "Serving", ""))
+        }
+        (true, Process::Silent) => {
+            (InstanceState::Starting, Step::Nothing, not_ready("Starting", "its process does not answer yet"))
+        }
+        // It stays like this until it is no longer wanted: who lost its process may have missed writes.
+        (true, Process::Ended(words)) => {
+            let said =
+                if words.is_empty() { "its log is empty".to_owned() } else { format!("its last words: {words}") };
+            (
+                InstanceState::Error,
+                Step::Nothing,
+                not_ready("ProcessEnded", &format!("the replica process ended; {said}")),
+            )
+        }
+        (true, Process::None) => {
+            let start = match copy(replica, image) {
+                Ok(file) => return starting(file),
+                Err(waits) => waits,
+            };
+            return Decision {
+                step: Step::Nothing,
+                state: InstanceState::Stopped,
+                conditions: vec![not_ready("WaitForBackingImage", &start.message), *start],
+            };
+        }
+    };
+    Decision { step, state, conditions: vec![ready, no_wait()] }
+}
+
+fn starting(file: Option<ImageFile>) -> Decision {
+    let ready = not_ready("Starting", "its process is being started");
+    Decision { step: Step::Start(file), state: InstanceState::Starting, conditions: vec![ready, no_wait()] }
+}
+
+fn not_ready(reason: &str, message: &str) -> Condition {
+    Condition::new(READY, ConditionStatus::False, reason, message)
+}
+
+fn no_wait() -> Condition {
+    Condition::new(WAIT_FOR_BACKING_IMAGE, ConditionStatus::False, "Ready", "")
+}
+
+/// The image's file on the disk of this replica, or what it waits for.
+fn copy(replica: &Replica, image: Option<&BackingImage>) -> Result<Option<ImageFile>, Box<Condition>> {
+    let name = &replica.spec.backing_image;
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let wait =
+        |reason: &str, message: String| Condition::new(WAIT_FOR_BACKING_IMAGE, ConditionStatus::True, reason, message);
+    let Some(image) = image else {
+        let message = format!("backing image {name} does not exist");
+        return Err(Box::new(
+            wait("GetBackingImageFailed", message).with_hint(format!("create a backing image named {name}")),
+        ));
+    };
+    let status = image.status.clone().unwrap_or_default();
+    let disk = &replica.spec.disk_id;
+    let copy = status.disk_file_status_map.get(disk).cloned().unwrap_or_default();
+    if copy.state != CopyState::Ready {
+        let state = if copy.state == CopyState::NotStarted { "not started" } else { copy.state.as_str() };
+        let why = if copy.message.is_empty() { String::new() } else { format!(": {}", copy.message) };
+        let message =
+            format!("waits for the copy of backing image {name} on disk {disk}: {state}, {} %{why}", copy.progress);
+        let mut condition = wait("Waiting", message);
+        condition.next_retry_time = copy.next_retry_time;
+        return Err(Box::new(condition));
+    }
+    if status.uuid.is_empty() || !matches!(status.format.as_str(), "raw" | "qcow2") {
+        return Err(Box::new(wait("Waiting", format!("backing image {name} does not say yet what format it has"))));
+    }
+    let directory =
+        std::path::Path::new(&replica.spec.disk_path).join("backing-images").join(format!("{name}-{}", status.uuid));
+    Ok(Some(ImageFile {
+        name: name.clone(),
+        uuid: status.uuid,
+        path: directory.join("backing"),
+        format: status.format,
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use api::image::{BackingImageStatus, DiskFileStatus};
+    use expect_test::{Expect, expect};
+
+    use super::*;
+
+    fn replica(wish: &str, image: &str) -> Replica {
+        let mut replica = Replica::default();
+        replica.spec.desire_state = if wish == "running" { DesireState::Running } else { DesireState::Stopped };
+        if wish == "deleted" {
+            replica.metadata.deletion_timestamp = Some(serde_json::from_str("\"2026-01-01T00:00:00Z\"").unwrap());
+        }
+        replica.spec.backing_image = image.into();
+        replica.spec.disk_id = "disk-a".into();
+        replica.spec.disk_path = "/disk".into();
+        replica
+    }
+
+    fn image(state: CopyState) -> BackingImage {
+        let copy = DiskFileStatus { state, progress: 61, ..Default::default() };
+        let status = BackingImageStatus {
+            uuid: "0123abcd".into(),
+            format: "qcow2".into(),
+            disk_file_status_map: [("disk-a".into(), copy)].into(),
+            ..Default::default()
+        };
+        BackingImage { status: Some(status), ..Default::default() }
+    }
+
+    fn check(wish: &str, image: Option<BackingImage>, process: Process, expected: Expect) {
+        let name = if image.is_some() { "ubuntu" } else { "" };
+        let decision = decide(&replica(wish, name), image.as_ref(), &process);
+        let said = decision.conditions.iter().find(|c| c.r#type == WAIT_FOR_BACKING_IMAGE && c.is_true());
+        let said = said.or(decision.conditions.first()).map(|c| c.message.clone()).unwrap_or_default();
+        let step = match decision.step {
+            Step::Start(file) => {
+                format!("Start {}", file.map_or("-".into(), |f| format!("{} {}", f.format, f.path.display())))
+            }
+            step => format!("{step:?}"),
+        };
+        expected.assert_eq(&format!("{step}; {:?}; {said}", decision.state));
+    }
+
+    #[test]
+    fn starts_over_the_copy_on_its_own_disk() {
+        let expected =
+            expect!["Start qcow2 /disk/backing-images/ubuntu-0123abcd/backing; Starting; its process is being started"];
+        check("running", Some(image(CopyState::Ready)), Process::None, expected);
+        check("running", None, Process::None, expect!["Start -; Starting; its process is being started"]);
+    }
+
+    #[test]
+    fn says_what_it_waits_for() {
+        let expected =
+            expect!["Nothing; Stopped; waits for the copy of backing image ubuntu on disk disk-a: in-progress, 61 %"];
+        check("running", Some(image(CopyState::InProgress)), Process::None, expected);
+    }
+
+    #[test]
+    fn never_starts_again_by_itself_what_has_ended() {
+        let expected = expect!["Nothing; Error; the replica process ended; its last words: no space"];
+        check("running", None, Process::Ended("no space".into()), expected);
+        check("stopped", None, Process::Ended("no space".into()), expect!["End; Stopping; it is being ended"]);
+    }
+
+    #[test]
+    fn keeps_a_serving_process_although_its_copy_is_gone() {
+        check("running", Some(image(CopyState::Failed)), Process::Serving, expect!["Nothing; Running; "]);
+    }
+
+    #[test]
+    fn removes_what_is_deleted_whatever_runs() {
+        for process in [Process::None, Process::Serving, Process::Ended(String::new())] {
+            check("deleted", None, process, expect!["Remove; Stopping; "]);
+        }
+    }
+}

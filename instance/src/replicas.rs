@@ -1,0 +1,260 @@
+//! Replica objects of this node: observe, decide, act, report.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::engine::InstanceState;
+use api::names::FINALIZER;
+use api::replica::ReplicaStatus;
+use api::{BackingImage, Replica, condition};
+use jiff::Timestamp;
+use proto::replica::{Config, ImageFile, Record, Reply, Request, file};
+use runtime::process::Launch;
+use tokio::time::Instant;
+use tracing::info;
+
+use crate::control;
+use crate::error::InstanceError;
+use crate::limits::{CONNECT, CONTROL_TIMEOUT, FIRST_PORT, LAST_PORT, REPLICA_GRACE};
+use crate::replica_decision::{Decision, Process, Step, decide};
+use crate::role::{Key, Role};
+
+/// What was seen of a replica.
+struct Observed {
+    process: Process,
+    record: Record,
+    port: u16,
+    actual_size_bytes: u64,
+}
+
+/// Brings the process of one replica in line with its object.
+pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>, InstanceError> {
+    let replica = role.config.store.get::<Replica>(name).await?;
+    let Some(replica) = replica.filter(|r| r.spec.node_id == role.config.node.as_str()) else {
+        // Nobody wishes for it any more. Its data stays: silence about it is no order to remove it.
+        return end(role, name).await.map(|()| None);
+    };
+    let observed = observe(role, name, &replica).await?;
+    let image = match replica.spec.backing_image.as_str() {
+        "" => None,
+        image => role.config.store.get::<BackingImage>(image).await?,
+    };
+    let decision = decide(&replica, image.as_ref(), &observed.process);
+    match &decision.step {
+        Step::Start(image) => {
+            start(role, name, &replica, image.clone()).await?;
+            let observed = observe(role, name, &replica).await?;
+            let decision = decide(&replica, None, &observed.process);
+            report(role, &replica, &decision, &observed).await?;
+            Ok(retry_of(&observed))
+        }
+        Step::End => {
+            report(role, &replica, &decision, &observed).await?;
+            end(role, name).await?;
+            role.queue.add(Key::Replica(name.to_owned()));
+            Ok(None)
+        }
+        Step::Remove => remove(role, name, &replica).await.map(|()| None),
+        Step::Nothing => {
+            report(role, &replica, &decision, &observed).await?;
+            Ok(retry_of(&observed))
+        }
+    }
+}
+
+/// A silent process is asked again soon; everything else comes with an event.
+fn retry_of(observed: &Observed) -> Option<Duration> {
+    (observed.process == Process::Silent).then_some(CONNECT.max)
+}
+
+fn directory(replica: &Replica) -> Result<PathBuf, InstanceError> {
+    let name = &replica.spec.data_directory_name;
+    let is_plain = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+    if !is_plain || replica.spec.disk_path.is_empty() {
+        let reason = format!(
+            "its data directory `{name}` on disk path `{}` is not a plain name on a disk",
+            replica.spec.disk_path
+        );
+        return Err(InstanceError::Replica { replica: replica.metadata.name.clone().unwrap_or_default(), reason });
+    }
+    Ok(Path::new(&replica.spec.disk_path).join("replicas").join(name))
+}
+
+async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Observed, InstanceError> {
+    let directory = directory(replica)?;
+    let path = role.replicas.directory(name);
+    let record = role.replicas.record(name).map_err(|source| InstanceError::File { action: "read", path, source })?;
+    let port = record.as_ref().and_then(|r| r.port).unwrap_or(0);
+    let Some(process) = record else {
+        return Ok(Observed {
+            process: Process::None,
+            record: read_record(&directory)?,
+            port,
+            actual_size_bytes: size_on_disk(&directory),
+        });
+    };
+    if !process.identity.is_alive() {
+        let process = Process::Ended(role.replicas.last_words(name));
+        return Ok(Observed {
+            process,
+            record: read_record(&directory)?,
+            port,
+            actual_size_bytes: size_on_disk(&directory),
+        });
+    }
+    role.watch_end(&process.identity, Key::Replica(name.to_owned()));
+    let socket = directory.join(file::CONTROL_SOCKET);
+    match control::ask::<Reply>(&socket, &Request::Status).await {
+        Ok(Reply::Status { record, actual_size_bytes, .. }) => {
+            Ok(Observed { process: Process::Serving, record, port, actual_size_bytes })
+        }
+        _ => Ok(Observed {
+            process: Process::Silent,
+            record: read_record(&directory)?,
+            port,
+            actual_size_bytes: size_on_disk(&directory),
+        }),
+    }
+}
+
+fn read_record(directory: &Path) -> Result<Record, InstanceError> {
+    let path = directory.join(file::RECORD);
+    match fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text).map_err(|source| InstanceError::Parse { path, source }),
+        // Never attached: nothing to differ in.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Record { clean: true, ..Record::default() }),
+        Err(source) => Err(InstanceError::File { action: "read", path, source }),
+    }
+}
+
+fn size_on_disk(directory: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let files = fs::read_dir(directory).into_iter().flatten().flatten();
+    files.filter_map(|f| f.metadata().ok()).map(|m| m.blocks() * 512).sum()
+}
+
+async fn start(role: &Arc<Role>, name: &str, replica: &Replica, image: Option<ImageFile>) -> Result<(), InstanceError> {
+    let path = role.replicas.directory(name);
+    let at = |action| {
+        let path = path.clone();
+        move |source| InstanceError::File { action, path, source }
+    };
+    let port = {
+        let _one = role.ports.lock().await;
+        role.replicas.allocate_port(name, FIRST_PORT, LAST_PORT).map_err(at("give a port to"))?
+    };
+    let Some(port) = port else {
+        let limit = usize::from(LAST_PORT - FIRST_PORT).div_ceil(2);
+        return Err(InstanceError::NoPort { node: role.config.node.to_string(), limit });
+    };
+    let config = Config {
+        volume: replica.spec.volume_name.clone(),
+        replica: name.to_owned(),
+        directory: directory(replica)?,
+        size_bytes: replica.spec.volume_size.0,
+        image,
+        listen: SocketAddr::new(role.config.ip, port),
+    };
+    let file = path.join("config.json");
+    let text =
+        serde_json::to_vec_pretty(&config).map_err(|source| InstanceError::Parse { path: file.clone(), source })?;
+    fs::write(&file, text).map_err(at("write"))?;
+    let launch = Launch::new(&role.config.program).arg("replica").flag("--config", &file);
+    let what = || format!("replica {name}");
+    let record = role
+        .replicas
+        .start(name, launch, Some(port))
+        .map_err(|source| InstanceError::Start { what: what(), source })?;
+    info!(replica = name, pid = record.identity.pid, "replica process started");
+    await_answer(&config.directory.join(file::CONTROL_SOCKET), &record.identity).await;
+    Ok(())
+}
+
+/// Waits until a new process answers or has ended, within a time; the next observation tells which.
+async fn await_answer(socket: &Path, process: &runtime::process::ProcessIdentity) {
+    let deadline = Instant::now() + CONTROL_TIMEOUT;
+    let mut attempt = 0;
+    while Instant::now() < deadline && process.is_alive() {
+        if matches!(control::ask::<Reply>(socket, &Request::Status).await, Ok(Reply::Status { .. })) {
+            return;
+        }
+        attempt += 1;
+        tokio::select! { () = tokio::time::sleep(CONNECT.delay(attempt)) => {}, _ = process.wait() => {} }
+    }
+}
+
+async fn end(role: &Arc<Role>, name: &str) -> Result<(), InstanceError> {
+    let path = role.replicas.directory(name);
+    let record = role.replicas.record(name).map_err(|source| InstanceError::File {
+        action: "read",
+        path: path.clone(),
+        source,
+    })?;
+    if let Some(record) = record {
+        let what = || format!("replica {name}");
+        record.identity.terminate(REPLICA_GRACE).await.map_err(|source| InstanceError::End { what: what(), source })?;
+        info!(replica = name, "replica process ended");
+    }
+    role.replicas.forget(name).map_err(|source| InstanceError::File { action: "remove", path, source })
+}
+
+async fn remove(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), InstanceError> {
+    end(role, name).await?;
+    let path = directory(replica)?;
+    let removed = {
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || fs::remove_dir_all(path)).await.unwrap_or_else(|e| Err(io::Error::other(e)))
+    };
+    match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            return Err(InstanceError::File { action: "remove", path, source });
+        }
+        _ => info!(replica = name, "replica data removed"),
+    }
+    let mut released = replica.clone();
+    released.metadata.finalizers.get_or_insert_default().retain(|f| f != FINALIZER);
+    match role.config.store.replace(&released).await {
+        Err(store::StoreError::NotFound { .. }) => Ok(()),
+        other => other.map(drop).map_err(InstanceError::from),
+    }
+}
+
+async fn report(role: &Role, replica: &Replica, decision: &Decision, observed: &Observed) -> Result<(), InstanceError> {
+    let now = Timestamp::now();
+    let mut status = replica.status.clone().unwrap_or_default();
+    let is_up = decision.state == InstanceState::Running;
+    let conditions = decision.conditions.iter().cloned();
+    status = ReplicaStatus {
+        owner_id: role.config.node.to_string(),
+        current_state: decision.state,
+        ip: if is_up { role.config.ip.to_string() } else { String::new() },
+        port: if is_up { observed.port } else { 0 },
+        started: is_up,
+        generation: observed.record.generation,
+        generation_members: observed.record.members.clone(),
+        clean: observed.record.clean,
+        actual_size_bytes: observed.actual_size_bytes,
+        conditions: conditions.fold(status.conditions, |mut list, c| {
+            condition::set(&mut list, c, now);
+            list
+        }),
+        other: status.other,
+    };
+    if replica.status.as_ref().is_some_and(|old| is_same(old, &status)) {
+        return Ok(());
+    }
+    let mut changed = replica.clone();
+    changed.status = Some(status);
+    role.config.store.replace_status(&changed).await?;
+    Ok(())
+}
+
+/// Whether two reports say the same. A size that moves a little is no news: every report is an event and leads to another look.
+fn is_same(old: &ReplicaStatus, new: &ReplicaStatus) -> bool {
+    let sizes_differ = old.actual_size_bytes.abs_diff(new.actual_size_bytes) > (16 << 20) + old.actual_size_bytes / 10;
+    !sizes_differ && *old == ReplicaStatus { actual_size_bytes: old.actual_size_bytes, ..new.clone() }
+}

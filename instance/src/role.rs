@@ -1,0 +1,292 @@
+//! The loop of the role: what to look at, and when.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use api::ids::NodeName;
+use api::error::sentence;
+use api::{BackingImage, Engine, Node, Replica};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use runtime::process::ProcessIdentity;
+use runtime::queue::Queue;
+use store::{Selector, Store, StoreError, TypedEvent};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, debug, info_span, warn};
+
+use crate::error::InstanceError;
+use crate::limits::{RESYNC, RETRY, WORKERS};
+use crate::processes::Processes;
+use crate::{disks, engines, replicas};
+
+/// One node.
+#[derive(Clone)]
+pub struct Config {
+    pub node: NodeName,
+    /// Where its replicas listen.
+    pub ip: IpAddr,
+    /// Its working place (`DIR/nodes/<node>/instance`): process records, logs, engine sockets and mount files.
+    pub directory: PathBuf,
+    /// Our own binary.
+    pub program: PathBuf,
+    pub store: Store,
+    /// Disk directories are made when absent (standalone mode); otherwise an absent one is reported.
+    pub create_disks: bool,
+}
+
+/// What the role looks at.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Key {
+    Replica(String),
+    Engine(String),
+    Disks,
+}
+
+/// What every pass can use.
+pub struct Role {
+    pub config: Config,
+    pub replicas: Processes,
+    pub engines: Processes,
+    pub queue: Queue<Key>,
+    pub tasks: TaskTracker,
+    pub cancelled: CancellationToken,
+    /// One port is given at a time.
+    pub ports: tokio::sync::Mutex<()>,
+    state: Mutex<State>,
+}
+
+/// What was seen in events; lost at a restart and made anew by the first events.
+#[derive(Default)]
+pub struct State {
+    /// Replicas and engines by what makes them interesting: image and volume.
+    replicas: BTreeMap<String, (String, String)>,
+    engines: BTreeMap<String, String>,
+    /// Pid and start time of processes whose end is waited for.
+    watched: BTreeSet<(u32, u64)>,
+    /// The last status of each engine on this node.
+    pub engine_status: BTreeMap<String, proto::engine::Status>,
+    pub followed: BTreeSet<String>,
+}
+
+impl Role {
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Looks at `key` again when this process ends.
+    pub fn watch_end(self: &Arc<Self>, identity: &ProcessIdentity, key: Key) {
+        let id = (identity.pid, identity.start_ticks);
+        if !self.state().watched.insert(id) {
+            return;
+        }
+        let (role, identity) = (self.clone(), identity.clone());
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = role.cancelled.cancelled() => {}
+                ended = identity.wait() => {
+                    if let Err(error) = ended {
+                        warn!(pid = identity.pid, %error, "cannot watch a process");
+                    }
+                    role.state().watched.remove(&id);
+                    role.queue.add(key);
+                }
+            }
+        });
+    }
+}
+
+/// Runs the role until it is cancelled. Processes stay.
+pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), InstanceError> {
+    let open = |kind: &str| {
+        let path = config.directory.join(kind);
+        Processes::open(path.clone()).map_err(|source| InstanceError::File { action: "open", path, source })
+    };
+    let (replicas, engines) = (open("replicas")?, open("engines")?);
+    let role = Arc::new(Role {
+        replicas,
+        engines,
+        queue: Queue::new(RETRY),
+        tasks: TaskTracker::new(),
+        cancelled: cancelled.child_token(),
+        ports: tokio::sync::Mutex::new(()),
+        state: Mutex::default(),
+        config,
+    });
+    role.queue.add(Key::Disks);
+    role.adopt()?;
+    for _ in 0..WORKERS {
+        let role = role.clone();
+        role.tasks.clone().spawn(async move { role.work().await });
+    }
+    let result = tokio::select! {
+        () = role.cancelled.cancelled() => Ok(()),
+        failed = role.clone().follow_store() => failed,
+    };
+    role.cancelled.cancel();
+    role.tasks.close();
+    role.tasks.wait().await;
+    result
+}
+
+impl Role {
+    /// Every process that was recorded gets a pass, also one whose object is gone.
+    fn adopt(&self) -> Result<(), InstanceError> {
+        let names = |p: &Processes, root: &str| {
+            let path = self.config.directory.join(root);
+            p.names().map_err(|source| InstanceError::File { action: "list", path, source })
+        };
+        for name in names(&self.replicas, "replicas")? {
+            self.queue.add(Key::Replica(name));
+        }
+        for name in names(&self.engines, "engines")? {
+            self.queue.add(Key::Engine(name));
+        }
+        Ok(())
+    }
+
+    async fn work(self: Arc<Self>) {
+        loop {
+            let key = tokio::select! {
+                () = self.cancelled.cancelled() => return,
+                key = self.queue.next() => key,
+            };
+            let span = info_span!("pass", node = %self.config.node, ?key);
+            let passed = self.pass(&key).instrument(span.clone()).await;
+            let _entered = span.enter();
+            match passed {
+                Ok(recheck) => self.queue.finish(&key, Some(recheck.unwrap_or(RESYNC))),
+                Err(InstanceError::Store(e)) if e.is_conflict() => {
+                    debug!("somebody else was faster");
+                    self.queue.fail(&key);
+                }
+                Err(error) => {
+                    warn!(error = %sentence(&error), "pass failed");
+                    self.queue.fail(&key);
+                }
+            }
+        }
+    }
+
+    async fn pass(self: &Arc<Self>, key: &Key) -> Result<Option<Duration>, InstanceError> {
+        match key {
+            Key::Replica(name) => replicas::reconcile(self, name).await,
+            Key::Engine(name) => engines::reconcile(self, name).await,
+            Key::Disks => disks::reconcile(&self.config).await,
+        }
+    }
+
+    async fn follow_store(self: Arc<Self>) -> Result<(), InstanceError> {
+        let store = self.config.store.clone();
+        let mut replicas: Events<Replica> = store.watch().await?;
+        let mut engines: Events<Engine> = store.watch().await?;
+        let mut images: Events<BackingImage> = store.watch().await?;
+        let mut nodes: Events<Node> = store.watch().await?;
+        loop {
+            tokio::select! {
+                Some(event) = replicas.next() => self.on_replica(event?),
+                Some(event) = engines.next() => self.on_engine(event?),
+                Some(event) = images.next() => self.on_image(event?),
+                Some(event) = nodes.next() => self.on_node(event?),
+                else => return Ok(()),
+            }
+        }
+    }
+
+    fn is_ours(&self, node: &str) -> bool {
+        node == self.config.node.as_str()
+    }
+
+    fn on_replica(self: &Arc<Self>, event: TypedEvent<Replica>) {
+        match event {
+            TypedEvent::Applied(replica) => {
+                let name = replica.metadata.name.unwrap_or_default();
+                let known = self.state().replicas.contains_key(&name);
+                if self.is_ours(&replica.spec.node_id) {
+                    let about = (replica.spec.backing_image, replica.spec.volume_name);
+                    self.state().replicas.insert(name.clone(), about);
+                } else if !known {
+                    return;
+                }
+                self.queue.add(Key::Replica(name));
+            }
+            TypedEvent::Deleted(replica) => {
+                let name = replica.metadata.name.unwrap_or_default();
+                if self.state().replicas.remove(&name).is_some() {
+                    self.queue.add(Key::Replica(name));
+                }
+            }
+            TypedEvent::Relist => self.look_at_everything(),
+        }
+    }
+
+    fn on_engine(self: &Arc<Self>, event: TypedEvent<Engine>) {
+        let engine = match event {
+            TypedEvent::Applied(engine) | TypedEvent::Deleted(engine) => engine,
+            TypedEvent::Relist => return self.look_at_everything(),
+        };
+        let name = engine.metadata.name.unwrap_or_default();
+        // An engine raises generations in the records of its replicas, wherever it runs.
+        let mut state = self.state();
+        let volume = &engine.spec.volume_name;
+        for replica in state.replicas.iter().filter(|(_, (_, v))| v == volume).map(|(n, _)| n.clone()) {
+            self.queue.add(Key::Replica(replica));
+        }
+        if self.is_ours(&engine.spec.node_id) {
+            state.engines.insert(name.clone(), engine.spec.volume_name);
+        } else if state.engines.remove(&name).is_none() {
+            return;
+        }
+        self.queue.add(Key::Engine(name));
+    }
+
+    fn on_image(self: &Arc<Self>, event: TypedEvent<BackingImage>) {
+        let image = match event {
+            TypedEvent::Applied(image) | TypedEvent::Deleted(image) => image.metadata.name.unwrap_or_default(),
+            TypedEvent::Relist => return self.look_at_everything(),
+        };
+        for (name, _) in self.state().replicas.iter().filter(|(_, (i, _))| *i == image) {
+            self.queue.add(Key::Replica(name.clone()));
+        }
+    }
+
+    fn on_node(self: &Arc<Self>, event: TypedEvent<Node>) {
+        match event {
+            TypedEvent::Applied(node) | TypedEvent::Deleted(node) => {
+                if node.metadata.name.as_deref() == Some(self.config.node.as_str()) {
+                    self.queue.add(Key::Disks);
+                }
+            }
+            TypedEvent::Relist => self.look_at_everything(),
+        }
+    }
+
+    /// Events were lost: every object that is known gets a pass, and the lists are read anew for those that are not.
+    fn look_at_everything(self: &Arc<Self>) {
+        let role = self.clone();
+        self.tasks.spawn(async move {
+            let everything = Selector::default();
+            let (Ok(replicas), Ok(engines)) = (
+                role.config.store.list::<Replica>(&everything).await,
+                role.config.store.list::<Engine>(&everything).await,
+            ) else {
+                return warn!("events were lost and the store does not answer; the next resync heals it");
+            };
+            replicas.into_iter().for_each(|replica| role.on_replica(TypedEvent::Applied(replica)));
+            engines.into_iter().for_each(|engine| role.on_engine(TypedEvent::Applied(engine)));
+        });
+        let state = self.state();
+        for name in state.replicas.keys() {
+            self.queue.add(Key::Replica(name.clone()));
+        }
+        for name in state.engines.keys() {
+            self.queue.add(Key::Engine(name.clone()));
+        }
+        self.queue.add(Key::Disks);
+    }
+}
+
+type Events<T> = BoxStream<'static, Result<TypedEvent<T>, StoreError>>;

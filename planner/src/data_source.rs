@@ -1,0 +1,372 @@
+//! The process that prepares an image's first file: started, followed, ended, tried again.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use api::data_source::{BackingImageDataSourceSpec, BackingImageDataSourceStatus};
+use api::ids::ImageName;
+use api::image::{CopyState, SourceType};
+use api::names::condition::READY;
+use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SYNC_PORT, data_source_workload_name, label};
+use api::{BackingImageDataSource, Condition, ConditionStatus, condition};
+use jiff::Timestamp;
+
+use crate::disk::{Disks, Health};
+use crate::retry::{MAX, Retry, after, delay, parse, until};
+use crate::workload::{State, Wish, Workload};
+
+/// Keys of `runningParameters` that say what an attempt was made with, beside the source's own parameters.
+const ATTEMPT_CHECKSUM: &str = "expected-checksum";
+const ATTEMPT_DISK: &str = "disk-uuid";
+
+/// What a data source process says of its file (`GET /v1/file`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    pub state: CopyState,
+    pub size: u64,
+    pub progress: u32,
+    pub checksum: String,
+    pub message: String,
+    /// When the process itself tries again; empty when it does not wait.
+    pub next_retry_time: String,
+}
+
+/// One reading.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    pub now: Timestamp,
+    pub source: BackingImageDataSource,
+    pub disks: Disks,
+    pub workload: Option<Workload>,
+    /// `Err`: it does not answer, and why.
+    pub report: Option<Result<Report, String>>,
+    /// The state of the file at the manager of its disk, when that knows it.
+    pub taken_over: Option<CopyState>,
+}
+
+/// One step; each can be repeated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    EnsureWorkload(Wish),
+    RemoveWorkload(String),
+    RemoveFinalizer,
+}
+
+/// What to do now and what to report.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    pub actions: Vec<Action>,
+    pub status: BackingImageDataSourceStatus,
+    pub recheck_after: Option<Duration>,
+}
+
+/// Decides about the data source of one image.
+pub fn decide(observed: &Observed) -> Decision {
+    let mut status = observed.source.status.clone().unwrap_or_default();
+    let (actions, recheck_after) = plan(observed, &mut status);
+    let condition = match status.current_state {
+        CopyState::Ready | CopyState::ReadyForTransfer => {
+            Condition::new(READY, ConditionStatus::True, "Ready", "the file is whole")
+        }
+        CopyState::Failed | CopyState::FailedAndCleanup => {
+            let mut c = Condition::new(
+                READY,
+                ConditionStatus::False,
+                failure_reason(&observed.source.spec),
+                status.message.clone(),
+            );
+            c.next_retry_time.clone_from(&status.next_retry_time);
+            c.with_hint(hint(&status.message))
+        }
+        CopyState::Unknown => Condition::new(READY, ConditionStatus::Unknown, "Unknown", status.message.clone()),
+        CopyState::InProgress => {
+            Condition::new(READY, ConditionStatus::False, "InProgress", format!("{} % prepared", status.progress))
+        }
+        CopyState::NotStarted | CopyState::Pending | CopyState::Starting => {
+            Condition::new(READY, ConditionStatus::False, "Starting", "the data source process is starting")
+        }
+    };
+    condition::set(&mut status.conditions, condition, observed.now);
+    Decision { actions, status, recheck_after }
+}
+
+fn failure_reason(spec: &BackingImageDataSourceSpec) -> &'static str {
+    if unsupported(spec).is_some() { "Unsupported" } else { "Failed" }
+}
+
+fn unsupported(spec: &BackingImageDataSourceSpec) -> Option<String> {
+    match spec.source_type {
+        Some(SourceType::Download) => None,
+        Some(other) => Some(format!("sourceType {} is not offered by this version; use download", other.as_str())),
+        None => Some("sourceType is missing; set it to download".into()),
+    }
+}
+
+fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>, Option<Duration>) {
+    let spec = &o.source.spec;
+    let Ok(image) = o.source.metadata.name.clone().unwrap_or_default().parse::<ImageName>() else {
+        fail_for_good(status, "its name is not a valid image name".into());
+        return (vec![], None);
+    };
+    let name = data_source_workload_name(&image);
+    let remove = || if o.workload.is_some() { vec![Action::RemoveWorkload(name.clone())] } else { vec![] };
+    if o.source.metadata.deletion_timestamp.is_some() {
+        let mut actions = remove();
+        if o.source.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER) {
+            actions.push(Action::RemoveFinalizer);
+        }
+        return (actions, None);
+    }
+    if spec.file_transferred {
+        finish(status);
+        return (remove(), None);
+    }
+    if let Some(why) = unsupported(spec) {
+        fail_for_good(status, why);
+        return (remove(), None);
+    }
+
+    let attempt = attempt_of(spec);
+    if status.running_parameters != attempt {
+        // A new wish is tried at once; a mere change of the disk keeps the back-off, lest two full disks be tried in turns for ever.
+        let without_disk = |p: &BTreeMap<String, String>| {
+            p.iter().filter(|(k, _)| *k != ATTEMPT_DISK).map(|(k, v)| (k.clone(), v.clone())).collect::<Vec<_>>()
+        };
+        if without_disk(&status.running_parameters) != without_disk(&attempt) {
+            *status = BackingImageDataSourceStatus {
+                owner_id: status.owner_id.clone(),
+                conditions: status.conditions.clone(),
+                other: status.other.clone(),
+                ..Default::default()
+            };
+        }
+        status.running_parameters = attempt;
+        status.current_state = CopyState::Pending;
+        status.progress = 0;
+    }
+    let wish = wish(spec, &image);
+    match o.disks.get(&spec.disk_uuid).map(|d| &d.health) {
+        Some(Health::Ready) => {}
+        Some(Health::NotReady(why) | Health::Unknown(why)) => {
+            status.current_state = CopyState::Unknown;
+            status.message = why.clone();
+            return (vec![], None);
+        }
+        None => {
+            status.current_state = CopyState::Unknown;
+            status.message = format!("no node has reported disk {}", spec.disk_uuid);
+            return (vec![], None);
+        }
+    }
+    match &o.workload {
+        Some(workload) if workload.wish != wish => {
+            status.current_state = CopyState::Pending;
+            (vec![Action::RemoveWorkload(name), Action::EnsureWorkload(wish)], None)
+        }
+        Some(workload) => follow(o, status, workload, &name),
+        None => start(o, status, wish),
+    }
+}
+
+fn start(o: &Observed, status: &mut BackingImageDataSourceStatus, wish: Wish) -> (Vec<Action>, Option<Duration>) {
+    if was_handed_over(o, status) {
+        return (vec![], None);
+    }
+    if let Some(next) = parse(&status.next_retry_time).filter(|next| *next > o.now) {
+        if status.current_state != CopyState::Failed {
+            status.current_state = CopyState::Failed;
+        }
+        return (vec![], Some(until(o.now, next)));
+    }
+    status.current_state = CopyState::Starting;
+    status.progress = 0;
+    status.ip.clear();
+    status.storage_ip.clear();
+    (vec![Action::EnsureWorkload(wish)], None)
+}
+
+fn follow(
+    o: &Observed,
+    status: &mut BackingImageDataSourceStatus,
+    workload: &Workload,
+    name: &str,
+) -> (Vec<Action>, Option<Duration>) {
+    status.ip.clone_from(&workload.ip);
+    status.storage_ip.clone_from(&workload.ip);
+    let remove = vec![Action::RemoveWorkload(name.to_owned())];
+    match (&workload.state, &o.report) {
+        (State::Unknown(why), _) => {
+            status.current_state = CopyState::Unknown;
+            status.message = format!("its node does not answer: {why}");
+            (vec![], None)
+        }
+        (State::Failed(_), _) if was_handed_over(o, status) => (remove, None),
+        (State::Failed(why), _) => (remove, Some(fail(o, status, why.clone()))),
+        (State::Starting, _) | (State::Running, None) => {
+            status.current_state = CopyState::Starting;
+            (vec![], None)
+        }
+        (State::Running, Some(Err(why))) => {
+            // It may be busy: what was known stays, and it is asked again.
+            status.message = format!("the data source process does not answer: {why}");
+            (vec![], Some(Duration::from_secs(1)))
+        }
+        (State::Running, Some(Ok(report))) => {
+            if matches!(report.state, CopyState::Failed | CopyState::FailedAndCleanup) {
+                status.size = report.size.max(status.size);
+                return (remove, Some(fail(o, status, report.message.clone())));
+            }
+            status.current_state =
+                if report.state == CopyState::NotStarted { CopyState::Starting } else { report.state };
+            status.size = report.size;
+            status.progress = report.progress;
+            status.checksum.clone_from(&report.checksum);
+            status.message.clone_from(&report.message);
+            status.next_retry_time.clone_from(&report.next_retry_time);
+            if matches!(report.state, CopyState::ReadyForTransfer | CopyState::Ready) {
+                status.failures = 0;
+                status.progress = 100;
+            }
+            (vec![], None)
+        }
+    }
+}
+
+/// The process has done its part and the agent of the disk has the file, or is about to look at it.
+fn was_handed_over(o: &Observed, status: &mut BackingImageDataSourceStatus) -> bool {
+    let is_held = matches!(
+        o.taken_over,
+        Some(CopyState::Ready | CopyState::InProgress | CopyState::Pending | CopyState::Starting | CopyState::Unknown)
+    );
+    let is_whole = matches!(status.current_state, CopyState::ReadyForTransfer | CopyState::Ready);
+    if is_whole && is_held {
+        status.current_state = CopyState::Ready;
+    }
+    is_whole && is_held
+}
+
+fn finish(status: &mut BackingImageDataSourceStatus) {
+    status.current_state = CopyState::Ready;
+    status.progress = 100;
+    status.message.clear();
+    status.failures = 0;
+    status.next_retry_time.clear();
+    status.ip.clear();
+    status.storage_ip.clear();
+}
+
+fn fail(o: &Observed, status: &mut BackingImageDataSourceStatus, message: String) -> Duration {
+    status.failures = Retry { failures: status.failures, ..Default::default() }.failed(o.now, "").failures;
+    let wait = if is_permanent(&message) { MAX } else { delay(status.failures) };
+    status.current_state = CopyState::Failed;
+    status.message = message;
+    status.next_retry_time = after(o.now, wait).to_string();
+    status.ip.clear();
+    status.storage_ip.clear();
+    wait
+}
+
+fn fail_for_good(status: &mut BackingImageDataSourceStatus, message: String) {
+    status.current_state = CopyState::Failed;
+    status.message = message;
+    status.next_retry_time.clear();
+}
+
+/// Whether a repetition will hardly help: the content or the address is wrong. It is tried again slowly, since sources do change.
+pub fn is_permanent(message: &str) -> bool {
+    let text = without_quotes(message).to_lowercase();
+    let signs = [
+        "checksum",
+        "sha-512",
+        "answered 400",
+        "answered 401",
+        "answered 403",
+        "answered 404",
+        "answered 410",
+        "is refused",
+        "qcow2",
+        "multiple of 512",
+        "encrypt",
+        "backing file",
+        "data file",
+        "is empty",
+        "that are accepted",
+        "not supported",
+        "not offered",
+        "invalid",
+        "source parameter",
+    ];
+    signs.iter().any(|sign| text.contains(sign))
+}
+
+/// Whether a failure says that the disk is full.
+pub fn says_no_room(message: &str) -> bool {
+    let text = without_quotes(message).to_lowercase();
+    ["no space left", "no room", "bytes free, the file needs", "disk is full"].iter().any(|sign| text.contains(sign))
+}
+
+/// A sentence without what it quotes: an address may contain any word.
+fn without_quotes(message: &str) -> String {
+    message.split('`').step_by(2).collect()
+}
+
+/// What the user can do about a failure.
+pub fn hint(message: &str) -> String {
+    if says_no_room(message) {
+        "free space or add a disk".into()
+    } else if is_permanent(message) {
+        "correct the image's source or checksum; a change is tried at once".into()
+    } else {
+        "check that the address of the source can be reached from the node of the disk".into()
+    }
+}
+
+/// Whether the status speaks of the current wish, and not of a former disk or address.
+pub fn is_about_this_attempt(source: &BackingImageDataSource) -> bool {
+    source.status.as_ref().is_some_and(|s| s.running_parameters == attempt_of(&source.spec))
+}
+
+fn attempt_of(spec: &BackingImageDataSourceSpec) -> BTreeMap<String, String> {
+    let mut attempt = spec.parameters.clone();
+    attempt.insert(ATTEMPT_DISK.into(), spec.disk_uuid.clone());
+    if !spec.checksum.is_empty() {
+        attempt.insert(ATTEMPT_CHECKSUM.into(), spec.checksum.clone());
+    }
+    attempt
+}
+
+fn wish(spec: &BackingImageDataSourceSpec, image: &ImageName) -> Wish {
+    let mut args: Vec<String> = ["data-source", "--listen"].map(String::from).into();
+    args.push(format!("$(POD_IP):{MANAGER_PORT}"));
+    args.push("--sync-listen".into());
+    args.push(format!("$(POD_IP):{SYNC_PORT}"));
+    let source_type = spec.source_type.map_or("", SourceType::as_str);
+    for (flag, value) in [("--name", image.as_str()), ("--uuid", &spec.uuid), ("--source-type", source_type)] {
+        args.extend([flag.to_owned(), value.to_owned()]);
+    }
+    for (key, value) in &spec.parameters {
+        args.extend(["--parameters".to_owned(), format!("{key}={value}")]);
+    }
+    if !spec.checksum.is_empty() {
+        args.extend(["--checksum".to_owned(), spec.checksum.clone()]);
+    }
+    args.extend(["--disk-path".to_owned(), spec.disk_path.clone()]);
+    let labels = [
+        (label::COMPONENT, "backing-image-data-source"),
+        (label::MANAGED_BY, MANAGED_BY),
+        (label::DATA_SOURCE, image.as_str()),
+        (label::DISK_UUID, &spec.disk_uuid),
+        (label::NODE, &spec.node_id),
+    ];
+    Wish {
+        name: data_source_workload_name(image),
+        node: spec.node_id.clone(),
+        labels: labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
+        args,
+        disk_path: spec.disk_path.clone(),
+        ready_ports: vec![MANAGER_PORT, SYNC_PORT],
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,275 @@
+//! The copies of one image: how many, where, and where its first file comes from.
+//!
+//! Writes `diskFileSpecMap`, the image's status and its BackingImageDataSource. It removes nothing because of silence, and never
+//! the last ready copy of an image in use.
+
+mod copies;
+mod source;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use api::data_source::BackingImageDataSourceSpec;
+use api::image::{BackingImageSpec, BackingImageStatus, CopyState, DiskFileSpec, SourceType};
+use api::manager::FileInfo;
+use api::names::FINALIZER;
+use api::names::condition::READY;
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Replica, condition};
+use jiff::Timestamp;
+
+use crate::disk::{Disks, Load};
+use crate::placement::{Request, Selectors};
+use crate::retry::sooner;
+use crate::setting::Settings;
+
+/// One reading of everything that the copies of an image depend on.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    pub now: Timestamp,
+    pub random: u64,
+    pub image: BackingImage,
+    pub data_source: Option<BackingImageDataSource>,
+    pub managers: Vec<BackingImageManager>,
+    /// The replicas that use it.
+    pub replicas: Vec<Replica>,
+    /// The names of the volumes that use it.
+    pub volumes: Vec<String>,
+    pub disks: Disks,
+    pub loads: BTreeMap<String, Load>,
+    pub settings: Settings,
+}
+
+/// One step; each can be repeated.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    AddFinalizer,
+    /// Replaces `spec.diskFileSpecMap`.
+    SetCopies(BTreeMap<String, DiskFileSpec>),
+    CreateDataSource(Box<BackingImageDataSource>),
+    SetDataSourceSpec(Box<BackingImageDataSourceSpec>),
+    DeleteDataSource,
+    /// Nothing is left of the image.
+    RemoveFinalizer,
+}
+
+/// What to do now, what to report, and when to look again at the latest.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    pub actions: Vec<Action>,
+    pub status: BackingImageStatus,
+    pub recheck_after: Option<Duration>,
+}
+
+/// Decides about one image.
+pub fn decide(observed: &Observed) -> Decision {
+    let o = observed;
+    let mut status = o.image.status.clone().unwrap_or_default();
+    let mut actions = vec![];
+    let has_finalizer = o.image.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER);
+    let deleting = o.image.metadata.deletion_timestamp.is_some();
+    if !has_finalizer && !deleting {
+        actions.push(Action::AddFinalizer);
+    }
+    if status.uuid.is_empty() && !deleting {
+        // Before anything else, and durable before it is used: it is part of every path.
+        status.uuid = format!("{:08x}", o.random as u32);
+        report(
+            &mut status,
+            o,
+            Condition::new(READY, ConditionStatus::False, "Preparing", "the image was just created"),
+        );
+        return Decision { actions, status, recheck_after: Some(Duration::ZERO) };
+    }
+    if deleting && o.volumes.is_empty() && o.replicas.is_empty() {
+        return delete(o, status, actions);
+    }
+
+    copies::observe(o, &mut status);
+    let mut map = o.image.spec.disk_file_spec_map.clone();
+    let (source, mut problem, mut recheck_after) = source::plan(o, &status, &mut map);
+    let (shortage, recheck) = copies::plan(o, &mut status, &mut map);
+    recheck_after = sooner(recheck_after, recheck);
+    assert_keeps_last_ready_copy(o, &status, &map);
+    if map != o.image.spec.disk_file_spec_map {
+        actions.push(Action::SetCopies(map.clone()));
+    }
+    actions.extend(source);
+    if deleting {
+        problem = Some(in_use(o));
+    }
+    let ready = ready_disks(&status).filter(|d| map.contains_key(*d)).count();
+    let text = progress(&status, map.keys().map(String::as_str), &o.disks);
+    let condition = match (problem, ready) {
+        (Some(problem), 0) => problem,
+        (Some(problem), _) if deleting => problem,
+        (None, 0) => Condition::new(READY, ConditionStatus::False, "Preparing", text),
+        (_, _) => match shortage {
+            None => Condition::new(READY, ConditionStatus::True, "Ready", text),
+            Some(why) => Condition::new(READY, ConditionStatus::True, "FewerCopies", format!("{text}; {why}")),
+        },
+    };
+    report(&mut status, o, condition);
+    Decision { actions, status, recheck_after }
+}
+
+fn report(status: &mut BackingImageStatus, o: &Observed, condition: Condition) {
+    condition::set(&mut status.conditions, condition, o.now);
+}
+
+fn in_use(o: &Observed) -> Condition {
+    let users: BTreeSet<&str> =
+        o.volumes.iter().map(String::as_str).chain(o.replicas.iter().map(|r| r.spec.volume_name.as_str())).collect();
+    let users = users.into_iter().collect::<Vec<_>>().join(", ");
+    Condition::new(READY, ConditionStatus::False, "InUse", format!("deletion waits: in use by volume {users}"))
+        .with_hint(format!("delete volume {users} first"))
+}
+
+/// The data source first, so that nobody writes any more when the agents remove everything of the image; then the object itself.
+fn delete(o: &Observed, mut status: BackingImageStatus, mut actions: Vec<Action>) -> Decision {
+    copies::observe(o, &mut status);
+    let name = name_of(&o.image);
+    let holders: Vec<String> = o
+        .managers
+        .iter()
+        .filter(|m| m.spec.backing_images.contains_key(name))
+        .map(|m| o.disks.label(&m.spec.disk_uuid))
+        .collect();
+    let source_waits = match &o.data_source {
+        Some(source) if source.metadata.deletion_timestamp.is_none() => {
+            actions.push(Action::DeleteDataSource);
+            true
+        }
+        Some(_) => true,
+        None => false,
+    };
+    if !source_waits && !o.image.spec.disk_file_spec_map.is_empty() {
+        actions.push(Action::SetCopies(BTreeMap::new()));
+    }
+    if !source_waits && holders.is_empty() && o.image.spec.disk_file_spec_map.is_empty() {
+        actions.push(Action::RemoveFinalizer);
+        return Decision { actions, status, recheck_after: None };
+    }
+    let mut waits = vec![];
+    if source_waits {
+        waits.push("its data source to end".to_owned());
+    }
+    if !holders.is_empty() {
+        waits.push(format!("its copies to be removed from {}", holders.join(", ")));
+    }
+    let message =
+        if waits.is_empty() { "deletion begins".into() } else { format!("deletion waits for {}", waits.join(" and ")) };
+    report(&mut status, o, Condition::new(READY, ConditionStatus::False, "Deleting", message));
+    Decision { actions, status, recheck_after: None }
+}
+
+/// Invariant 2. A bug must not cost data: stop rather than remove.
+fn assert_keeps_last_ready_copy(o: &Observed, status: &BackingImageStatus, map: &BTreeMap<String, DiskFileSpec>) {
+    let was: Vec<&str> = ready_disks(status).filter(|d| o.image.spec.disk_file_spec_map.contains_key(*d)).collect();
+    assert!(
+        was.is_empty() || was.iter().any(|d| map.contains_key(*d)),
+        "image {}: the last ready copy would be removed",
+        name_of(&o.image)
+    );
+}
+
+/// The disks whose copy is ready.
+pub fn ready_disks(status: &BackingImageStatus) -> impl Iterator<Item = &str> {
+    status.disk_file_status_map.iter().filter(|(_, f)| f.state == CopyState::Ready).map(|(d, _)| d.as_str())
+}
+
+/// "2 of 3 copies ready, disk-1 of node-3 at 61 %": the copies on `wanted`.
+pub fn progress<'a>(status: &BackingImageStatus, wanted: impl Iterator<Item = &'a str>, disks: &Disks) -> String {
+    let (mut all, mut ready, mut rest) = (0, 0, vec![]);
+    for disk in wanted {
+        all += 1;
+        let file = status.disk_file_status_map.get(disk).cloned().unwrap_or_default();
+        let label = disks.label(disk);
+        let because = if file.message.is_empty() { String::new() } else { format!(" ({})", file.message) };
+        match file.state {
+            CopyState::Ready => ready += 1,
+            CopyState::InProgress => rest.push(format!("{label} at {} %", file.progress)),
+            CopyState::ReadyForTransfer => rest.push(format!("{label} is handed over")),
+            CopyState::Failed | CopyState::FailedAndCleanup => rest.push(format!("{label} failed{because}")),
+            CopyState::Unknown => rest.push(format!("{label} unknown{because}")),
+            CopyState::NotStarted | CopyState::Pending | CopyState::Starting => {
+                rest.push(format!("{label} pending{because}"))
+            }
+        }
+    }
+    let mut text = format!("{ready} of {all} {} ready", if all == 1 { "copy" } else { "copies" });
+    if !rest.is_empty() {
+        text += &format!(", {}", rest.join(", "));
+    }
+    text
+}
+
+/// Why a file cannot be a copy of the image whose properties are known, a sentence. The first file decides what they are.
+pub fn difference(file: &FileInfo, spec: &BackingImageSpec, known: &BackingImageStatus) -> Option<String> {
+    let number = |what: &str, got: u64, want: u64| {
+        (got != 0 && want != 0 && got != want)
+            .then(|| format!("its {what} is {got} bytes, that of the image is {want}"))
+    };
+    let text = |what: &str, got: &str, want: &str| {
+        (!got.is_empty() && !want.is_empty() && got != want)
+            .then(|| format!("its {what} is {got}, that of the image is {want}"))
+    };
+    number("size", file.size, known.size)
+        .or_else(|| number("virtual size", file.virtual_size, known.virtual_size))
+        .or_else(|| text("checksum", &file.current_checksum, &spec.checksum))
+        .or_else(|| text("checksum", &file.current_checksum, &known.checksum))
+        .or_else(|| text("format", &file.format, &known.format))
+        .map(|why| format!("the copy differs from the image: {why}"))
+}
+
+/// Why we cannot make this image at all, if so.
+pub fn unsupported(spec: &BackingImageSpec) -> Option<Condition> {
+    let refuse = |reason: &str, message: String, hint: &str| {
+        Some(Condition::new(READY, ConditionStatus::False, reason, message).with_hint(hint))
+    };
+    if spec.data_engine != api::image::DataEngine::V1 {
+        return refuse("Unsupported", "dataEngine v2 is not offered".into(), "create the image with dataEngine v1");
+    }
+    if !spec.secret.is_empty() || !spec.secret_namespace.is_empty() {
+        return refuse("Unsupported", "encrypted images are not offered".into(), "create the image without a secret");
+    }
+    match spec.source_type {
+        Some(SourceType::Download) => {}
+        Some(other) => {
+            return refuse(
+                "Unsupported",
+                format!("sourceType {} is not offered by this version", other.as_str()),
+                "use sourceType download with the parameter url",
+            );
+        }
+        None => {
+            return refuse(
+                "Invalid",
+                "sourceType is missing".into(),
+                "set sourceType: download and sourceParameters.url",
+            );
+        }
+    }
+    match spec.source_parameters.get("url") {
+        Some(url) if !url.trim().is_empty() => None,
+        _ => refuse(
+            "Invalid",
+            "sourceParameters.url is missing".into(),
+            "set sourceParameters.url to an http or https address",
+        ),
+    }
+}
+
+pub(crate) fn name_of(image: &BackingImage) -> &str {
+    image.metadata.name.as_deref().unwrap_or_default()
+}
+
+fn request<'a>(o: &'a Observed, selectors: &'a [Selectors<'a>], bytes: u64) -> Request<'a> {
+    Request { disks: &o.disks, loads: &o.loads, settings: &o.settings, selectors, bytes, random: o.random }
+}
+
+fn selectors(image: &BackingImage) -> [Selectors<'_>; 1] {
+    [Selectors { who: "the image", node: &image.spec.node_selector, disk: &image.spec.disk_selector }]
+}
+
+#[cfg(test)]
+mod tests;

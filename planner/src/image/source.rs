@@ -1,0 +1,217 @@
+//! Where the first file of an image comes from.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use api::data_source::BackingImageDataSourceSpec;
+use api::image::{BackingImageStatus, CopyState, DiskFileSpec};
+use api::names::condition::READY;
+use api::names::{FINALIZER, GROUP, VERSION};
+use api::{BackingImageDataSource, Condition, ConditionStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+use super::{Action, Observed, copies, name_of, ready_disks, request, selectors, unsupported};
+use crate::data_source::is_about_this_attempt;
+use crate::disk::{Disk, Health};
+use crate::placement::{Choice, choose_for_copies, refusal};
+use crate::retry::{after, parse, until};
+
+type Plan = (Vec<Action>, Option<Condition>, Option<Duration>);
+
+/// Plans the data source; adds its disk to the wanted copies. The condition says what is wrong, if anything is.
+pub(super) fn plan(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<String, DiskFileSpec>) -> Plan {
+    let any_ready = ready_disks(status).next().is_some();
+    match &o.data_source {
+        Some(source) if any_ready && !source.spec.file_transferred => {
+            let spec = BackingImageDataSourceSpec { file_transferred: true, ..source.spec.clone() };
+            (vec![Action::SetDataSourceSpec(Box::new(spec))], None, None)
+        }
+        _ if any_ready => (vec![], None, None),
+        Some(source) if source.metadata.deletion_timestamp.is_some() => {
+            (vec![], waiting("DataSourceEnds", "the former data source of this image is being removed"), None)
+        }
+        _ if let Some(problem) = unsupported(&o.image.spec) => (vec![], Some(problem), None),
+        None => begin(o, status, map),
+        Some(source) if source.spec.file_transferred => recover(o, status, source, map),
+        Some(source) => follow(o, status, source, map),
+    }
+}
+
+fn waiting(reason: &str, message: impl Into<String>) -> Option<Condition> {
+    Some(Condition::new(READY, ConditionStatus::False, reason, message))
+}
+
+fn no_place(choice: &Choice) -> Option<Condition> {
+    waiting("NoEligibleDisk", format!("no disk can take the first copy: {}", choice.reasons()))
+        .map(|c| c.with_hint("add a disk, free space, or change the image's selectors"))
+}
+
+/// The disk for the first file: one that is wanted already when possible, else any eligible one.
+fn choose(
+    o: &Observed,
+    map: &BTreeMap<String, DiskFileSpec>,
+    without: &BTreeSet<String>,
+    bytes: u64,
+) -> Result<Disk, Choice> {
+    let selectors = selectors(&o.image);
+    let request = request(o, &selectors, bytes);
+    let wanted = |d: &&Disk| map.contains_key(&d.id) && !without.contains(&d.id);
+    if let Some(disk) = o
+        .disks
+        .list
+        .iter()
+        .filter(wanted)
+        .find(|d| refusal(d, &selectors, &o.settings).is_none() && d.available_bytes >= bytes.max(1))
+    {
+        return Ok(disk.clone());
+    }
+    let mut choice = choose_for_copies(&request, without, 1);
+    match choice.chosen.pop() {
+        Some(disk) => Ok(disk),
+        None => Err(choice),
+    }
+}
+
+fn begin(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<String, DiskFileSpec>) -> Plan {
+    let unknown = status.disk_file_status_map.iter().find(|(_, f)| f.state == CopyState::Unknown);
+    if let Some((disk, file)) = unknown.filter(|(d, _)| !o.disks.is_gone(d)) {
+        let message = format!("the copy on {} cannot be asked: {}", o.disks.label(disk), file.message);
+        return (vec![], waiting("Unknown", message), None);
+    }
+    let disk = match choose(o, map, &BTreeSet::new(), status.size) {
+        Ok(disk) => disk,
+        Err(choice) => return (vec![], no_place(&choice), None),
+    };
+    map.entry(disk.id.clone()).or_default();
+    let mut source = BackingImageDataSource::new(name_of(&o.image), spec(o, status, &disk));
+    source.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    source.metadata.owner_references = Some(vec![OwnerReference {
+        api_version: format!("{GROUP}/{VERSION}"),
+        kind: "BackingImage".into(),
+        name: name_of(&o.image).into(),
+        uid: o.image.metadata.uid.clone().unwrap_or_default(),
+        controller: Some(true),
+        block_owner_deletion: Some(true),
+    }]);
+    (vec![Action::CreateDataSource(Box::new(source))], None, None)
+}
+
+fn spec(o: &Observed, status: &BackingImageStatus, disk: &Disk) -> BackingImageDataSourceSpec {
+    // Once the content is known, only the same content will do.
+    let checksum = if o.image.spec.checksum.is_empty() { &status.checksum } else { &o.image.spec.checksum };
+    BackingImageDataSourceSpec {
+        node_id: disk.node.clone(),
+        uuid: status.uuid.clone(),
+        disk_uuid: disk.id.clone(),
+        disk_path: disk.path.clone(),
+        checksum: checksum.clone(),
+        source_type: o.image.spec.source_type,
+        parameters: o.image.spec.source_parameters.clone(),
+        file_transferred: false,
+        ..Default::default()
+    }
+}
+
+/// A preparation is under way: another disk when this one is gone or full, new parameters when the user changed them.
+fn follow(
+    o: &Observed,
+    status: &BackingImageStatus,
+    source: &BackingImageDataSource,
+    map: &mut BTreeMap<String, DiskFileSpec>,
+) -> Plan {
+    let seen = source.status.clone().unwrap_or_default();
+    let old = &source.spec.disk_uuid;
+    let has_failed =
+        is_about_this_attempt(source) && matches!(seen.current_state, CopyState::Failed | CopyState::FailedAndCleanup);
+    let is_full = has_failed && crate::data_source::says_no_room(&seen.message);
+    let must_move = match o.disks.get(old) {
+        None => o.disks.is_gone(old).then(|| format!("no node has disk {old} any more")),
+        Some(disk) => match &disk.health {
+            Health::NotReady(why) => Some(why.clone()),
+            Health::Unknown(_) | Health::Ready => is_full.then(|| seen.message.clone()),
+        },
+    };
+    let disk = match (&must_move, o.disks.get(old)) {
+        (Some(why), _) => match choose(o, map, &BTreeSet::from([old.clone()]), seen.size) {
+            Ok(disk) => {
+                let is_wanted = o.replicas.iter().any(|r| r.spec.disk_id == *old);
+                if !is_wanted {
+                    map.remove(old);
+                }
+                disk
+            }
+            Err(choice) => {
+                let message = format!("{why}; and no other disk can take the first copy: {}", choice.reasons());
+                return (
+                    vec![],
+                    waiting("NoEligibleDisk", message).map(|c| c.with_hint("add a disk or free space")),
+                    None,
+                );
+            }
+        },
+        (None, Some(disk)) => disk.clone(),
+        (None, None) => {
+            return (
+                vec![],
+                waiting("Unknown", format!("no node has reported disk {old} yet; the preparation waits for it")),
+                None,
+            );
+        }
+    };
+    map.entry(disk.id.clone()).or_default();
+    let wanted = BackingImageDataSourceSpec { other: source.spec.other.clone(), ..spec(o, status, &disk) };
+    // A checksum that became known on the way is the file's own, not a new wish.
+    let wanted = if o.image.spec.checksum.is_empty() && disk.id == *old {
+        BackingImageDataSourceSpec { checksum: source.spec.checksum.clone(), ..wanted }
+    } else {
+        wanted
+    };
+    let actions = if wanted == source.spec { vec![] } else { vec![Action::SetDataSourceSpec(Box::new(wanted))] };
+    let problem = has_failed.then(|| {
+        let message = format!("the file could not be prepared on {}: {}", o.disks.label(old), seen.message);
+        let mut condition = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", message);
+        condition.next_retry_time.clone_from(&seen.next_retry_time);
+        condition.with_hint(crate::data_source::hint(&seen.message))
+    });
+    (actions, problem, None)
+}
+
+/// Every copy is lost: prepare the image anew, from the same source, after the recovery interval.
+fn recover(
+    o: &Observed,
+    status: &BackingImageStatus,
+    source: &BackingImageDataSource,
+    map: &mut BTreeMap<String, DiskFileSpec>,
+) -> Plan {
+    let mut last = None;
+    for (disk, file) in &status.disk_file_status_map {
+        match file.state {
+            CopyState::Failed | CopyState::FailedAndCleanup => last = last.max(parse(&file.last_state_transition_time)),
+            CopyState::Unknown if o.disks.is_gone(disk) => {}
+            CopyState::Unknown => {
+                let message = format!("the copy on {} cannot be asked: {}", o.disks.label(disk), file.message);
+                return (vec![], waiting("Unknown", message), None);
+            }
+            _ => return (vec![], None, None),
+        }
+    }
+    let due = last.map(|t| after(t, o.settings.recovery_wait));
+    if let Some(due) = due.filter(|due| *due > o.now) {
+        let message = "every copy is lost; the image will be downloaded again";
+        let condition = waiting("Recovering", message).map(|c| c.with_next_retry(due));
+        return (vec![], condition, Some(until(o.now, due)));
+    }
+    let full: BTreeSet<String> =
+        status.disk_file_status_map.iter().filter(|(_, f)| copies::has_no_room(f)).map(|(d, _)| d.clone()).collect();
+    let disk = match choose(o, map, &full, status.size) {
+        Ok(disk) => disk,
+        Err(choice) => return (vec![], no_place(&choice), None),
+    };
+    map.entry(disk.id.clone()).or_default();
+    let wanted = BackingImageDataSourceSpec { other: source.spec.other.clone(), ..spec(o, status, &disk) };
+    (
+        vec![Action::SetDataSourceSpec(Box::new(wanted))],
+        waiting("Recovering", "every copy is lost; the image is downloaded again"),
+        None,
+    )
+}

@@ -1,0 +1,469 @@
+//! The agent of one disk: whether it runs, and what it is asked to do with each file.
+//!
+//! An entry stays in `spec.backingImages` until the agent has confirmed that the file is gone, so nothing is forgotten on a disk.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use api::image::{BackingImageStatus, CopyState};
+use api::manager::{BackingImageManagerSpec, BackingImageManagerStatus, FileInfo, ManagerState};
+use api::names::condition::READY;
+use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SYNC_PORT, label};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, condition};
+use jiff::Timestamp;
+
+use crate::disk::{Disk, Disks, Health};
+use crate::image::difference;
+use crate::retry::{Retry, sooner};
+use crate::workload::{State, Wish, Workload};
+
+/// What an agent says, when it is asked.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Agent {
+    pub api_version: i64,
+    pub api_min_version: i64,
+    /// By image name.
+    pub files: BTreeMap<String, FileInfo>,
+}
+
+/// What the controller remembers of its attempts; a restart of it starts anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Starts of the agent.
+    pub restart: Retry,
+    /// Attempts to get a copy, by image name.
+    pub copies: BTreeMap<String, Attempt>,
+}
+
+/// The attempts to get one copy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attempt {
+    pub retry: Retry,
+    /// An attempt was made whose end has not been seen.
+    pub is_running: bool,
+}
+
+/// One reading.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    pub now: Timestamp,
+    /// The object's and the workload's name.
+    pub name: String,
+    /// The disk, by UUID; empty when neither a node, nor an image, nor the object itself names it.
+    pub disk_id: String,
+    pub disks: Disks,
+    pub manager: Option<BackingImageManager>,
+    pub workload: Option<Workload>,
+    /// `None`: it was not asked, since it does not run. `Err`: it does not answer, and why.
+    pub agent: Option<Result<Agent, String>>,
+    pub images: Vec<BackingImage>,
+    pub data_sources: BTreeMap<String, BackingImageDataSource>,
+    /// Image name → addresses of other agents that have a ready copy of it.
+    pub peers: BTreeMap<String, Vec<String>>,
+    pub memory: Memory,
+}
+
+/// One step; each can be repeated.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    Create(Box<BackingImageManager>),
+    SetSpec(Box<BackingImageManagerSpec>),
+    EnsureWorkload(Wish),
+    RemoveWorkload,
+    /// Remove a file and everything temporary of it.
+    DeleteFile {
+        image: String,
+        uuid: String,
+    },
+    /// Take the file over from the data source at this address; without one, adopt what is on the disk.
+    FetchFile {
+        file: FileWish,
+        from: Option<String>,
+    },
+    /// Receive it from peers.
+    SyncFile {
+        file: FileWish,
+        from: Vec<String>,
+    },
+    /// Nothing is left: delete the object and its finalizer.
+    Remove,
+}
+
+/// The file that is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileWish {
+    pub image: String,
+    pub uuid: String,
+    /// 0 and empty: not known yet.
+    pub size: u64,
+    pub checksum: String,
+}
+
+/// What to do now, what to report, and what to remember.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    pub actions: Vec<Action>,
+    pub status: BackingImageManagerStatus,
+    pub memory: Memory,
+    pub recheck_after: Option<Duration>,
+}
+
+/// Decides about the agent of one disk.
+pub fn decide(observed: &Observed) -> Decision {
+    let o = observed;
+    let status = o.manager.as_ref().and_then(|m| m.status.clone()).unwrap_or_default();
+    let mut decision = Decision { actions: vec![], status, memory: o.memory.clone(), recheck_after: None };
+    let wanted = wanted(o);
+    let Some(manager) = &o.manager else {
+        if wanted.is_empty() {
+            if o.workload.is_some() {
+                decision.actions.push(Action::RemoveWorkload);
+            }
+        } else if let Some(disk) = o.disks.get(&o.disk_id) {
+            decision.actions.push(Action::Create(Box::new(object(o, disk, wanted))));
+        }
+        return decision;
+    };
+    let has_entries = !manager.spec.backing_images.is_empty();
+    if wanted.is_empty() && !has_entries || o.disks.is_gone(&o.disk_id) {
+        // A disk that is gone for good takes its files along.
+        if o.workload.is_some() {
+            decision.actions.push(Action::RemoveWorkload);
+        }
+        decision.actions.push(Action::Remove);
+        decision.memory = Memory::default();
+        return decision;
+    }
+    let disk = match o.disks.get(&o.disk_id) {
+        Some(disk) if disk.health == Health::Ready => disk,
+        Some(Disk { health: Health::NotReady(why) | Health::Unknown(why), .. }) => {
+            silence(&mut decision.status, ManagerState::Unknown, why, o.now);
+            return decision;
+        }
+        _ => {
+            silence(&mut decision.status, ManagerState::Unknown, "no node has reported this disk yet", o.now);
+            return decision;
+        }
+    };
+    let mut spec = manager.spec.clone();
+    spec.node_id.clone_from(&disk.node);
+    spec.disk_path.clone_from(&disk.path);
+    for (image, uuid) in &wanted {
+        // An entry of another uuid goes first; see `files`.
+        spec.backing_images.entry(image.clone()).or_insert_with(|| uuid.clone());
+    }
+    if spec != manager.spec {
+        decision.actions.push(Action::SetSpec(Box::new(spec.clone())));
+    }
+    if let Some(agent) = running(o, disk, &mut decision) {
+        files(o, agent, &spec, &wanted, &mut decision);
+    }
+    decision
+}
+
+/// Image name → uuid of the copies that this disk shall hold.
+fn wanted(o: &Observed) -> BTreeMap<String, String> {
+    let has_copy_here = |i: &&BackingImage| i.spec.disk_file_spec_map.contains_key(&o.disk_id);
+    o.images
+        .iter()
+        .filter(has_copy_here)
+        .filter_map(|i| {
+            let uuid = i.status.as_ref().map(|s| s.uuid.clone()).filter(|u| !u.is_empty())?;
+            Some((i.metadata.name.clone()?, uuid))
+        })
+        .collect()
+}
+
+fn object(o: &Observed, disk: &Disk, wanted: BTreeMap<String, String>) -> BackingImageManager {
+    let spec = BackingImageManagerSpec {
+        node_id: disk.node.clone(),
+        disk_uuid: disk.id.clone(),
+        disk_path: disk.path.clone(),
+        backing_images: wanted,
+        ..Default::default()
+    };
+    let mut manager = BackingImageManager::new(&o.name, spec);
+    manager.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    let mut labels = labels(disk);
+    labels.insert(label::LONGHORN_NODE.into(), disk.node.clone());
+    labels.insert(label::LONGHORN_DISK_UUID.into(), disk.id.clone());
+    manager.metadata.labels = Some(labels);
+    manager
+}
+
+fn labels(disk: &Disk) -> BTreeMap<String, String> {
+    let labels = [
+        (label::COMPONENT, "backing-image-manager"),
+        (label::MANAGED_BY, MANAGED_BY),
+        (label::DISK_UUID, &disk.id),
+        (label::NODE, &disk.node),
+    ];
+    labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+}
+
+fn wish(name: &str, disk: &Disk) -> Wish {
+    let args = [
+        "backing-image-manager",
+        "daemon",
+        "--listen",
+        &format!("$(POD_IP):{MANAGER_PORT}"),
+        "--sync-listen",
+        &format!("$(POD_IP):{SYNC_PORT}"),
+        "--disk-uuid",
+        &disk.id,
+        "--disk-path",
+        &disk.path,
+    ];
+    Wish {
+        name: name.into(),
+        node: disk.node.clone(),
+        labels: labels(disk),
+        args: args.map(str::to_owned).into(),
+        disk_path: disk.path.clone(),
+        ready_ports: vec![MANAGER_PORT, SYNC_PORT],
+    }
+}
+
+/// Reports an agent that cannot be asked: what it had is unknown, not gone.
+fn silence(status: &mut BackingImageManagerStatus, state: ManagerState, why: &str, now: Timestamp) {
+    status.current_state = state;
+    for file in status.backing_image_file_map.values_mut() {
+        if !matches!(file.state, CopyState::Failed | CopyState::FailedAndCleanup) {
+            file.state = CopyState::Unknown;
+            file.message = why.into();
+        }
+    }
+    let (verdict, reason) = match state {
+        ManagerState::Unknown => (ConditionStatus::Unknown, "Unknown"),
+        ManagerState::Error | ManagerState::Stopped => (ConditionStatus::False, "Ended"),
+        _ => (ConditionStatus::False, "Starting"),
+    };
+    condition::set(&mut status.conditions, Condition::new(READY, verdict, reason, why), now);
+}
+
+/// Keeps the agent running; returns what it says when it does.
+fn running<'a>(o: &'a Observed, disk: &Disk, decision: &mut Decision) -> Option<&'a Agent> {
+    let wish = wish(&o.name, disk);
+    let Some(workload) = &o.workload else {
+        let retry = &decision.memory.restart;
+        if retry.is_due(o.now) {
+            decision.actions.push(Action::EnsureWorkload(wish));
+            silence(&mut decision.status, ManagerState::Starting, "the agent of the disk is starting", o.now);
+        } else {
+            let (why, wait) = (retry.message.clone(), retry.wait(o.now));
+            silence(&mut decision.status, ManagerState::Error, &why, o.now);
+            set_next_retry(&mut decision.status, decision.memory.restart.next_text());
+            decision.recheck_after = wait;
+        }
+        return None;
+    };
+    if workload.wish != wish {
+        // The disk moved to another node or path.
+        decision.actions.extend([Action::RemoveWorkload, Action::EnsureWorkload(wish)]);
+        silence(&mut decision.status, ManagerState::Starting, "the agent of the disk is started anew", o.now);
+        return None;
+    }
+    match (&workload.state, &o.agent) {
+        (State::Unknown(why), _) => silence(&mut decision.status, ManagerState::Unknown, why, o.now),
+        (State::Starting, _) | (State::Running, None) => {
+            silence(&mut decision.status, ManagerState::Starting, "the agent of the disk is starting", o.now);
+        }
+        (State::Failed(why), _) => {
+            decision.actions.push(Action::RemoveWorkload);
+            decision.memory.restart = decision.memory.restart.failed(o.now, why.clone());
+            for attempt in decision.memory.copies.values_mut() {
+                attempt.is_running = false;
+            }
+            silence(&mut decision.status, ManagerState::Error, why, o.now);
+            set_next_retry(&mut decision.status, decision.memory.restart.next_text());
+            decision.recheck_after = decision.memory.restart.wait(o.now);
+        }
+        (State::Running, Some(Err(why))) => {
+            let why = format!("the agent of the disk does not answer: {why}");
+            silence(&mut decision.status, ManagerState::Unknown, &why, o.now);
+            decision.recheck_after = Some(Duration::from_secs(1));
+        }
+        (State::Running, Some(Ok(agent))) => {
+            let status = &mut decision.status;
+            status.current_state = ManagerState::Running;
+            status.ip.clone_from(&workload.ip);
+            status.storage_ip.clone_from(&workload.ip);
+            status.api_version = agent.api_version;
+            status.api_min_version = agent.api_min_version;
+            let condition = Condition::new(READY, ConditionStatus::True, "Running", "the agent of the disk answers");
+            condition::set(&mut status.conditions, condition, o.now);
+            return Some(agent);
+        }
+    }
+    None
+}
+
+fn set_next_retry(status: &mut BackingImageManagerStatus, at: String) {
+    if let Some(condition) = status.conditions.iter_mut().find(|c| c.r#type == READY) {
+        condition.next_retry_time = at;
+    }
+}
+
+/// Deletes what is not wanted, asks for what is, reports all.
+fn files(
+    o: &Observed,
+    agent: &Agent,
+    spec: &BackingImageManagerSpec,
+    wanted: &BTreeMap<String, String>,
+    decision: &mut Decision,
+) {
+    let mut left = spec.backing_images.clone();
+    for (image, uuid) in &spec.backing_images {
+        if wanted.get(image) != Some(uuid) {
+            decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: uuid.clone() });
+            decision.memory.copies.remove(image);
+            left.remove(image);
+        }
+    }
+    // Files that nobody recorded here, such as one whose entry was edited away.
+    let strays =
+        agent.files.iter().filter(|(image, file)| spec.backing_images.get(*image).is_none_or(|u| *u != file.uuid));
+    for (image, file) in strays {
+        decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: file.uuid.clone() });
+    }
+    if left != spec.backing_images {
+        for (image, uuid) in wanted {
+            left.entry(image.clone()).or_insert_with(|| uuid.clone());
+        }
+        let emptied = BackingImageManagerSpec { backing_images: left, ..spec.clone() };
+        decision.actions.push(Action::SetSpec(Box::new(emptied)));
+    }
+    let held_before = std::mem::take(&mut decision.status.backing_image_file_map);
+    for (image, uuid) in wanted.iter().filter(|(i, u)| spec.backing_images.get(*i) == Some(u)) {
+        let Some(object) = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(image)) else { continue };
+        let reported = agent.files.get(image).filter(|f| f.uuid == *uuid).cloned();
+        let before = held_before.get(image).filter(|f| f.uuid == *uuid);
+        if let Some(file) = one_file(o, object, reported, before, decision) {
+            decision
+                .status
+                .backing_image_file_map
+                .insert(image.clone(), FileInfo { name: image.clone(), uuid: uuid.clone(), ..file });
+        }
+    }
+    decision.memory.copies.retain(|image, _| wanted.contains_key(image));
+}
+
+/// Plans the next step of one wanted copy; returns what to report of it.
+fn one_file(
+    o: &Observed,
+    image: &BackingImage,
+    reported: Option<FileInfo>,
+    before: Option<&FileInfo>,
+    decision: &mut Decision,
+) -> Option<FileInfo> {
+    let name = image.metadata.name.clone().unwrap_or_default();
+    let known = image.status.clone().unwrap_or_default();
+    let mut attempt = decision.memory.copies.get(&name).cloned().unwrap_or_default();
+    let mut file = reported.clone();
+    if let Some(f) = &mut file
+        && f.state == CopyState::Ready
+        && let Some(why) = difference(f, &image.spec, &known)
+    {
+        f.state = CopyState::Failed;
+        f.message = why;
+    }
+    let failed = match &file {
+        Some(f) if f.state == CopyState::Ready => {
+            decision.memory.copies.remove(&name);
+            return file;
+        }
+        Some(f) if matches!(f.state, CopyState::Failed | CopyState::FailedAndCleanup) => Some(f.message.clone()),
+        Some(_) => {
+            attempt.is_running = true;
+            decision.memory.copies.insert(name, attempt);
+            return file;
+        }
+        None => None,
+    };
+    if let Some(message) = &failed
+        && (attempt.is_running || attempt.retry.next.is_none())
+    {
+        attempt.retry = attempt.retry.failed(o.now, message.clone());
+        attempt.is_running = false;
+    }
+    let step =
+        if attempt.retry.is_due(o.now) { step(o, image, &known, failed.is_some(), before, &attempt) } else { None };
+    match step {
+        Some(step) => {
+            if failed.is_some() && matches!(step, Action::SyncFile { .. } | Action::FetchFile { from: Some(_), .. }) {
+                decision.actions.push(Action::DeleteFile { image: name.clone(), uuid: known.uuid.clone() });
+            }
+            decision.actions.push(step);
+            attempt.is_running = true;
+        }
+        None => decision.recheck_after = sooner(decision.recheck_after, attempt.retry.wait(o.now)),
+    }
+    // A refused request left no file; its reason shall be seen all the same.
+    if file.is_none() && !attempt.retry.message.is_empty() {
+        file =
+            Some(FileInfo { state: CopyState::Failed, message: attempt.retry.message.clone(), ..Default::default() });
+    }
+    if file.is_none() {
+        // Held before, and the agent has just been started again: it is asked to adopt it.
+        file = before
+            .filter(|b| b.state == CopyState::Unknown || b.state == CopyState::Ready)
+            .map(|b| FileInfo { state: CopyState::Unknown, ..b.clone() });
+    }
+    if let Some(f) = &mut file
+        && f.state == CopyState::Failed
+    {
+        f.next_retry_time = attempt.retry.next_text();
+    }
+    if attempt != Attempt::default() {
+        decision.memory.copies.insert(name, attempt);
+    }
+    file
+}
+
+/// How to get a copy that the agent does not have, or that failed.
+fn step(
+    o: &Observed,
+    image: &BackingImage,
+    known: &BackingImageStatus,
+    is_failed: bool,
+    before: Option<&FileInfo>,
+    attempt: &Attempt,
+) -> Option<Action> {
+    let name = image.metadata.name.clone().unwrap_or_default();
+    let checksum = if known.checksum.is_empty() { &image.spec.checksum } else { &known.checksum };
+    // Before the first file is whole its length is only an announcement.
+    let size = if known.checksum.is_empty() { 0 } else { known.size };
+    let file = FileWish { image: name.clone(), uuid: known.uuid.clone(), size, checksum: checksum.clone() };
+    let adopt = |file| Some(Action::FetchFile { file, from: None });
+    let peers = o.peers.get(&name).filter(|p| !p.is_empty());
+    let sync = |file| peers.map(|from| Action::SyncFile { file, from: from.clone() });
+    let source = o.data_sources.get(&name).filter(|s| !s.spec.file_transferred);
+    match source {
+        Some(source) if source.spec.disk_uuid == o.disk_id => {
+            let seen = source.status.clone().unwrap_or_default();
+            match seen.current_state {
+                CopyState::ReadyForTransfer if !seen.ip.is_empty() => {
+                    Some(Action::FetchFile { file, from: Some(format!("{}:{MANAGER_PORT}", seen.ip)) })
+                }
+                // Handed over already, to an agent that died since.
+                CopyState::Ready => adopt(file),
+                _ => None,
+            }
+        }
+        _ => {
+            let was_held = before.is_some_and(|b| matches!(b.state, CopyState::Ready | CopyState::Unknown));
+            if !is_failed && was_held && attempt.retry.failures == 0 && !attempt.is_running {
+                return adopt(file);
+            }
+            match sync(file.clone()) {
+                Some(sync) => Some(sync),
+                // No ready copy anywhere: what lies on the disk is the best there is. Not while the first file is still being made.
+                None if source.is_none() => adopt(file),
+                None => None,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+//! Where copies and replicas may lie.
+//!
+//! Each refusal is a sentence, so that "no place" can always say why, disk by disk.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::disk::{Disk, Disks, Health, Load};
+use crate::setting::Settings;
+
+/// Tags that somebody asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Selectors<'a> {
+    /// Who asks, for messages: "the volume", "the image".
+    pub who: &'a str,
+    pub node: &'a [String],
+    pub disk: &'a [String],
+}
+
+/// What places are chosen by.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    pub disks: &'a Disks,
+    pub loads: &'a BTreeMap<String, Load>,
+    pub settings: &'a Settings,
+    pub selectors: &'a [Selectors<'a>],
+    /// Bytes of one copy or of one replica when it is full; 0 when not known yet.
+    pub bytes: u64,
+    pub random: u64,
+}
+
+/// The chosen disks, and why each other one was not eligible.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    pub chosen: Vec<Disk>,
+    /// `disk-1 of node-2: reason`, in the order of disks.
+    pub refused: Vec<String>,
+}
+
+impl Choice {
+    /// The refusals as one text.
+    pub fn reasons(&self) -> String {
+        if self.refused.is_empty() { "there is no other disk".into() } else { self.refused.join("; ") }
+    }
+}
+
+/// Disks for further copies of an image: nodes without a copy first, random among equals.
+pub fn choose_for_copies(request: &Request<'_>, taken: &BTreeSet<String>, count: usize) -> Choice {
+    let taken_nodes = request.disks.list.iter().filter(|d| taken.contains(&d.id)).map(|d| d.node.clone());
+    choose(request, taken, taken_nodes.collect(), count, None, copy_room)
+}
+
+/// Disks for further replicas of a volume: distinct nodes first, then distinct disks; among equals those that have a copy
+/// of the image already, then those with most room, then random.
+pub fn choose_for_replicas(
+    request: &Request<'_>,
+    taken: &BTreeSet<String>,
+    count: usize,
+    preferred: &BTreeSet<String>,
+) -> Choice {
+    let taken_nodes = request.disks.list.iter().filter(|d| taken.contains(&d.id)).map(|d| d.node.clone());
+    choose(request, taken, taken_nodes.collect(), count, Some(preferred), replica_room)
+}
+
+/// Why a disk cannot take anything of these selectors, whatever its room.
+pub fn refusal(disk: &Disk, selectors: &[Selectors<'_>], settings: &Settings) -> Option<String> {
+    match &disk.health {
+        Health::Ready => {}
+        Health::NotReady(why) | Health::Unknown(why) => return Some(why.clone()),
+    }
+    if let Some(why) = &disk.unschedulable {
+        return Some(why.clone());
+    }
+    if disk.evicting {
+        return Some("it is being emptied (eviction requested)".into());
+    }
+    selectors.iter().find_map(|s| {
+        refused_tags(s.who, "node", s.node, &disk.node_tags, settings.allow_empty_node_selector)
+            .or_else(|| refused_tags(s.who, "disk", s.disk, &disk.tags, settings.allow_empty_disk_selector))
+    })
+}
+
+fn refused_tags(who: &str, what: &str, wanted: &[String], tags: &[String], allow_empty: bool) -> Option<String> {
+    if wanted.is_empty() && !tags.is_empty() && !allow_empty {
+        return Some(format!("{who} has no {what} selector and this {what} is tagged `{}`", tags.join(",")));
+    }
+    let missing = wanted.iter().find(|tag| !tags.contains(tag))?;
+    Some(format!("the {what} lacks the tag `{missing}` that {who} asks for"))
+}
+
+type Room = fn(&Disk, Load, &Settings) -> u64;
+
+/// Bytes of image copies that still fit: what is free, less what is on its way, and never more than is unreserved.
+fn copy_room(disk: &Disk, load: Load, _: &Settings) -> u64 {
+    let unreserved = disk.maximum_bytes.saturating_sub(disk.reserved_bytes).saturating_sub(load.copy_bytes);
+    disk.available_bytes.saturating_sub(load.incoming_bytes).min(unreserved)
+}
+
+/// Bytes of replicas that may still be promised (LF 4.2): replicas are thin, so the over-provisioning setting applies.
+fn replica_room(disk: &Disk, load: Load, settings: &Settings) -> u64 {
+    let unreserved = u128::from(disk.maximum_bytes.saturating_sub(disk.reserved_bytes));
+    let promised = unreserved * u128::from(settings.over_provisioning_percent) / 100;
+    let taken = u128::from(load.replica_bytes) + u128::from(load.copy_bytes);
+    u64::try_from(promised.saturating_sub(taken)).unwrap_or(u64::MAX)
+}
+
+fn choose(
+    request: &Request<'_>,
+    taken: &BTreeSet<String>,
+    mut nodes: Taken,
+    count: usize,
+    preferred: Option<&BTreeSet<String>>,
+    room: Room,
+) -> Choice {
+    let mut choice = Choice::default();
+    let mut eligible: Vec<(&Disk, u64)> = vec![];
+    for disk in request.disks.list.iter().filter(|d| !taken.contains(&d.id)) {
+        let free = room(disk, request.loads.get(&disk.id).copied().unwrap_or_default(), request.settings);
+        let refusal = refusal(disk, request.selectors, request.settings).or_else(|| {
+            // A file of unknown size needs at least some room.
+            (free < request.bytes.max(1)).then(|| format!("{free} bytes are free of {} needed", request.bytes.max(1)))
+        });
+        match refusal {
+            Some(why) => choice.refused.push(format!("{}: {why}", disk.label())),
+            None => eligible.push((disk, free)),
+        }
+    }
+    while choice.chosen.len() < count && !eligible.is_empty() {
+        let best = eligible
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, (disk, free))| {
+                let (is_second, by_room) = preferred.map_or((false, 0), |p| (!p.contains(&disk.id), *free));
+                (nodes.count(&disk.node), is_second, Reverse(by_room), mix(request.random, &disk.id))
+            })
+            .map(|(index, _)| index);
+        let Some(index) = best else { break };
+        let (disk, _) = eligible.remove(index);
+        nodes.add(&disk.node);
+        choice.chosen.push(disk.clone());
+    }
+    choice
+}
+
+/// How often each node was taken.
+#[derive(Default)]
+struct Taken(BTreeMap<String, usize>);
+
+impl Taken {
+    fn count(&self, node: &str) -> usize {
+        self.0.get(node).copied().unwrap_or(0)
+    }
+    fn add(&mut self, node: &str) {
+        *self.0.entry(node.to_owned()).or_default() += 1;
+    }
+}
+
+impl FromIterator<String> for Taken {
+    fn from_iter<I: IntoIterator<Item = String>>(nodes: I) -> Self {
+        let mut taken = Taken::default();
+        nodes.into_iter().for_each(|n| taken.add(&n));
+        taken
+    }
+}
+
+/// A number that depends on every bit of the random value and of the text (FNV-1a), to draw lots without a generator.
+pub fn mix(random: u64, text: &str) -> u64 {
+    let bytes = random.to_le_bytes();
+    let hash = bytes
+        .iter()
+        .chain(text.as_bytes())
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3));
+    // FNV's low bits mix well, its high bits less so for short texts.
+    hash ^ (hash >> 29)
+}

@@ -1,0 +1,91 @@
+//! The settings that decisions depend on.
+
+use std::time::Duration;
+
+use api::Setting;
+use api::setting as name;
+
+/// Parsed values; a missing or unreadable setting has its default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    pub replica_count: u32,
+    pub min_copies: u32,
+    /// Copies that may be made on one node at a time without a replica asking; 0: none.
+    pub replenish_limit: u32,
+    pub cleanup_wait: Duration,
+    pub recovery_wait: Duration,
+    pub allow_empty_node_selector: bool,
+    pub allow_empty_disk_selector: bool,
+    pub over_provisioning_percent: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings::of(&[])
+    }
+}
+
+impl Settings {
+    /// The values of stored settings.
+    pub fn of(settings: &[Setting]) -> Settings {
+        let text = |wanted: &str| -> String {
+            let stored = settings.iter().find(|s| s.metadata.name.as_deref() == Some(wanted));
+            let known = name::known(wanted);
+            match (stored, known) {
+                (Some(stored), Some(known)) if known.accepts(&stored.value) => stored.value.clone(),
+                (_, Some(known)) => known.default.to_owned(),
+                (_, None) => String::new(),
+            }
+        };
+        let number = |wanted: &str| text(wanted).parse::<u32>().unwrap_or(0);
+        Settings {
+            replica_count: number(name::DEFAULT_REPLICA_COUNT),
+            min_copies: number(name::DEFAULT_MIN_COPIES),
+            replenish_limit: number(name::REPLENISH_LIMIT),
+            cleanup_wait: Duration::from_secs(60 * u64::from(number(name::CLEANUP_WAIT_INTERVAL))),
+            recovery_wait: Duration::from_secs(u64::from(number(name::RECOVERY_WAIT_INTERVAL))),
+            allow_empty_node_selector: text(name::ALLOW_EMPTY_NODE_SELECTOR) == "true",
+            allow_empty_disk_selector: text(name::ALLOW_EMPTY_DISK_SELECTOR) == "true",
+            over_provisioning_percent: number(name::OVER_PROVISIONING),
+        }
+    }
+
+    /// The settings that are not stored yet, with their defaults.
+    pub fn missing(stored: &[Setting]) -> Vec<Setting> {
+        let is_stored = |n: &str| stored.iter().any(|s| s.metadata.name.as_deref() == Some(n));
+        name::KNOWN
+            .iter()
+            .filter(|known| !is_stored(known.name))
+            .map(|known| {
+                let mut setting = Setting { value: known.default.into(), ..Default::default() };
+                setting.metadata.name = Some(known.name.into());
+                setting
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(name: &str, value: &str) -> Setting {
+        let mut setting = Setting { value: value.into(), ..Default::default() };
+        setting.metadata.name = Some(name.into());
+        setting
+    }
+
+    #[test]
+    fn takes_the_default_where_nothing_legal_is_stored() {
+        let settings =
+            Settings::of(&[stored(name::DEFAULT_MIN_COPIES, "-1"), stored(name::DEFAULT_REPLICA_COUNT, "2")]);
+        assert_eq!((settings.min_copies, settings.replica_count), (3, 2));
+        assert_eq!(settings.cleanup_wait, Duration::from_secs(3600));
+    }
+
+    #[test]
+    fn names_what_is_not_stored() {
+        assert_eq!(Settings::missing(&[]).len(), name::KNOWN.len());
+        assert!(Settings::missing(&Settings::missing(&[])).is_empty());
+    }
+}

@@ -1,0 +1,335 @@
+//! A volume: its replicas placed, attached, detached, deleted; what it waits for.
+//!
+//! Writes the volume's status, its Engine and its Replicas. Data rules come first: only current replicas are attached, one
+//! that is left out is marked as failed before the engine may start, and nothing is attached elsewhere while an engine may still write.
+
+mod attach;
+mod place;
+mod report;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use api::engine::{DesireState, EngineSpec, InstanceState};
+use api::names::FINALIZER;
+use api::names::condition::DETACHED;
+use api::replica::ReplicaSpec;
+use api::volume::VolumeStatus;
+use api::{BackingImage, Condition, ConditionStatus, Engine, Replica, Volume};
+use jiff::Timestamp;
+
+use crate::disk::{Disks, Health, Load};
+use crate::retry::{Retry, sooner};
+use crate::setting::Settings;
+
+/// How long a silent node is waited for before an attachment goes on without its replicas.
+pub const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// One reading.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    pub now: Timestamp,
+    pub random: u64,
+    pub volume: Volume,
+    pub engine: Option<Engine>,
+    /// The replicas of this volume.
+    pub replicas: Vec<Replica>,
+    /// `None`: it has none, or there is no image of that name.
+    pub image: Option<BackingImage>,
+    pub disks: Disks,
+    /// Since when a node is not ready, by its condition.
+    pub silent_since: BTreeMap<String, Timestamp>,
+    pub loads: BTreeMap<String, Load>,
+    pub settings: Settings,
+    /// Ends of the engine that nobody wished for; kept by the controller.
+    pub restart: Retry,
+}
+
+/// One step; each can be repeated.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    AddFinalizer,
+    CreateEngine(Box<Engine>),
+    CreateReplica(Box<Replica>),
+    SetReplicaSpec {
+        name: String,
+        spec: Box<ReplicaSpec>,
+    },
+    SetEngineSpec(Box<EngineSpec>),
+    DeleteEngine,
+    DeleteReplica(String),
+    /// Nobody is left who could say that its files are gone: its node is no more, or it never had one.
+    ForgetEngine,
+    ForgetReplica(String),
+    RemoveFinalizer,
+}
+
+/// What to do now, what to report, what to remember.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    pub actions: Vec<Action>,
+    pub status: VolumeStatus,
+    pub restart: Retry,
+    pub recheck_after: Option<Duration>,
+}
+
+/// The pass as it goes: wishes are collected here and become actions where they differ from what is stored.
+struct Pass<'a> {
+    o: &'a Observed,
+    replicas: BTreeMap<String, ReplicaSpec>,
+    engine: Option<EngineSpec>,
+    created: Vec<Action>,
+    restart: Retry,
+    recheck_after: Option<Duration>,
+    /// The first thing that this volume waits for; reported as its condition `Ready`.
+    waits: Option<Condition>,
+    /// Why it is not fully placed.
+    unplaced: Option<String>,
+    /// Why a detachment waits.
+    undetached: Option<String>,
+    incompatible: Option<Condition>,
+}
+
+/// Decides about one volume.
+pub fn decide(observed: &Observed) -> Decision {
+    let o = observed;
+    let mut pass = Pass {
+        o,
+        replicas: o.replicas.iter().map(|r| (name_of_replica(r).to_owned(), r.spec.clone())).collect(),
+        engine: o.engine.as_ref().map(|e| e.spec.clone()),
+        created: vec![],
+        restart: o.restart.clone(),
+        recheck_after: None,
+        waits: None,
+        unplaced: None,
+        undetached: None,
+        incompatible: None,
+    };
+    if o.volume.metadata.deletion_timestamp.is_some() {
+        return pass.delete();
+    }
+    if !o.volume.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER) {
+        pass.created.push(Action::AddFinalizer);
+    }
+    pass.check_image();
+    pass.place();
+    pass.record_generation();
+    if o.volume.spec.node_id.is_empty() {
+        pass.detach();
+    } else if pass.incompatible.is_none() {
+        pass.attach();
+    }
+    pass.finish()
+}
+
+impl Pass<'_> {
+    fn wait(&mut self, reason: &str, message: impl Into<String>) {
+        self.wait_for(Condition::new(api::names::condition::READY, ConditionStatus::False, reason, message));
+    }
+
+    fn wait_for(&mut self, condition: Condition) {
+        self.waits.get_or_insert(condition);
+    }
+
+    fn recheck(&mut self, after: Option<Duration>) {
+        self.recheck_after = sooner(self.recheck_after, after);
+    }
+
+    fn engine_state(&self) -> InstanceState {
+        self.o.engine.as_ref().and_then(|e| e.status.as_ref()).map_or(InstanceState::NotStarted, |s| s.current_state)
+    }
+
+    /// Whether the engine process is certainly not there; otherwise who or what keeps it.
+    fn engine_ended(&self) -> Result<(), String> {
+        let Some(engine) = &self.o.engine else { return Ok(()) };
+        let node = &engine.spec.node_id;
+        if node.is_empty() {
+            return Ok(());
+        }
+        match self.o.disks.nodes.get(node) {
+            // The user took the node away: nothing of it writes any more.
+            None => return Ok(()),
+            Some(Health::Ready) if engine.spec.desire_state == DesireState::Running => {
+                return Err(format!("the engine on node {node} is being stopped"));
+            }
+            Some(Health::Ready) => {}
+            Some(Health::NotReady(why) | Health::Unknown(why)) => {
+                if matches!(self.engine_state(), InstanceState::NotStarted | InstanceState::Stopped)
+                    && engine.spec.desire_state == DesireState::Stopped
+                {
+                    return Ok(());
+                }
+                return Err(format!("{why}; the engine on node {node} may still write"));
+            }
+        }
+        match self.engine_state() {
+            InstanceState::Stopped => Ok(()),
+            // It was never looked at, hence never started.
+            InstanceState::NotStarted => Ok(()),
+            state => {
+                let said =
+                    engine.status.iter().flat_map(|s| &s.conditions).find(|c| !c.message.is_empty() && !c.is_true());
+                let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
+                Err(format!("the engine on node {node} is {}{said}", format!("{state:?}").to_lowercase()))
+            }
+        }
+    }
+
+    /// Rule 4 of the generations: what the engine reached is never forgotten.
+    fn record_generation(&mut self) {
+        let reached = self.o.engine.as_ref().and_then(|e| e.status.as_ref()).map_or(0, |s| s.generation);
+        if let Some(engine) = &mut self.engine {
+            engine.generation = engine.generation.max(reached);
+        }
+    }
+
+    /// Takes what the engine says of its replicas: one that it dropped has failed.
+    fn take_over_drops(&mut self) {
+        let Some(status) = self.o.engine.as_ref().and_then(|e| e.status.clone()) else { return };
+        let Some(engine) = self.engine.clone() else { return };
+        let is_before_start = matches!(
+            status.current_state,
+            InstanceState::Stopped | InstanceState::NotStarted | InstanceState::Starting
+        );
+        if engine.desire_state == DesireState::Running && is_before_start {
+            // It still speaks of the attachment before.
+            return;
+        }
+        // What is said of a former attachment was taken over then.
+        let is_of_this_attachment = |name: &String| engine.replica_address_map.contains_key(name);
+        let dropped = status
+            .replica_mode_map
+            .iter()
+            .filter(|(n, m)| **m == api::engine::ReplicaMode::Err && is_of_this_attachment(n));
+        for (name, _) in dropped {
+            let why = status.replica_errors.get(name).cloned().unwrap_or_else(|| "the engine dropped it".into());
+            self.fail_replica(name, &why);
+            if let Some(engine) = &mut self.engine {
+                engine.replica_address_map.remove(name);
+            }
+        }
+    }
+
+    fn fail_replica(&mut self, name: &str, why: &str) {
+        let now = self.o.now.to_string();
+        if let Some(spec) = self.replicas.get_mut(name).filter(|s| s.failed_at.is_empty()) {
+            spec.failed_at = now;
+            spec.failed_reason = why.to_owned();
+            spec.desire_state = DesireState::Stopped;
+            spec.active = false;
+        }
+    }
+
+    fn good_replicas(&self) -> Vec<String> {
+        self.replicas.iter().filter(|(_, s)| s.failed_at.is_empty()).map(|(n, _)| n.clone()).collect()
+    }
+
+    fn replica(&self, name: &str) -> Option<&Replica> {
+        self.o.replicas.iter().find(|r| name_of_replica(r) == name)
+    }
+
+    fn detach(&mut self) {
+        // The next attachment is a new wish.
+        self.restart = Retry::default();
+        self.take_over_drops();
+        if let Some(engine) = &mut self.engine {
+            engine.desire_state = DesireState::Stopped;
+            engine.active = false;
+        }
+        if let Err(why) = self.engine_ended() {
+            self.undetached = Some(why.clone());
+            self.wait("Detaching", format!("detachment waits: {why}"));
+            return;
+        }
+        // Replicas end after the engine, which closes them cleanly.
+        for spec in self.replicas.values_mut() {
+            spec.desire_state = DesireState::Stopped;
+        }
+    }
+
+    fn delete(mut self) -> Decision {
+        self.detach();
+        if self.undetached.is_some() {
+            return self.finish();
+        }
+        let mut actions = vec![];
+        let mut rest = vec![];
+        if let Some(engine) = &self.o.engine {
+            rest.push("its engine".to_owned());
+            if engine.metadata.deletion_timestamp.is_none() {
+                actions.push(Action::DeleteEngine);
+            } else if !self.o.disks.nodes.contains_key(&engine.spec.node_id) {
+                actions.push(Action::ForgetEngine);
+            }
+        }
+        for replica in &self.o.replicas {
+            let name = name_of_replica(replica).to_owned();
+            let node = &replica.spec.node_id;
+            let silent = match self.o.disks.nodes.get(node) {
+                Some(Health::Ready) => String::new(),
+                Some(Health::NotReady(why) | Health::Unknown(why)) => format!(" ({why})"),
+                None => " (its node is no more)".into(),
+            };
+            rest.push(format!("replica {name} on node {node}{silent}"));
+            if replica.metadata.deletion_timestamp.is_none() {
+                actions.push(Action::DeleteReplica(name));
+            } else if !self.o.disks.nodes.contains_key(node) {
+                actions.push(Action::ForgetReplica(name));
+            }
+        }
+        if rest.is_empty() {
+            let status = self.o.volume.status.clone().unwrap_or_default();
+            return Decision {
+                actions: vec![Action::RemoveFinalizer],
+                status,
+                restart: Retry::default(),
+                recheck_after: None,
+            };
+        }
+        self.undetached = None;
+        self.waits = Some(Condition::new(
+            api::names::condition::READY,
+            ConditionStatus::False,
+            "Deleting",
+            format!("deletion waits for {} to be removed", rest.join(", ")),
+        ));
+        let mut decision = self.finish();
+        decision.actions.extend(actions);
+        decision
+    }
+
+    fn finish(self) -> Decision {
+        let mut actions = self.created.clone();
+        for replica in &self.o.replicas {
+            let name = name_of_replica(replica);
+            if let Some(spec) = self.replicas.get(name).filter(|s| **s != replica.spec) {
+                actions.push(Action::SetReplicaSpec { name: name.to_owned(), spec: Box::new(spec.clone()) });
+            }
+        }
+        // After the replicas: who is left out is marked as failed before the engine may start without it.
+        if let (Some(engine), Some(spec)) = (&self.o.engine, &self.engine)
+            && engine.spec != *spec
+        {
+            actions.push(Action::SetEngineSpec(Box::new(spec.clone())));
+        }
+        let status = self.report();
+        Decision { actions, status, restart: self.restart, recheck_after: self.recheck_after }
+    }
+}
+
+/// The replicas in the engine's map that it says are in sync.
+fn in_sync(engine: &Engine) -> BTreeSet<String> {
+    let Some(status) = &engine.status else { return BTreeSet::new() };
+    let is_good =
+        |name: &&String| status.replica_mode_map.get(*name).is_some_and(|m| *m != api::engine::ReplicaMode::Err);
+    engine.spec.replica_address_map.keys().filter(is_good).cloned().collect()
+}
+
+pub(crate) fn name_of_replica(replica: &Replica) -> &str {
+    replica.metadata.name.as_deref().unwrap_or_default()
+}
+
+pub(crate) const DETACHED_CONDITION: &str = DETACHED;
+
+#[cfg(test)]
+mod tests;

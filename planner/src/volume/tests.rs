@@ -1,0 +1,322 @@
+//! Decision tables.
+
+use api::condition;
+use api::engine::{EngineStatus, InstanceState, ReplicaMode};
+use api::names::condition::READY;
+use api::quantity::SizeBytes;
+use api::replica::ReplicaStatus;
+use api::volume::VolumeSpec;
+use expect_test::{Expect, expect};
+
+use super::*;
+use crate::disk::Disk;
+
+fn now() -> Timestamp {
+    "2026-01-01T00:00:00Z".parse().unwrap()
+}
+
+fn disk(n: u32, health: Health) -> Disk {
+    Disk {
+        id: format!("d{n}"),
+        name: "disk".into(),
+        node: format!("n{n}"),
+        path: format!("/d{n}"),
+        node_tags: vec![],
+        tags: vec![],
+        health,
+        unschedulable: None,
+        evicting: false,
+        maximum_bytes: 100,
+        available_bytes: 100,
+        reserved_bytes: 0,
+    }
+}
+
+/// `on=n1; engine=running:3@n1; r1=running:3{r1,r2} r2=failed r3=stopped:2; silent=n2; recorded=3; map=r1,r2`
+fn world(text: &str) -> Observed {
+    let mut o = Observed {
+        now: now(),
+        random: 7,
+        volume: Volume::new("v", VolumeSpec { size: SizeBytes(10), number_of_replicas: 3, ..Default::default() }),
+        engine: None,
+        replicas: vec![],
+        image: None,
+        disks: Disks::default(),
+        silent_since: BTreeMap::new(),
+        loads: BTreeMap::new(),
+        settings: Settings::default(),
+        restart: Retry::default(),
+    };
+    o.volume.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    for n in 1..=3 {
+        o.disks.list.push(disk(n, Health::Ready));
+        o.disks.nodes.insert(format!("n{n}"), Health::Ready);
+    }
+    let mut engine = Engine::new("v-e-0", EngineSpec { volume_size: SizeBytes(10), ..Default::default() });
+    let mut has_engine = false;
+    for part in text.split(';').map(str::trim).filter(|p| !p.is_empty()) {
+        let (key, value) = part.split_once('=').unwrap();
+        match key {
+            "on" => o.volume.spec.node_id = value.into(),
+            "nodes" => o.disks.list.truncate(value.parse().unwrap()),
+            "silent" => {
+                let health = Health::Unknown(format!("node {value} does not answer"));
+                o.disks.nodes.insert(value.into(), health.clone());
+                o.disks.list.iter_mut().filter(|d| d.node == value).for_each(|d| d.health = health.clone());
+            }
+            "recorded" => engine.spec.generation = value.parse().unwrap(),
+            "dropped" => {
+                engine.status.get_or_insert_default().replica_mode_map.insert(value.into(), ReplicaMode::Err);
+            }
+            "engine" => {
+                has_engine = true;
+                let (state, rest) = value.split_once(':').unwrap();
+                let (generation, node) = rest.split_once('@').unwrap();
+                engine.spec.node_id = node.into();
+                let status = engine.status.get_or_insert_default();
+                status.generation = generation.parse().unwrap();
+                status.current_state = state_of(state);
+                if state == "running" {
+                    status.endpoint = "/dev/loop0".into();
+                }
+            }
+            "wish" => engine.spec.desire_state = DesireState::Running,
+            "map" => {
+                for name in value.split(',') {
+                    engine.spec.replica_address_map.insert(name.into(), "ip:1".into());
+                    engine
+                        .status
+                        .get_or_insert_default()
+                        .replica_mode_map
+                        .entry(name.into())
+                        .or_insert(ReplicaMode::Rw);
+                }
+            }
+            _ => part.split_whitespace().for_each(|text| add_replica(&mut o, text)),
+        }
+    }
+    if has_engine {
+        engine.status.get_or_insert_with(EngineStatus::default);
+        o.engine = Some(engine);
+    }
+    o
+}
+
+fn state_of(text: &str) -> InstanceState {
+    match text {
+        "running" => InstanceState::Running,
+        "starting" => InstanceState::Starting,
+        "stopping" => InstanceState::Stopping,
+        "error" => InstanceState::Error,
+        "stopped" => InstanceState::Stopped,
+        _ => InstanceState::NotStarted,
+    }
+}
+
+fn add_replica(o: &mut Observed, text: &str) {
+    let (name, rest) = text.split_once('=').unwrap();
+    let n = &name[1..];
+    let mut replica = Replica::new(name, ReplicaSpec::default());
+    replica.spec.node_id = format!("n{n}");
+    replica.spec.disk_id = format!("d{n}");
+    if rest == "failed" {
+        replica.spec.failed_at = "2025-01-01T00:00:00Z".into();
+        replica.spec.failed_reason = "gone".into();
+        replica.status = Some(ReplicaStatus { current_state: InstanceState::Stopped, ..Default::default() });
+    } else {
+        let (state, record) = rest.split_once(':').unwrap();
+        let (generation, members) = record.split_once('{').unwrap_or((record, "}clean"));
+        let (members, clean) = members.split_once('}').unwrap();
+        let state = state_of(state);
+        if state != InstanceState::Stopped {
+            replica.spec.desire_state = DesireState::Running;
+            replica.spec.active = true;
+        }
+        replica.status = Some(ReplicaStatus {
+            current_state: state,
+            ip: "ip".into(),
+            port: 1,
+            generation: generation.parse().unwrap(),
+            generation_members: members.split(',').filter(|m| !m.is_empty()).map(str::to_owned).collect(),
+            clean: clean == "clean",
+            ..Default::default()
+        });
+    }
+    o.replicas.push(replica);
+}
+
+fn check(text: &str, expected: Expect) {
+    let decision = decide(&world(text));
+    let mut lines: Vec<String> = decision
+        .actions
+        .iter()
+        .map(|action| match action {
+            Action::CreateReplica(r) => format!("create replica on {}", r.spec.disk_id),
+            Action::CreateEngine(_) => "create engine".into(),
+            Action::SetReplicaSpec { name, spec } if !spec.failed_at.is_empty() => {
+                format!("fail {name}: {}", spec.failed_reason)
+            }
+            Action::SetReplicaSpec { name, spec } => format!("{name} {:?}", spec.desire_state),
+            Action::SetEngineSpec(spec) => {
+                let map = spec.replica_address_map.keys().cloned().collect::<Vec<_>>().join(",");
+                let compare = if spec.compare_replicas { " compare" } else { "" };
+                format!(
+                    "engine {:?} at {} with {map} above {}{compare}",
+                    spec.desire_state, spec.node_id, spec.generation
+                )
+            }
+            other => format!("{other:?}"),
+        })
+        .collect();
+    let status = &decision.status;
+    let ready = condition::find(&status.conditions, READY).unwrap();
+    lines.push(format!("{:?} {:?} {}: {}", status.state, status.robustness, ready.reason, ready.message));
+    expected.assert_eq(&lines.join("\n"));
+}
+
+#[test]
+fn places_replicas_on_distinct_disks() {
+    check(
+        "",
+        expect![[r#"
+        create engine
+        create replica on d2
+        create replica on d3
+        create replica on d1
+        Detached Unknown Detached: it can be attached"#]],
+    );
+}
+
+#[test]
+fn says_what_has_no_place() {
+    check(
+        "nodes=1",
+        expect![[r#"
+        create engine
+        create replica on d1
+        Detached Unknown Detached: it can be attached"#]],
+    );
+    check(
+        "nodes=0",
+        expect![[r#"
+        create engine
+        Creating Unknown NoEligibleDisk: 0 of 3 replicas have a place: there is no other disk"#]],
+    );
+}
+
+#[test]
+fn starts_replicas_then_the_engine() {
+    check(
+        "on=n1; engine=stopped:0@; r1=stopped:0 r2=stopped:0 r3=stopped:0",
+        expect![[r#"
+        r1 Running
+        r2 Running
+        r3 Running
+        Attaching Unknown Attaching: waits for replica r1 on node n1: it is starting; r2 on node n2: it is starting; r3 on node n3: it is starting"#]],
+    );
+    check(
+        "on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=starting:0",
+        expect!["Attaching Unknown Attaching: waits for replica r3 on node n3: it is starting"],
+    );
+    check(
+        "on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=running:0",
+        expect![[r#"
+        engine Running at n1 with r1,r2,r3 above 0
+        Attaching Unknown Attaching: the engine on node n1 is starting"#]],
+    );
+}
+
+#[test]
+fn leaves_stale_and_silent_replicas_out_and_marks_them() {
+    check(
+        "on=n1; engine=stopped:3@n2; r1=running:3{r1,r2} r2=running:3{r1,r2} r3=running:2{r1,r2,r3}",
+        expect![[r#"
+        fail r3: stale: it stopped at generation 2 and the volume went on to 3 without it
+        engine Running at n1 with r1,r2 above 3 compare
+        Attaching Unknown Attaching: the engine on node n1 is starting"#]],
+    );
+    check(
+        "on=n1; silent=n3; engine=stopped:3@n2; r1=running:3{r1,r2,r3}clean r2=running:3{r1,r2,r3}clean r3=running:3{r1,r2,r3}clean",
+        expect![[r#"
+        fail r3: the volume was attached without it: node n3 does not answer
+        engine Running at n1 with r1,r2 above 3
+        Attaching Unknown Attaching: the engine on node n1 is starting"#]],
+    );
+}
+
+#[test]
+fn refuses_a_lone_stale_replica() {
+    check(
+        "on=n1; recorded=5; engine=stopped:5@n1; r1=running:4{r1,r2,r3} r2=failed r3=failed",
+        expect![
+            "Attaching Faulted StaleReplica: the newest replica in sight is of generation 4, but the volume has reached generation 5: newer writes are on replicas that are not in sight"
+        ],
+    );
+}
+
+#[test]
+fn takes_over_what_the_engine_dropped() {
+    check(
+        "on=n1; wish=; engine=running:4@n1; map=r1,r2,r3; dropped=r2; recorded=3; r1=running:4{r1,r3} r2=running:3{r1,r2,r3} r3=running:4{r1,r3}",
+        expect![[r#"
+        fail r2: the engine dropped it
+        engine Running at n1 with r1,r3 above 4
+        Attached Degraded Degraded: 2 of 3 replicas are in sync: r2 on node n2: the engine dropped it"#]],
+    );
+}
+
+#[test]
+fn is_faulted_when_every_replica_has_failed() {
+    check(
+        "on=n1; engine=stopped:4@n1; r1=failed r2=failed r3=failed",
+        expect![[r#"
+        engine Stopped at n1 with  above 4
+        Attaching Faulted Faulted: every replica has failed; their data is untouched: r1 on node n1: gone; r2 on node n2: gone; r3 on node n3: gone"#]],
+    );
+}
+
+#[test]
+fn never_attaches_elsewhere_while_an_engine_may_still_write() {
+    check(
+        "on=n2; wish=; silent=n1; engine=running:4@n1; map=r1,r2,r3; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
+        expect![[r#"
+        engine Stopped at n1 with r1,r2,r3 above 4
+        Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer; the engine on node n1 may still write"#]],
+    );
+    check(
+        "on=n2; engine=stopping:4@n1; map=r1,r2,r3; recorded=4; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
+        expect![
+            "Detaching Unknown Detaching: it must be detached from node n1 first: the engine on node n1 is stopping"
+        ],
+    );
+}
+
+#[test]
+fn detaches_the_engine_before_the_replicas() {
+    check(
+        "wish=; engine=running:4@n1; map=r1,r2,r3; recorded=4; r1=running:4 r2=running:4 r3=running:4",
+        expect![[r#"
+        engine Stopped at n1 with r1,r2,r3 above 4
+        Detaching Unknown Detaching: detachment waits: the engine on node n1 is being stopped"#]],
+    );
+    check(
+        "engine=stopped:4@n1; map=r1,r2,r3; recorded=4; r1=running:4 r2=running:4 r3=running:4",
+        expect![[r#"
+        r1 Stopped
+        r2 Stopped
+        r3 Stopped
+        Detached Unknown Detached: it can be attached"#]],
+    );
+}
+
+#[test]
+fn starts_replicas_again_whose_process_ended() {
+    check(
+        "on=n1; engine=stopped:4@n1; recorded=4; r1=error:4{r1,r2,r3} r2=error:4{r1,r2,r3} r3=error:4{r1,r2,r3}",
+        expect![[r#"
+            r1 Stopped
+            r2 Stopped
+            r3 Stopped
+            Attaching Unknown Attaching: waits for replica r1 on node n1: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r2 on node n2: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r3 on node n3: its process ended; it is started again, not before 2026-01-01T00:00:01Z"#]],
+    );
+}

@@ -1,0 +1,122 @@
+//! Images, their copies and data sources.
+
+use api::BackingImage;
+use api::condition;
+use api::image::{CopyState, DiskFileStatus};
+use api::names::condition::READY;
+
+use super::{Story, sentence_end};
+
+/// Whether an image can be used.
+pub(super) fn is_ready(image: &BackingImage) -> bool {
+    let Some(status) = &image.status else { return false };
+    match condition::find(&status.conditions, READY) {
+        Some(ready) => ready.is_true(),
+        None => status.disk_file_status_map.values().any(|c| c.state == CopyState::Ready),
+    }
+}
+
+impl Story<'_> {
+    pub(super) fn image(&mut self, name: &str) -> bool {
+        let Some(image) = self.world.images.iter().find(|i| i.metadata.name.as_deref() == Some(name)) else {
+            return false;
+        };
+        let status = image.status.clone().unwrap_or_default();
+        let mut disks: Vec<String> =
+            image.spec.disk_file_spec_map.keys().chain(status.disk_file_status_map.keys()).cloned().collect();
+        disks.sort();
+        disks.dedup();
+        let state = |disk: &String| status.disk_file_status_map.get(disk).map(|c| c.state).unwrap_or_default();
+        let ready = disks.iter().filter(|d| state(d) == CopyState::Ready).count();
+        let word = match (image.metadata.deletion_timestamp.is_some(), is_ready(image)) {
+            (true, _) => "is being deleted",
+            (false, true) => "is ready",
+            (false, false) => "is not ready",
+        };
+        self.say(format!("Image `{name}` {word}: {ready} of {} copies are ready.", disks.len()));
+        self.below(|s| {
+            s.problems(&status.conditions);
+            let prepared = s
+                .world
+                .data_sources
+                .iter()
+                .any(|d| d.metadata.name.as_deref() == Some(name) && !d.spec.file_transferred);
+            if prepared && ready == 0 {
+                s.data_source(name);
+            }
+            for disk in disks.iter().filter(|d| state(d) != CopyState::Ready) {
+                s.copy(name, disk);
+            }
+        });
+        true
+    }
+
+    /// One copy of an image.
+    pub(super) fn copy(&mut self, image: &str, disk: &str) {
+        let Some(found) = self.world.images.iter().find(|i| i.metadata.name.as_deref() == Some(image)) else {
+            self.say(format!("Image `{image}` does not exist."));
+            return;
+        };
+        let copy = found.status.as_ref().and_then(|s| s.disk_file_status_map.get(disk)).cloned().unwrap_or_default();
+        let place = self.place_of(disk);
+        let text = match copy.state {
+            CopyState::Ready => format!("The copy of image `{image}` on {place} is ready."),
+            CopyState::NotStarted => format!("The copy of image `{image}` on {place} is not begun yet."),
+            CopyState::InProgress => format!("The copy of image `{image}` on {place} is at {} %.", copy.progress),
+            state => format!("The copy of image `{image}` on {place} is {}.", state.as_str()),
+        };
+        let text = text + &self.details(&copy);
+        self.say(text);
+        if copy.state != CopyState::Ready {
+            self.below(|s| {
+                s.disk_problems(disk);
+                s.manager_problems(disk);
+            });
+        }
+    }
+
+    fn details(&self, copy: &DiskFileStatus) -> String {
+        let mut text = String::new();
+        if !copy.message.is_empty() && copy.state != CopyState::Ready {
+            text += &format!(" {}", sentence_end(&copy.message));
+        }
+        if copy.state == CopyState::Failed
+            && let Some(since) = self.ago(&copy.last_state_transition_time)
+        {
+            text += &format!(" Since {since}.");
+        }
+        text + &self.next_attempt(&copy.next_retry_time)
+    }
+
+    pub(super) fn data_source(&mut self, name: &str) -> bool {
+        let found = self.world.data_sources.iter().find(|d| d.metadata.name.as_deref() == Some(name));
+        let Some(source) = found else { return false };
+        let status = source.status.clone().unwrap_or_default();
+        let place = self.place_of(&source.spec.disk_uuid);
+        let kind = source.spec.source_type.map_or("download", |t| t.as_str());
+        if source.spec.file_transferred {
+            self.say(format!("The {kind} of image `{name}` is done."));
+            return true;
+        }
+        let mut text = match status.current_state {
+            CopyState::NotStarted | CopyState::Pending => {
+                format!("The {kind} of image `{name}` to {place} has not begun.")
+            }
+            CopyState::InProgress => format!("The {kind} of image `{name}` to {place} is at {} %.", status.progress),
+            state => format!("The {kind} of image `{name}` to {place} is {}.", state.as_str()),
+        };
+        if !status.message.is_empty() {
+            text += &format!(" {}", sentence_end(&status.message));
+        }
+        if status.failures > 0 {
+            text += &format!(" It failed {} times.", status.failures);
+        }
+        text += &self.next_attempt(&status.next_retry_time);
+        self.say(text);
+        self.below(|s| {
+            s.problems(&status.conditions);
+            s.disk_problems(&source.spec.disk_uuid);
+        });
+        true
+    }
+}

@@ -1,0 +1,124 @@
+//! Nodes, their disks and the managers of those.
+
+use api::manager::ManagerState;
+use api::names::condition::READY;
+use api::node::DiskStatus;
+use api::{Node, condition};
+
+use super::{Story, is_problem};
+
+impl Story<'_> {
+    /// `disk-1 of node-1`, or the UUID of a disk that nobody reports.
+    pub(super) fn place_of(&self, disk: &str) -> String {
+        match self.find_disk(disk) {
+            Some((node, name, _)) => format!("`{name}` of `{}`", node.metadata.name.as_deref().unwrap_or_default()),
+            None if disk.is_empty() => "no disk yet".into(),
+            None => format!("disk {disk}, which no node reports"),
+        }
+    }
+
+    fn find_disk(&self, uuid: &str) -> Option<(Node, String, DiskStatus)> {
+        self.world.nodes.iter().find_map(|node| {
+            let disks = &node.status.as_ref()?.disk_status;
+            let (name, status) = disks.iter().find(|(_, d)| d.disk_uuid == uuid && !uuid.is_empty())?;
+            Some((node.clone(), name.clone(), status.clone()))
+        })
+    }
+
+    /// What is wrong with a disk or its node.
+    pub(super) fn disk_problems(&mut self, uuid: &str) {
+        let Some((node, name, status)) = self.find_disk(uuid) else { return };
+        let node_name = node.metadata.name.clone().unwrap_or_default();
+        let conditions = node.status.unwrap_or_default().conditions;
+        if condition::find(&conditions, READY).is_some_and(is_problem) {
+            self.say(format!("Node `{node_name}` is not ready."));
+            self.below(|s| s.problems(&conditions));
+        }
+        if status.conditions.iter().any(is_problem) {
+            self.say(format!("Disk `{name}` of node `{node_name}` is not usable."));
+            self.below(|s| s.problems(&status.conditions));
+        }
+    }
+
+    /// What is wrong with the manager of a disk.
+    pub(super) fn manager_problems(&mut self, disk: &str) {
+        let found = self.world.managers.iter().find(|m| m.spec.disk_uuid == disk);
+        let Some(manager) = found else { return };
+        let state = manager.status.as_ref().map(|s| s.current_state).unwrap_or_default();
+        if state != ManagerState::Running {
+            let name = manager.metadata.name.clone().unwrap_or_default();
+            self.manager(&name);
+        }
+    }
+
+    pub(super) fn manager(&mut self, name: &str) -> bool {
+        let found = self.world.managers.iter().find(|m| m.metadata.name.as_deref() == Some(name));
+        let Some(manager) = found else { return false };
+        let status = manager.status.clone().unwrap_or_default();
+        let word = match status.current_state {
+            ManagerState::Running => "running",
+            ManagerState::NotStarted => "not started yet",
+            ManagerState::Starting => "starting",
+            ManagerState::Stopped => "stopped",
+            ManagerState::Error => "in error",
+            ManagerState::Unknown => "unknown, it does not answer",
+        };
+        let place = self.place_of(&manager.spec.disk_uuid);
+        self.say(format!(
+            "The manager of {place} (`{name}`) is {word}, with {} images.",
+            manager.spec.backing_images.len()
+        ));
+        self.below(|s| {
+            s.problems(&status.conditions);
+            for (image, file) in &status.backing_image_file_map {
+                if !file.message.is_empty() && file.state != api::image::CopyState::Ready {
+                    let retry = s.next_attempt(&file.next_retry_time);
+                    s.say(format!(
+                        "Image `{image}` is {} there: {}{retry}",
+                        file.state.as_str(),
+                        super::sentence_end(&file.message)
+                    ));
+                }
+            }
+        });
+        true
+    }
+
+    pub(super) fn node(&mut self, name: &str) -> bool {
+        let Some(node) = self.world.nodes.iter().find(|n| n.metadata.name.as_deref() == Some(name)) else {
+            return false;
+        };
+        let status = node.status.clone().unwrap_or_default();
+        let ready = condition::find(&status.conditions, READY);
+        let word = match ready {
+            Some(ready) if ready.is_true() => "ready",
+            Some(_) => "not ready",
+            None => "not reported yet by its instance role",
+        };
+        let closed = if node.spec.allow_scheduling {
+            ""
+        } else {
+            ", closed for new replicas and copies (allowScheduling is false)"
+        };
+        self.say(format!("Node `{name}` is {word}{closed}, with {} disks.", status.disk_status.len()));
+        self.below(|s| {
+            s.problems(&status.conditions);
+            for (disk, spec) in &node.spec.disks {
+                match status.disk_status.get(disk) {
+                    None => s.say(format!("Disk `{disk}` at `{}` is not reported yet.", spec.path)),
+                    Some(reported) if reported.conditions.iter().any(is_problem) => {
+                        s.say(format!("Disk `{disk}` at `{}` is not usable.", spec.path));
+                        s.below(|s| s.problems(&reported.conditions));
+                    }
+                    Some(_) if !spec.allow_scheduling => {
+                        s.say(format!(
+                            "Disk `{disk}` is closed for new replicas and copies (allowScheduling is false)."
+                        ));
+                    }
+                    Some(_) => {}
+                }
+            }
+        });
+        true
+    }
+}

@@ -1,0 +1,157 @@
+//! Chains as people read them.
+
+use api::Condition;
+use api::engine::InstanceState;
+use api::image::{CopyState, DiskFileSpec, DiskFileStatus};
+use api::node::DiskStatus;
+use expect_test::{Expect, expect};
+use k8s_openapi::api::core::v1::{PersistentVolumeClaimSpec, PersistentVolumeClaimStatus};
+
+use super::*;
+
+fn now() -> Timestamp {
+    "2026-01-01T00:10:00Z".parse().unwrap()
+}
+
+fn check(world: &World, subject: Subject, expected: Expect) {
+    expected.assert_eq(&render(&explain(world, &subject, now()).unwrap()));
+}
+
+fn node(name: &str, disk: &str) -> Node {
+    let mut node = Node::new(name, Default::default());
+    let ready = Condition::new(types::READY, ConditionStatus::True, "Ready", "");
+    let disk = DiskStatus { disk_uuid: disk.into(), disk_name: "disk-1".into(), ..Default::default() };
+    let disk_status = [("disk-1".to_owned(), disk)].into();
+    node.status = Some(api::node::NodeStatus { conditions: vec![ready], disk_status, ..Default::default() });
+    node
+}
+
+fn image(name: &str, copies: &[(&str, CopyState, &str)]) -> BackingImage {
+    let mut image = BackingImage::new(name, Default::default());
+    let mut status = api::image::BackingImageStatus::default();
+    for (disk, state, message) in copies {
+        image.spec.disk_file_spec_map.insert((*disk).into(), DiskFileSpec::default());
+        let copy = DiskFileStatus { state: *state, progress: 61, message: (*message).into(), ..Default::default() };
+        status.disk_file_status_map.insert((*disk).into(), copy);
+    }
+    image.status = Some(status);
+    image
+}
+
+fn volume(name: &str, state: VolumeState, robustness: Robustness) -> Volume {
+    let spec = api::volume::VolumeSpec {
+        node_id: "node-1".into(),
+        backing_image: "ubuntu".into(),
+        number_of_replicas: 2,
+        ..Default::default()
+    };
+    let mut volume = Volume::new(name, spec);
+    let current_node_id = "node-1".into();
+    volume.status = Some(api::volume::VolumeStatus { state, robustness, current_node_id, ..Default::default() });
+    volume
+}
+
+use api::volume::{Robustness, VolumeState};
+
+#[test]
+fn what_is_healthy_is_said_in_one_line() {
+    let mut world =
+        World { volumes: vec![volume("v", VolumeState::Attached, Robustness::Healthy)], ..Default::default() };
+    for name in ["v-r-1", "v-r-2"] {
+        let mut replica = Replica::new(name, Default::default());
+        replica.spec.volume_name = "v".into();
+        replica.status =
+            Some(api::replica::ReplicaStatus { current_state: InstanceState::Running, ..Default::default() });
+        world.replicas.push(replica);
+    }
+    world.images.push(image("ubuntu", &[("d1", CopyState::Ready, "")]));
+    world.nodes.push(node("node-1", "d1"));
+    check(
+        &world,
+        Subject::Volume("v".into()),
+        expect![[r#"
+        Volume `v` is attached to `node-1`, healthy: 2 of 2 replicas are good.
+    "#]],
+    );
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+        Image `ubuntu` is ready: 1 of 1 copies are ready.
+    "#]],
+    );
+    check(
+        &world,
+        Subject::Node("node-1".into()),
+        expect![[r#"
+        Node `node-1` is ready, with 1 disks.
+    "#]],
+    );
+}
+
+#[test]
+fn a_claim_leads_to_the_copy_that_is_missing() {
+    let mut world =
+        World { volumes: vec![volume("pvc-1", VolumeState::Attaching, Robustness::Unknown)], ..Default::default() };
+    let mut wait = Condition::new(
+        types::WAIT_FOR_BACKING_IMAGE,
+        ConditionStatus::True,
+        "Waiting",
+        "waits for copies of image ubuntu",
+    );
+    wait.last_transition_time = "2026-01-01T00:09:30Z".into();
+    world.volumes[0].status.as_mut().unwrap().conditions.push(wait);
+    let mut claim = PersistentVolumeClaim::default();
+    claim.metadata.name = Some("data".into());
+    claim.metadata.namespace = Some("default".into());
+    claim.spec = Some(PersistentVolumeClaimSpec { volume_name: Some("pvc-1".into()), ..Default::default() });
+    claim.status = Some(PersistentVolumeClaimStatus { phase: Some("Bound".into()), ..Default::default() });
+    world.claims.push(claim);
+    let mut replica = Replica::new("pvc-1-r-1", Default::default());
+    replica.spec.volume_name = "pvc-1".into();
+    replica.spec.desire_state = api::engine::DesireState::Running;
+    replica.spec.disk_id = "d2".into();
+    replica.spec.backing_image = "ubuntu".into();
+    world.replicas.push(replica);
+    world
+        .images
+        .push(image("ubuntu", &[("d1", CopyState::Ready, ""), ("d2", CopyState::Failed, "no space left on the disk")]));
+    let copies = &mut world.images[0].status.as_mut().unwrap().disk_file_status_map;
+    copies.get_mut("d2").unwrap().next_retry_time = "2026-01-01T00:10:20Z".into();
+    world.nodes = vec![node("node-1", "d1"), node("node-2", "d2")];
+    let subject = Subject::Claim { namespace: "default".into(), name: "data".into() };
+    check(
+        &world,
+        subject,
+        expect![[r#"
+        Claim `default/data` is bound to `pvc-1`.
+          Volume `pvc-1` is being attached to `node-1`: 1 of 2 replicas are good.
+            Waits for copies of image ubuntu. Since 30s.
+            Replica `pvc-1-r-1` on `disk-1` of `node-2` is not started yet.
+              The copy of image `ubuntu` on `disk-1` of `node-2` is failed. No space left on the disk. Next attempt in 20s.
+            Image `ubuntu` is ready: 1 of 2 copies are ready.
+              The copy of image `ubuntu` on `disk-1` of `node-2` is failed. No space left on the disk. Next attempt in 20s.
+    "#]],
+    );
+}
+
+#[test]
+fn says_what_the_user_can_do() {
+    let mut world = World::default();
+    let mut broken = image("ubuntu", &[]);
+    let mut ready = Condition::new(types::READY, ConditionStatus::False, "Invalid", "the URL answered 404")
+        .with_hint("correct `spec.sourceParameters.url`");
+    ready.last_transition_time = "2026-01-01T00:00:00Z".into();
+    ready.next_retry_time = "2026-01-01T00:09:00Z".into();
+    broken.status.as_mut().unwrap().conditions.push(ready);
+    world.images.push(broken);
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+        Image `ubuntu` is not ready: 0 of 0 copies are ready.
+          The URL answered 404. Since 10m. The next attempt is due now. You can: Correct `spec.sourceParameters.url`.
+    "#]],
+    );
+    assert_eq!(explain(&world, &Subject::Image("other".into()), now()), None);
+}

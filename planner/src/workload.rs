@@ -1,0 +1,35 @@
+//! Role processes as decisions see them.
+
+use std::collections::BTreeMap;
+
+/// What shall run; the adapter turns it into a specification of the `workloads` room.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    pub name: String,
+    pub node: String,
+    pub labels: BTreeMap<String, String>,
+    pub args: Vec<String>,
+    pub disk_path: String,
+    pub ready_ports: Vec<u16>,
+}
+
+/// How it does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    Starting,
+    Running,
+    /// It ended; the sentence says how.
+    Failed(String),
+    /// Its node does not answer.
+    Unknown(String),
+}
+
+/// A workload that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// What it was started as.
+    pub wish: Wish,
+    pub state: State,
+    /// Empty until it has one.
+    pub ip: String,
+}

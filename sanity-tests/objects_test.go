@@ -1,0 +1,279 @@
+package sanitytests
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+type metadata struct {
+	Name              string            `json:"name"`
+	Namespace         string            `json:"namespace"`
+	UID               string            `json:"uid"`
+	Labels            map[string]string `json:"labels"`
+	DeletionTimestamp string            `json:"deletionTimestamp"`
+}
+
+type condition struct {
+	Type          string `json:"type"`
+	Status        string `json:"status"`
+	Reason        string `json:"reason"`
+	Message       string `json:"message"`
+	Hint          string `json:"hint"`
+	NextRetryTime string `json:"nextRetryTime"`
+}
+
+// object is what every object has.
+type object struct {
+	APIVersion string   `json:"apiVersion"`
+	Kind       string   `json:"kind"`
+	Metadata   metadata `json:"metadata"`
+}
+
+type imageObject struct {
+	object
+	Spec struct {
+		Checksum          string            `json:"checksum"`
+		SourceType        string            `json:"sourceType"`
+		SourceParameters  map[string]string `json:"sourceParameters"`
+		MinNumberOfCopies int               `json:"minNumberOfCopies"`
+		DiskFileSpecMap   map[string]any    `json:"diskFileSpecMap"`
+		NodeSelector      []string          `json:"nodeSelector"`
+		DiskSelector      []string          `json:"diskSelector"`
+	} `json:"spec"`
+	Status struct {
+		UUID              string                    `json:"uuid"`
+		Size              int64                     `json:"size"`
+		VirtualSize       int64                     `json:"virtualSize"`
+		Checksum          string                    `json:"checksum"`
+		Format            string                    `json:"format"`
+		DiskFileStatusMap map[string]diskFileStatus `json:"diskFileStatusMap"`
+		Conditions        []condition               `json:"conditions"`
+	} `json:"status"`
+}
+
+type diskFileStatus struct {
+	State    string `json:"state"`
+	Progress int    `json:"progress"`
+	Message  string `json:"message"`
+}
+
+type volumeObject struct {
+	object
+	Spec struct {
+		Size         string `json:"size"`
+		NodeID       string `json:"nodeID"`
+		BackingImage string `json:"backingImage"`
+	} `json:"spec"`
+	Status struct {
+		State         string      `json:"state"`
+		Robustness    string      `json:"robustness"`
+		CurrentNodeID string      `json:"currentNodeID"`
+		Conditions    []condition `json:"conditions"`
+	} `json:"status"`
+}
+
+type replicaObject struct {
+	object
+	Spec struct {
+		VolumeName        string `json:"volumeName"`
+		NodeID            string `json:"nodeID"`
+		FailedAt          string `json:"failedAt"`
+		FailedReason      string `json:"failedReason"`
+		DiskPath          string `json:"diskPath"`
+		DataDirectoryName string `json:"dataDirectoryName"`
+	} `json:"spec"`
+	Status struct {
+		CurrentState string `json:"currentState"`
+		Generation   int    `json:"generation"`
+	} `json:"status"`
+}
+
+// dir is the directory of its files.
+func (r replicaObject) dir() string {
+	return filepath.Join(r.Spec.DiskPath, "replicas", r.Spec.DataDirectoryName)
+}
+
+type engineObject struct {
+	object
+	Spec struct {
+		VolumeName string `json:"volumeName"`
+	} `json:"spec"`
+	Status struct {
+		CurrentState string `json:"currentState"`
+		Endpoint     string `json:"endpoint"`
+		Generation   int    `json:"generation"`
+	} `json:"status"`
+}
+
+type managerObject struct {
+	object
+	Spec struct {
+		NodeID   string `json:"nodeID"`
+		DiskUUID string `json:"diskUUID"`
+		DiskPath string `json:"diskPath"`
+	} `json:"spec"`
+	Status struct {
+		CurrentState string `json:"currentState"`
+		IP           string `json:"ip"`
+	} `json:"status"`
+}
+
+type claimObject struct {
+	object
+	Spec struct {
+		VolumeName string `json:"volumeName"`
+	} `json:"spec"`
+	Status struct {
+		Phase string `json:"phase"`
+	} `json:"status"`
+}
+
+type persistentVolumeObject struct {
+	object
+	Spec struct {
+		CSI struct {
+			VolumeHandle string `json:"volumeHandle"`
+		} `json:"csi"`
+	} `json:"spec"`
+}
+
+// tryGet reads one object; notFound is an outcome.
+func tryGet[T any](i *instance, kind, name string) (value T, notFound bool, err error) {
+	stdout, stderr, code := i.run("", "get", kind, name, "-o", "json")
+	switch code {
+	case 0:
+		err = json.Unmarshal([]byte(stdout), &value)
+	case 3:
+		notFound = true
+	default:
+		err = fmt.Errorf("get %s %s: exit code %d: %s", kind, name, code, stderr)
+	}
+	return value, notFound, err
+}
+
+func get[T any](t testing.TB, i *instance, kind, name string) T {
+	t.Helper()
+	value, notFound, err := tryGet[T](i, kind, name)
+	if err != nil || notFound {
+		t.Fatalf("%s %s: not found %v, %v", kind, name, notFound, err)
+	}
+	return value
+}
+
+func tryList[T any](i *instance, kind string) ([]T, error) {
+	stdout, stderr, code := i.run("", "get", kind, "-o", "json")
+	if code != 0 {
+		return nil, fmt.Errorf("get %s: exit code %d: %s", kind, code, stderr)
+	}
+	var list struct {
+		Kind  string `json:"kind"`
+		Items []T    `json:"items"`
+	}
+	if err := json.Unmarshal([]byte(stdout), &list); err != nil {
+		return nil, err
+	}
+	if !strings.HasSuffix(list.Kind, "List") {
+		return nil, fmt.Errorf("get %s: kind is `%s`, want a List", kind, list.Kind)
+	}
+	return list.Items, nil
+}
+
+func list[T any](t testing.TB, i *instance, kind string) []T {
+	t.Helper()
+	items, err := tryList[T](i, kind)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return items
+}
+
+// until waits for a state of one object and returns it.
+func until[T any](t testing.TB, i *instance, within time.Duration, kind, name, what string, holds func(T) bool) T {
+	t.Helper()
+	var value T
+	eventually(t, within, fmt.Sprintf("%s %s: %s", kind, name, what), func() (bool, string) {
+		var notFound bool
+		var err error
+		if value, notFound, err = tryGet[T](i, kind, name); err != nil {
+			return false, err.Error()
+		}
+		if notFound {
+			return false, "it does not exist"
+		}
+		text, _ := json.Marshal(value)
+		return holds(value), string(text)
+	})
+	return value
+}
+
+// untilGone waits until an object does not exist.
+func untilGone(t testing.TB, i *instance, within time.Duration, kind, name string) {
+	t.Helper()
+	eventually(t, within, fmt.Sprintf("%s %s goes away", kind, name), func() (bool, string) {
+		_, notFound, err := tryGet[object](i, kind, name)
+		return notFound, fmt.Sprintf("it exists (%v); %s", err, i.why(kind, name))
+	})
+}
+
+// conditionOf finds a condition; its zero value when it was never set.
+func conditionOf(conditions []condition, kind string) condition {
+	for _, c := range conditions {
+		if c.Type == kind {
+			return c
+		}
+	}
+	return condition{}
+}
+
+// volumeOf is the volume behind a claim, once it is bound.
+func volumeOf(t testing.TB, i *instance, claim string) string {
+	t.Helper()
+	bound := until(t, i, 20*time.Second, "pvc", claim, "is bound", func(c claimObject) bool {
+		return c.Status.Phase == "Bound" && c.Spec.VolumeName != ""
+	})
+	return get[persistentVolumeObject](t, i, "pv", bound.Spec.VolumeName).Spec.CSI.VolumeHandle
+}
+
+// replicasOf lists the replicas of a volume.
+func replicasOf(t testing.TB, i *instance, volume string) []replicaObject {
+	t.Helper()
+	var own []replicaObject
+	for _, r := range list[replicaObject](t, i, "replica") {
+		if r.Spec.VolumeName == volume {
+			own = append(own, r)
+		}
+	}
+	return own
+}
+
+// engineOf is the engine of a volume.
+func engineOf(t testing.TB, i *instance, volume string) engineObject {
+	t.Helper()
+	for _, e := range list[engineObject](t, i, "engine") {
+		if e.Spec.VolumeName == volume {
+			return e
+		}
+	}
+	t.Fatalf("volume %s has no engine", volume)
+	return engineObject{}
+}
+
+// untilRobust waits for a robustness of a volume.
+func untilRobust(t testing.TB, i *instance, volume, robustness string) volumeObject {
+	t.Helper()
+	return until(t, i, 30*time.Second, "volume", volume, "is "+robustness, func(v volumeObject) bool {
+		return v.Status.Robustness == robustness
+	})
+}
+
+// untilState waits for a state of a volume.
+func untilState(t testing.TB, i *instance, volume, state string) volumeObject {
+	t.Helper()
+	return until(t, i, 30*time.Second, "volume", volume, "is "+state, func(v volumeObject) bool {
+		return v.Status.State == state
+	})
+}

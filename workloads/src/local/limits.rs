@@ -1,0 +1,39 @@
+//! Bounds and times of local workloads.
+
+use std::time::Duration;
+
+/// How long a workload may take to end after SIGTERM. A pod gets 30 s by default; our roles need no more than this.
+pub const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// The same for one that was not ready in time: it has nothing to finish.
+pub const LATE_GRACE: Duration = Duration::from_secs(1);
+
+/// How long SIGKILL may take. Longer means a process that hangs in the kernel.
+pub const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The first wait between two looks whether a workload is ready. A role process listens a few milliseconds after its start.
+pub const READY_WAIT_FIRST: Duration = Duration::from_millis(2);
+
+/// The longest wait between two looks.
+pub const READY_WAIT_MAX: Duration = Duration::from_millis(250);
+
+/// How long one connection attempt may take. It stays on this machine.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Bytes of a log file that start its shortening.
+pub const LOG_BYTES: u64 = 8 << 20;
+
+/// Bytes that stay when a log file is shortened.
+pub const LOG_KEPT_BYTES: u64 = 1 << 20;
+
+/// How often sizes of log files are looked at.
+pub const LOG_CHECK_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Lines of the log that a failure shows.
+pub const MESSAGE_LINES: usize = 8;
+
+/// Bytes of the log that a failure shows. The sentence goes into the status of an object.
+pub const MESSAGE_BYTES: u64 = 2048;
+
+/// State changes that a slow listener may be behind; beyond that it is told the name of every workload.
+pub const CHANGES: usize = 256;

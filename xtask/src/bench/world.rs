@@ -1,0 +1,150 @@
+//! One standalone instance to measure: start, command line, processes, end.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How often a condition is looked at: well below what is measured.
+const PROBE_EVERY: Duration = Duration::from_millis(5);
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// An instance on a temporary directory; dropping it ends everything.
+pub struct World {
+    binary: PathBuf,
+    server: String,
+    daemon: Child,
+    dir: TempDir,
+}
+
+impl World {
+    /// Starts an instance and waits until it is ready.
+    pub fn start(binary: &Path, nodes: u32) -> anyhow::Result<World> {
+        let dir = TempDir::with_prefix("backing-image-bench-")?;
+        let listen = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let log = fs::File::create(dir.path().join("daemon.log"))?;
+        let daemon = Command::new(binary)
+            .args(["standalone", "--nodes", &nodes.to_string(), "--listen", &listen, "--data"])
+            .arg(dir.path().join("data"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("cannot start {}", binary.display()))?;
+        let world = World { binary: binary.to_owned(), server: format!("http://{listen}"), daemon, dir };
+        wait(|| Ok(world.data().join("ready").exists().then_some(()))).context("the instance did not become ready")?;
+        Ok(world)
+    }
+
+    /// `DIR` of the instance.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// A place for files of the measurement, on the same filesystem.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Calls the command line; fails with what it said.
+    pub fn cli(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output =
+            Command::new(&self.binary).args(arguments).env("BACKING_IMAGE_CSI_SERVER", &self.server).output()?;
+        if !output.status.success() {
+            bail!("{}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// One object, or a list.
+    pub fn get(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+        let text = self.cli(&[&["get"], arguments, &["-o", "json"]].concat())?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// Applies YAML.
+    pub fn apply(&self, yaml: &str) -> anyhow::Result<()> {
+        let file = self.scratch("apply.yaml");
+        fs::write(&file, yaml)?;
+        self.cli(&["apply", "-f", &file.to_string_lossy()]).map(drop)
+    }
+
+    /// Waits until so many copies of an image are ready.
+    pub fn wait_for_copies(&self, image: &str, copies: usize) -> anyhow::Result<()> {
+        wait(|| {
+            let object = self.get(&["backingimage", image])?;
+            let files = object["status"]["diskFileStatusMap"].as_object().cloned().unwrap_or_default();
+            Ok((files.values().filter(|f| f["state"] == "ready").count() >= copies).then_some(()))
+        })
+        .with_context(|| format!("image {image} has not {copies} ready copies"))
+    }
+
+    /// Pids of the instance's processes whose command line contains a word; an empty one finds all.
+    pub fn processes(&self, word: &str) -> Vec<u32> {
+        let data = self.data().to_string_lossy().into_owned();
+        let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
+        entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+            .filter(|pid| {
+                let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let line = String::from_utf8_lossy(&line).replace('\0', " ");
+                line.contains(word) && (line.contains(&data) || self.has_open(*pid))
+            })
+            .collect()
+    }
+
+    fn has_open(&self, pid: u32) -> bool {
+        let data = self.data();
+        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+        descriptors.flatten().any(|d| fs::read_link(d.path()).is_ok_and(|target| target.starts_with(&data)))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let stopped =
+            Command::new(&self.binary).args(["standalone", "stop", "--all", "--data"]).arg(self.data()).output();
+        if !stopped.is_ok_and(|o| o.status.success()) {
+            eprintln!("standalone stop --all failed; the daemon is killed");
+            let _ = self.daemon.kill();
+        }
+        let _ = self.daemon.wait();
+    }
+}
+
+/// A line of `/proc/PID/status` in MiB (`VmHWM`, `VmRSS`); 0 for a process that is gone.
+pub fn memory_mib(pid: u32, line: &str) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = status
+        .lines()
+        .find_map(|l| l.strip_prefix(line)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse::<f64>().ok());
+    kib.unwrap_or(0.0) / 1024.0
+}
+
+/// Probes until there is a value.
+pub fn wait<T>(mut probe: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
+    let began = Instant::now();
+    while began.elapsed() < DEADLINE {
+        if let Some(value) = probe()? {
+            return Ok(value);
+        }
+        thread::sleep(PROBE_EVERY);
+    }
+    bail!("not within {} s", DEADLINE.as_secs())
+}
+
+/// Runs a program that must succeed; returns how long it took.
+pub fn timed(program: &str, arguments: &[&str]) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    let output = Command::new(program).args(arguments).output().with_context(|| format!("cannot start {program}"))?;
+    if !output.status.success() {
+        bail!("{program} {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(began.elapsed())
+}

@@ -1,0 +1,118 @@
+//! What CI runs: one list of steps, a time for each, a table at the end.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+/// One check.
+struct Step {
+    name: &'static str,
+    what: Work,
+}
+
+enum Work {
+    /// In this process.
+    Call(fn(&Path) -> anyhow::Result<()>),
+    /// A program, its arguments, and the directory below the workspace root.
+    Run(&'static [&'static str], &'static str),
+}
+
+/// Cheap ones first; each build's artifacts serve as many steps as possible: clippy and tests share the dev profile, the sanity tests run the release binary.
+const STEPS: [Step; 9] = [
+    Step { name: "fmt", what: Work::Run(&["cargo", "fmt", "--all", "--check"], "") },
+    Step { name: "tidy", what: Work::Call(crate::tidy::run) },
+    Step { name: "generated", what: Work::Call(|_| crate::generate::run(true)) },
+    Step { name: "supply", what: Work::Call(crate::supply::run) },
+    Step { name: "vet", what: Work::Run(&["go", "vet", "./..."], "sanity-tests") },
+    Step {
+        name: "clippy",
+        what: Work::Run(&["cargo", "clippy", "--workspace", "--tests", "--locked", "--", "-D", "warnings"], ""),
+    },
+    Step { name: "test", what: Work::Run(&["cargo", "test", "--workspace", "--locked"], "") },
+    Step { name: "release", what: Work::Run(&["cargo", "build", "--release", "--locked"], "") },
+    Step {
+        name: "sanity",
+        what: Work::Run(&["go", "test", "-count=1", "-timeout=15m", "-v", "./..."], "sanity-tests"),
+    },
+];
+
+/// Runs the steps of these names (all when none is named), in order, until the first that fails.
+pub fn run(root: &Path, only: &[String]) -> anyhow::Result<()> {
+    if let Some(name) = only.iter().find(|name| !STEPS.iter().any(|s| s.name == name.as_str())) {
+        bail!("there is no step `{name}`; there are {}", STEPS.map(|s| s.name).join(", "));
+    }
+    let mut done: Vec<(&str, Duration, bool)> = vec![];
+    let mut failure = None;
+    for step in STEPS.iter().filter(|s| only.is_empty() || only.iter().any(|name| name == s.name)) {
+        eprintln!("== {}", step.name);
+        let began = Instant::now();
+        let result = step.run(root);
+        done.push((step.name, began.elapsed(), result.is_ok()));
+        if let Err(error) = result {
+            failure = Some(error.context(format!("step `{}` failed (alone: cargo xtask ci {})", step.name, step.name)));
+            break;
+        }
+    }
+    eprint!("{}", table(&done));
+    match failure {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+impl Step {
+    fn run(&self, root: &Path) -> anyhow::Result<()> {
+        match self.what {
+            Work::Call(call) => call(root),
+            Work::Run(command, directory) => {
+                let status = Command::new(command[0])
+                    .args(&command[1..])
+                    .current_dir(root.join(directory))
+                    .env("REQUIRE_REAL", "1")
+                    .env("BACKING_IMAGE_CSI_BINARY", crate::release_binary(root))
+                    .status()
+                    .with_context(|| format!("cannot start `{}`: is it installed?", command[0]))?;
+                if !status.success() {
+                    bail!("`{}` ended with {status}", command.join(" "));
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn table(done: &[(&str, Duration, bool)]) -> String {
+    let mut text = String::from("== summary\n");
+    for (name, took, ok) in done {
+        text += &format!("{:>8.1} s  {name:<10} {}\n", took.as_secs_f64(), if *ok { "ok" } else { "FAILED" });
+    }
+    let total: Duration = done.iter().map(|(_, took, _)| took).sum();
+    text + &format!("{:>8.1} s  total\n", total.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_a_step_that_does_not_exist() {
+        let error = run(Path::new("/"), &["tests".into()]).unwrap_err().to_string();
+        assert!(error.contains("no step `tests`") && error.contains("sanity"), "{error}");
+    }
+
+    #[test]
+    fn the_table_names_every_step_and_the_one_that_failed() {
+        let text = table(&[("fmt", Duration::from_millis(1500), true), ("test", Duration::from_secs(60), false)]);
+        assert_eq!(text, "== summary\n     1.5 s  fmt        ok\n    60.0 s  test       FAILED\n    61.5 s  total\n");
+    }
+
+    #[test]
+    fn a_step_that_fails_fails_the_run() {
+        let step = Step { name: "false", what: Work::Run(&["false"], "") };
+        assert!(step.run(Path::new("/")).is_err());
+        let missing = Step { name: "missing", what: Work::Run(&["/no/such/program"], "") };
+        assert!(missing.run(Path::new("/")).unwrap_err().to_string().contains("is it installed"));
+    }
+}
