@@ -14,12 +14,13 @@ use reqwest::header::{
     ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE,
     LAST_MODIFIED, RANGE, TRANSFER_ENCODING,
 };
-use reqwest::{Client, Response, StatusCode, Version, redirect};
+use reqwest::{Client, Response, StatusCode, Version};
 use runtime::backoff::Backoff;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{AgentError, chain};
+use crate::http_client;
 use crate::ingest::{Ingest, Ingested};
 use crate::limits;
 use crate::source_url::SourceUrl;
@@ -154,7 +155,7 @@ async fn transfer(
     report: &(dyn Fn(Event) + Send + Sync),
     ingest: &mut Option<Ingest>,
 ) -> Result<Framed, AgentError> {
-    let client = client(&what.url)?;
+    let client = http_client::external(&what.url)?;
     let mut known = Known::default();
     let mut tries = 0;
     loop {
@@ -175,24 +176,6 @@ async fn transfer(
         report(Event::Waiting { problem, next_retry });
         sleep(pause).await;
     }
-}
-
-fn client(url: &SourceUrl) -> Result<Client, AgentError> {
-    let policy = redirect::Policy::custom(|attempt| {
-        if attempt.previous().len() > limits::MAX_REDIRECTS {
-            return attempt.error(format!("more than {} redirects", limits::MAX_REDIRECTS));
-        }
-        if !matches!(attempt.url().scheme(), "http" | "https") {
-            return attempt.error("a redirect to something else than http or https");
-        }
-        attempt.follow()
-    });
-    Client::builder()
-        .redirect(policy)
-        .connect_timeout(limits::CONNECT_TIMEOUT)
-        .user_agent(concat!("backing-image-csi/", env!("CARGO_PKG_VERSION")))
-        .build()
-        .map_err(|e| AgentError::Download { url: url.to_string(), problem: chain(&e.without_url()) })
 }
 
 async fn attempt(

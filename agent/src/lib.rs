@@ -12,6 +12,7 @@ pub mod data_source;
 pub mod download;
 mod durable;
 pub mod error;
+mod http_client;
 pub mod ingest;
 pub mod layout;
 pub mod limits;

@@ -13,6 +13,7 @@ use reqwest::{Client, Response, StatusCode};
 use tokio::time::timeout;
 
 use crate::error::{AgentError, chain};
+use crate::http_client;
 use crate::layout::ImageKey;
 use crate::limits::CONNECT_TIMEOUT;
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest};
@@ -45,9 +46,7 @@ pub enum PeerError {
 impl Peer {
     /// The peers of a list like `10.0.0.1:8000,10.0.0.2:8000`, each once.
     pub fn parse_list(list: &str, idle_timeout: Duration) -> Result<Vec<Peer>, AgentError> {
-        let client = Client::builder()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
+        let client = http_client::internal()
             .connect_timeout(CONNECT_TIMEOUT.min(idle_timeout))
             .build()
             .map_err(|e| AgentError::Unavailable { message: chain(&e) })?;

@@ -1,6 +1,7 @@
 //! Addresses of image sources: http or https only, and never shown with what may be secret in them.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use reqwest::Url;
 
@@ -40,6 +41,12 @@ impl SourceUrl {
     pub fn expose(&self) -> &Url {
         &self.0
     }
+
+    /// Whether it names this machine.
+    pub fn is_loopback(&self) -> bool {
+        let host = self.0.host_str().unwrap_or_default().trim_matches(['[', ']']);
+        host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    }
 }
 
 impl fmt::Display for SourceUrl {
@@ -64,5 +71,23 @@ impl fmt::Display for SourceUrl {
 impl fmt::Debug for SourceUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn knows_this_machine() {
+        for (text, expected) in [
+            ("http://localhost:80/x", true),
+            ("http://127.3.4.5/x", true),
+            ("http://[::1]/x", true),
+            ("http://10.0.0.1/x", false),
+            ("https://example.org/localhost", false),
+        ] {
+            assert_eq!(SourceUrl::parse(text).unwrap().is_loopback(), expected, "{text}");
+        }
     }
 }

@@ -14,6 +14,7 @@ use reqwest::{Client, Method};
 use tokio::time::{Instant, sleep};
 
 use crate::error::{AgentError, blocking, chain};
+use crate::http_client;
 use crate::layout::FileSet;
 use crate::limits::{CHUNK_BYTES, SSYNC_BATCH_BYTES, SSYNC_OPEN_TIMEOUT, SSYNC_TRIES, SSYNC_WORKERS};
 use crate::manifest::Manifest;
@@ -42,9 +43,7 @@ pub(crate) async fn send(files: &FileSet, to: &str, idle_timeout: Duration) -> R
         Ok((Arc::new(file), manifest))
     })
     .await?;
-    let client = Client::builder()
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
+    let client = http_client::internal()
         .timeout(idle_timeout)
         .build()
         .map_err(|e| AgentError::Unavailable { message: chain(&e) })?;

@@ -185,6 +185,21 @@ async fn dangerous_and_cut_qcow2_files_are_refused() {
     assert_eq!((status.format.as_str(), status.virtual_size), ("qcow2", image().len() as u64));
 }
 
+#[tokio::test]
+async fn a_dangerous_header_ends_the_transfer_before_the_rest_is_fetched() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    run_program("qemu-img", &["create", "-q", "-f", "qcow2", &path("base"), "1M"]);
+    run_program("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &path("base"), "-F", "qcow2", &path("top")]);
+    let mut bytes = std::fs::read(path("top")).unwrap();
+    bytes.resize(40 * MIB, 1);
+    let source = Source::new(move |_, _| Reply::whole(&bytes).cut(2 * MIB).stalled()).await;
+    let disk = TestDisk::new();
+    let status = outcome(&disk, &source, &[], None).await;
+    assert_failed(&disk, &status, "has a backing file");
+    assert!(status.processed_size < 3 * MIB as u64, "{}", status.processed_size);
+}
+
 /// The start of the range that a request asks for.
 fn range_start(head: &str) -> Option<usize> {
     let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with("range: "))?;

@@ -251,7 +251,7 @@ async fn the_peer_port_only_reads_ready_copies() {
     let manager = RunningManager::start(&disk).await;
     prepare(&disk, &manager, &bytes).await;
     let base = format!("http://{}:8001/v1/copies", manager.address.ip());
-    let client = reqwest::Client::new();
+    let client = http();
     let ask = async |path: &str, range: Option<&str>| {
         let mut request = client.get(format!("{base}/{path}"));
         if let Some(range) = range {

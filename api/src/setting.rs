@@ -5,6 +5,8 @@ use std::borrow::Cow;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
+use crate::Unknown;
+
 /// A setting: `metadata.name` says which, `value` is its text. It has no `spec`, as in Longhorn.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Setting {
@@ -15,6 +17,8 @@ pub struct Setting {
     pub metadata: ObjectMeta,
     #[serde(default)]
     pub value: String,
+    #[serde(flatten)]
+    pub other: Unknown,
 }
 
 fn api_version() -> String {

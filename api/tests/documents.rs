@@ -119,7 +119,7 @@ status: {diskStatus: {d: {diskUUID: u, scheduledReplica: {r: 1}, storageSchedule
 "#,
     );
     survives::<api::Setting>(
-        "{apiVersion: longhorn.io/v1beta2, kind: Setting, metadata: {name: default-replica-count}, value: '2'}",
+        "{apiVersion: longhorn.io/v1beta2, kind: Setting, metadata: {name: default-replica-count}, value: '2', status: {applied: true}}",
     );
 }
 

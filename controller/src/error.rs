@@ -39,7 +39,9 @@ impl ReconcileError {
                 source.is_conflict()
                     || matches!(
                         source,
-                        StoreError::NotFound { .. } | StoreError::AlreadyExists { .. } | StoreError::Precondition { .. }
+                        StoreError::NotFound { .. }
+                            | StoreError::AlreadyExists { .. }
+                            | StoreError::Precondition { .. }
                     )
             }
             _ => false,

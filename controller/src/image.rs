@@ -21,7 +21,9 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
 async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, ReconcileError> {
     let store = &shared.store;
     let images: Vec<BackingImage> = world::list(store, "list images").await?;
-    let Some(image) = images.iter().find(|i| i.metadata.name.as_deref() == Some(name)).cloned() else { return Ok(None) };
+    let Some(image) = images.iter().find(|i| i.metadata.name.as_deref() == Some(name)).cloned() else {
+        return Ok(None);
+    };
     let replicas: Vec<Replica> = world::list(store, "list replicas").await?;
     let volumes: Vec<Volume> = world::list(store, "list volumes").await?;
     let managers: Vec<BackingImageManager> = store.list(&Selector::default()).await.doing("list managers")?;
@@ -32,11 +34,7 @@ async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, Reconc
         managers,
         loads: planner::disk::loads(&replicas, &images),
         replicas: replicas.into_iter().filter(|r| r.spec.backing_image == name).collect(),
-        volumes: volumes
-            .into_iter()
-            .filter(|v| v.spec.backing_image == name)
-            .filter_map(|v| v.metadata.name)
-            .collect(),
+        volumes: volumes.into_iter().filter(|v| v.spec.backing_image == name).filter_map(|v| v.metadata.name).collect(),
         disks: world::nodes(store).await?.disks,
         settings: world::settings(store).await?,
         image,

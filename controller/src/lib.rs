@@ -29,9 +29,9 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 use workloads::Workloads;
 
+use crate::agents::Agents;
 pub use crate::error::{ControllerError, ReconcileError};
 pub use crate::metrics::Metrics;
-use crate::agents::Agents;
 use crate::queue::{Key, Kind, Queue};
 
 /// What the controller works with.

@@ -29,7 +29,8 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
     let disks = world::nodes(store).await?.disks;
     let manager = managers.iter().find(|m| m.metadata.name.as_deref() == Some(name)).cloned();
     let is_ours = |id: &str| id.parse().is_ok_and(|id| manager_name(&id) == name);
-    let named_by_images = || images.iter().flat_map(|i| i.spec.disk_file_spec_map.keys()).find(|id| is_ours(id)).cloned();
+    let named_by_images =
+        || images.iter().flat_map(|i| i.spec.disk_file_spec_map.keys()).find(|id| is_ours(id)).cloned();
     let disk_id = manager
         .as_ref()
         .map(|m| m.spec.disk_uuid.clone())
@@ -65,11 +66,14 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
 fn peers(name: &str, managers: &[BackingImageManager], images: &[BackingImage]) -> BTreeMap<String, Vec<String>> {
     let mut peers: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for manager in managers.iter().filter(|m| m.metadata.name.as_deref() != Some(name)) {
-        let Some(status) = manager.status.as_ref().filter(|s| s.current_state == ManagerState::Running) else { continue };
+        let Some(status) = manager.status.as_ref().filter(|s| s.current_state == ManagerState::Running) else {
+            continue;
+        };
         for image in images {
             let (Some(image_name), Some(known)) = (&image.metadata.name, &image.status) else { continue };
             // The image's own verdict counts too: a copy that differs is no source.
-            let is_good = known.disk_file_status_map.get(&manager.spec.disk_uuid).is_none_or(|f| f.state == CopyState::Ready);
+            let is_good =
+                known.disk_file_status_map.get(&manager.spec.disk_uuid).is_none_or(|f| f.state == CopyState::Ready);
             let file = status.backing_image_file_map.get(image_name);
             if is_good && file.is_some_and(|f| f.uuid == known.uuid && f.state == CopyState::Ready) {
                 peers.entry(image_name.clone()).or_default().push(format!("{}:{MANAGER_PORT}", status.ip));

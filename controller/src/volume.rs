@@ -76,7 +76,12 @@ async fn act(name: &str, observed: &Observed, decision: Decision, shared: &Share
             Action::SetReplicaSpec { name: replica_name, spec } => {
                 let Some(stored) = replica(&replica_name) else { continue };
                 if !spec.failed_at.is_empty() && stored.spec.failed_at.is_empty() {
-                    tracing::warn!(volume = name, replica = replica_name, reason = spec.failed_reason, "replica failed");
+                    tracing::warn!(
+                        volume = name,
+                        replica = replica_name,
+                        reason = spec.failed_reason,
+                        "replica failed"
+                    );
                 }
                 let wanted = Replica { spec: *spec, ..stored.clone() };
                 store.replace(&wanted).await.doing("change a replica")?;

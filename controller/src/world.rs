@@ -52,7 +52,9 @@ where
     T: kube::Resource<DynamicType = ()> + Serialize + DeserializeOwned + Send + Sync,
     T::Scope: Scoped,
 {
-    let removed = store.modify::<T>(name, |o| o.meta_mut().finalizers.iter_mut().for_each(|f| f.retain(|f| f != FINALIZER))).await;
+    let removed = store
+        .modify::<T>(name, |o| o.meta_mut().finalizers.iter_mut().for_each(|f| f.retain(|f| f != FINALIZER)))
+        .await;
     match removed {
         Ok(_) | Err(StoreError::NotFound { .. }) => Ok(()),
         Err(source) => Err(ReconcileError::Store { doing: "remove the finalizer", source }),

@@ -92,11 +92,17 @@ async fn a_stale_change_is_a_conflict_and_status_is_apart() {
 async fn errors_are_status_objects() {
     let api = api();
     let (code, status) = call(&api, "GET", &format!("{IMAGES}/none"), Value::Null).await;
-    assert_eq!((code, status["kind"].as_str(), status["reason"].as_str()), (StatusCode::NOT_FOUND, Some("Status"), Some("NotFound")));
+    assert_eq!(
+        (code, status["kind"].as_str(), status["reason"].as_str()),
+        (StatusCode::NOT_FOUND, Some("Status"), Some("NotFound"))
+    );
     let mut wrong = image("one");
     wrong["spec"]["checksum"] = "abc".into();
     let (code, status) = call(&api, "POST", IMAGES, wrong).await;
-    assert_eq!((code, status["details"]["causes"][0]["reason"].as_str()), (StatusCode::UNPROCESSABLE_ENTITY, Some("Invalid")));
+    assert_eq!(
+        (code, status["details"]["causes"][0]["reason"].as_str()),
+        (StatusCode::UNPROCESSABLE_ENTITY, Some("Invalid"))
+    );
     assert!(status["message"].as_str().unwrap().contains("spec.checksum"), "{status}");
     let mut elsewhere = image("one");
     elsewhere["metadata"]["namespace"] = "other".into();
@@ -126,9 +132,11 @@ async fn an_image_in_use_is_not_deleted() {
 async fn a_watch_tells_every_change_of_what_was_asked_for() {
     let api = api();
     call(&api, "POST", IMAGES, image("one")).await;
-    let request = Request::get(format!("{IMAGES}?watch=true&fieldSelector=metadata.name%3Done")).body(Body::empty()).unwrap();
+    let request =
+        Request::get(format!("{IMAGES}?watch=true&fieldSelector=metadata.name%3Done")).body(Body::empty()).unwrap();
     let mut body = api.clone().oneshot(request).await.unwrap().into_body().into_data_stream();
-    let mut next = async || -> Value { serde_json::from_slice::<Value>(&body.next().await.unwrap().unwrap() as &Bytes).unwrap() };
+    let mut next =
+        async || -> Value { serde_json::from_slice::<Value>(&body.next().await.unwrap().unwrap() as &Bytes).unwrap() };
     let first = next().await;
     assert_eq!((first["type"].as_str(), first["object"]["metadata"]["name"].as_str()), (Some("ADDED"), Some("one")));
     call(&api, "POST", IMAGES, image("two")).await;

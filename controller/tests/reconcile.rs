@@ -45,7 +45,8 @@ async fn an_image_gets_three_copies_soon() {
     let first = begin.elapsed();
     eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
     assert!(first.as_secs_f64() < 2.0, "first copy after {first:?}; nothing but events drives this");
-    eventually("data source ended", async || !world.workloads.names().contains(&"backing-image-ds-ubuntu".to_owned())).await;
+    eventually("data source ended", async || !world.workloads.names().contains(&"backing-image-ds-ubuntu".to_owned()))
+        .await;
     let status = world.image("ubuntu").await;
     assert_eq!((status.size, status.checksum.as_str(), status.format.as_str()), (1 << 20, "c0ffee", "raw"));
     assert_eq!(condition::find(&status.conditions, READY).unwrap().message, "3 of 3 copies ready");
@@ -78,7 +79,8 @@ async fn a_wrong_checksum_waits_long_but_a_new_wish_is_tried_at_once() {
         source.and_then(|s| s.status).is_some_and(|s| s.current_state == CopyState::Failed)
     })
     .await;
-    let change = |i: &mut BackingImage| drop(i.spec.source_parameters.insert("url".into(), "http://images.test/b".into()));
+    let change =
+        |i: &mut BackingImage| drop(i.spec.source_parameters.insert("url".into(), "http://images.test/b".into()));
     world.store.modify::<BackingImage>("ubuntu", change).await.unwrap();
     eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
 }
@@ -90,7 +92,9 @@ async fn a_failed_copy_is_synced_again() {
     world.create_image("ubuntu").await;
     eventually("reason", async || {
         let files = world.image("ubuntu").await.disk_file_status_map;
-        files.values().any(|f| f.state == CopyState::Failed && f.message.contains("went away") && !f.next_retry_time.is_empty())
+        files
+            .values()
+            .any(|f| f.state == CopyState::Failed && f.message.contains("went away") && !f.next_retry_time.is_empty())
     })
     .await;
     eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
@@ -137,7 +141,8 @@ async fn an_image_in_use_is_not_deleted() {
     world.store.delete::<BackingImage>("ubuntu", &Preconditions::default()).await.unwrap();
     eventually("says who uses it", async || {
         let status = world.image("ubuntu").await;
-        condition::find(&status.conditions, READY).is_some_and(|c| c.reason == "InUse" && c.message.contains("volume v"))
+        condition::find(&status.conditions, READY)
+            .is_some_and(|c| c.reason == "InUse" && c.message.contains("volume v"))
     })
     .await;
     eventually("copies are made all the same", async || world.ready_copies("ubuntu").await == 3).await;
@@ -197,7 +202,10 @@ async fn a_dropped_replica_is_marked_and_left_out() {
     assert_eq!(engine.spec.replica_address_map.len(), 2);
     assert!(!engine.spec.replica_address_map.contains_key(&dropped));
     let status = world.volume("v").await;
-    assert!(condition::find(&status.conditions, READY).unwrap().message.contains("its process was killed"), "{status:?}");
+    assert!(
+        condition::find(&status.conditions, READY).unwrap().message.contains("its process was killed"),
+        "{status:?}"
+    );
 }
 
 #[tokio::test]
@@ -229,7 +237,8 @@ async fn an_attachment_to_an_unknown_node_says_so() {
     world.attach("v", "node-9").await;
     eventually("reason", async || {
         let status = world.volume("v").await;
-        condition::find(&status.conditions, READY).is_some_and(|c| c.message.contains("there is no such node; known are node-1, node-2, node-3"))
+        condition::find(&status.conditions, READY)
+            .is_some_and(|c| c.message.contains("there is no such node; known are node-1, node-2, node-3"))
     })
     .await;
 }

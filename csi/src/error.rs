@@ -48,6 +48,10 @@ pub enum CsiError {
     NoNode { node_id: String },
     #[error("{reason}")]
     NoImage { reason: String },
+    #[error(
+        "image `{image}` does not exist, and a volume cannot make one of type `{source_type}`; create the image first, then the volume"
+    )]
+    ImageByHand { image: String, source_type: &'static str },
     #[error("{what}")]
     Refused { what: String, source: api::validation::FieldErrors },
     #[error("volume `{volume_id}` exists already with other parameters: {}; use another name, or delete it first", list(.differences))]
@@ -56,6 +60,10 @@ pub enum CsiError {
     ImageDiffers { image: String, differences: Vec<Difference> },
     #[error("image `{image}` is being deleted; wait until it is gone, or use another name")]
     ImageDeleting { image: String },
+    #[error(
+        "whether image `{image}` has the wanted checksum is not known yet ({progress}); repeat the call when it is ready"
+    )]
+    ImageUnknown { image: String, progress: String },
     #[error("volume `{volume_id}` is being deleted; wait until it is gone, or use another name")]
     VolumeDeleting { volume_id: String },
     #[error("another call is working on volume `{volume_id}`; repeat this one when it has ended")]
@@ -99,6 +107,7 @@ impl CsiError {
             | CsiError::Parameter(_)
             | CsiError::Capability { .. }
             | CsiError::NotOffered { .. }
+            | CsiError::ImageByHand { .. }
             | CsiError::Refused { .. } => ErrorKind::Invalid,
             CsiError::Size { .. } | CsiError::TooSmall { .. } => ErrorKind::OutOfRange,
             CsiError::NoVolume { .. }
@@ -115,6 +124,7 @@ impl CsiError {
             | CsiError::Content { .. } => ErrorKind::NotReady,
             // A token that does not begin a page is ABORTED by the specification.
             CsiError::Token { .. }
+            | CsiError::ImageUnknown { .. }
             | CsiError::InFlight { .. }
             | CsiError::StillWaiting { .. }
             | CsiError::Contended { .. } => ErrorKind::Pending,

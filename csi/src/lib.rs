@@ -2,7 +2,7 @@
 //!
 //! The controller service knows objects in the store only: it writes Volume objects (and BackingImage objects that a StorageClass
 //! describes) and waits, by watch, until the reconcilers have done the rest. The node service mounts what the engine on its node serves.
-//! Every call answers with a sentence that says what was wrong, what would be right and what to do next; [`status`] alone knows gRPC codes.
+//! Every call answers with a sentence that says what was wrong, what would be right and what to do next; `status.rs` alone knows gRPC codes.
 
 mod capability;
 mod controller;

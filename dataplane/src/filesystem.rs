@@ -30,7 +30,10 @@ pub async fn detect(device: &Path) -> Result<Contents, DataplaneError> {
     let args = ["-p".as_ref(), "-o".as_ref(), "export".as_ref(), device.as_os_str()];
     let output = run("blkid", args, limits::PROBE_TIMEOUT).await?;
     let value = |key: &str| {
-        output.stdout.lines().find_map(|line| line.split_once('=').filter(|(k, _)| *k == key).map(|(_, v)| v.to_owned()))
+        output
+            .stdout
+            .lines()
+            .find_map(|line| line.split_once('=').filter(|(k, _)| *k == key).map(|(_, v)| v.to_owned()))
     };
     match output.code {
         Some(0) => Ok(match (value("USAGE").as_deref(), value("TYPE"), value("PTTYPE")) {

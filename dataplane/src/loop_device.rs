@@ -96,7 +96,8 @@ fn attach_blocking(file: &Path) -> Result<LoopDevice, DataplaneError> {
         match ioctl::configure(&device, &backing, file) {
             Ok(()) => {
                 let sys = Path::new("/sys/block").join(format!("loop{number}"));
-                let attached = read(&sys).ok_or_else(|| failed(io::Error::other("the device was taken away at once")))?;
+                let attached =
+                    read(&sys).ok_or_else(|| failed(io::Error::other("the device was taken away at once")))?;
                 if !attached.direct_io {
                     tracing::warn!(device = %path.display(), "loop device without direct I/O");
                 }

@@ -52,7 +52,8 @@ pub fn is_mounted(target: &Path) -> Result<bool, DataplaneError> {
 pub fn mount(source: &Path, target: &Path, fs_type: &str, options: &[String]) -> Result<(), DataplaneError> {
     let (flags, data) = split_options(options);
     let data = (!data.is_empty()).then(|| CString::new(data)).transpose();
-    let data = data.map_err(|_| DataplaneError::Unsupported { message: "a mount option contains a zero byte".into() })?;
+    let data =
+        data.map_err(|_| DataplaneError::Unsupported { message: "a mount option contains a zero byte".into() })?;
     rustix::mount::mount(source, target, fs_type, flags, data.as_deref()).map_err(|e| {
         let shown = if options.is_empty() { "no options".into() } else { format!("options {}", options.join(",")) };
         DataplaneError::io(
@@ -64,8 +65,9 @@ pub fn mount(source: &Path, target: &Path, fs_type: &str, options: &[String]) ->
 
 /// Makes a file or directory visible at another path; `target` must exist and be of the same sort.
 pub fn bind(source: &Path, target: &Path, read_only: bool) -> Result<(), DataplaneError> {
-    let failed =
-        |e| DataplaneError::io(format!("bind `{}` to `{}`", source.display(), target.display()), std::io::Error::from(e));
+    let failed = |e| {
+        DataplaneError::io(format!("bind `{}` to `{}`", source.display(), target.display()), std::io::Error::from(e))
+    };
     rustix::mount::mount_bind(source, target).map_err(failed)?;
     if read_only {
         // The kernel ignores flags in the first step, so a second one is needed.

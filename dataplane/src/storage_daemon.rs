@@ -115,7 +115,11 @@ impl StorageDaemon {
         }
     }
 
-    async fn open(mut self, config: &Config, head_exists: bool) -> Result<StorageDaemon, (StorageDaemon, DataplaneError)> {
+    async fn open(
+        mut self,
+        config: &Config,
+        head_exists: bool,
+    ) -> Result<StorageDaemon, (StorageDaemon, DataplaneError)> {
         let outcome = async {
             if !head_exists {
                 create_head(&self.qmp, config).await?;
@@ -248,10 +252,9 @@ async fn launch(config: &Config) -> Result<StorageDaemon, DataplaneError> {
     }
     let child =
         spawn::spawn(PROGRAM, args, &config.directory, log, inherited).await.map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => DataplaneError::Missing {
-                program: PROGRAM.into(),
-                package: process::package_of(PROGRAM).into(),
-            },
+            std::io::ErrorKind::NotFound => {
+                DataplaneError::Missing { program: PROGRAM.into(), package: process::package_of(PROGRAM).into() }
+            }
             _ => DataplaneError::io("start qemu-storage-daemon", source),
         })?;
     ours.set_nonblocking(true).map_err(|e| DataplaneError::io("use the socket of qemu-storage-daemon", e))?;

@@ -4,6 +4,9 @@
 //! in the kernel meanwhile, and those that the dead engine had not answered are repeated. When no engine comes to serve within
 //! the limit, the holder aborts the connection, so that everything that waits fails instead of waiting for ever.
 //!
+//! SIGTERM and SIGINT ask for a clean end, which happens only when nobody uses the volume: a mounted volume is not lost because
+//! somebody ends all processes.
+//!
 //! When the holder itself dies, the engine goes on: it has the same descriptor, serves, answers its control socket and unmounts
 //! at a clean end. It is only not replaced any more when it dies; then the kernel aborts the connection. To end the engine with
 //! its holder would turn the loss of a watchman into the loss of the volume.
@@ -42,6 +45,8 @@ struct Holder {
 
 /// How one engine ended.
 struct Ended {
+    /// The volume was unmounted on request while no engine served.
+    unmounted: bool,
     status: ExitStatus,
     served: bool,
     lasted: Duration,
@@ -114,6 +119,10 @@ impl Holder {
             let Some(ended) = self.watch(child, without_engine + limit, started)? else {
                 return Err(self.gave_up("it did not begin to serve in time"));
             };
+            if ended.unmounted {
+                info!(volume = %self.config.volume, "volume unmounted on request before an engine served");
+                return Ok(());
+            }
             if ended.status.success() {
                 info!(volume = %self.config.volume, "engine ended cleanly");
                 return Ok(());
@@ -135,7 +144,10 @@ impl Holder {
                 let pause = limits::HOLDER_FIRST_PAUSE * 2u32.pow((quick_deaths - 2).min(8));
                 let pause = pause.min(limits::HOLDER_LONGEST_PAUSE);
                 let left = (without_engine + limit).saturating_duration_since(Instant::now());
-                self.wait(None, pause.min(left))?;
+                let (_, asked_to_end) = self.wait(None, pause.min(left))?;
+                if asked_to_end && self.unmount_unused() {
+                    return Ok(());
+                }
             }
             if without_engine.elapsed() >= limit {
                 return Err(self.gave_up(&last));
@@ -157,10 +169,9 @@ impl Holder {
         command.arg("--fuse-fd").arg(self.device.as_raw_fd().to_string());
         command.arg("--lives").arg(lives.to_string());
         command.stdin(Stdio::null());
-        command.spawn().map_err(|source| EngineError::Spawn {
-            command: self.command[0].to_string_lossy().into_owned(),
-            source,
-        })
+        command
+            .spawn()
+            .map_err(|source| EngineError::Spawn { command: self.command[0].to_string_lossy().into_owned(), source })
     }
 
     /// Waits for the end of an engine; none when it did not come to serve before the deadline and was killed.
@@ -168,15 +179,18 @@ impl Holder {
         let events = |source| EngineError::Events { source };
         let pid = Pid::from_child(&child);
         let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|error| events(error.into()))?;
-        let mut served = false;
+        let (mut served, mut unmounted) = (false, false);
         loop {
             let pause = if served { Duration::MAX } else { limits::HOLDER_POLL };
             let (over, asked_to_end) = self.wait(Some(&process), pause)?;
             if over {
                 let status = child.wait().map_err(events)?;
-                return Ok(Some(Ended { status, served, lasted: started.elapsed() }));
+                return Ok(Some(Ended { unmounted, status, served, lasted: started.elapsed() }));
             }
-            if asked_to_end {
+            if asked_to_end && !served && self.unmount_unused() {
+                // An engine that is about to serve notices and closes the replicas; one that cannot has nothing to close.
+                unmounted = true;
+            } else if asked_to_end {
                 // The engine decides: it ends when nobody uses the volume.
                 let _ = rustix::process::pidfd_send_signal(&process, Signal::TERM);
             }
@@ -188,6 +202,22 @@ impl Holder {
                     let _ = child.wait();
                     return Ok(None);
                 }
+            }
+        }
+    }
+
+    /// Unmounts when nobody uses the volume. Nothing is lost by it: what nobody has open has nothing in flight.
+    fn unmount_unused(&self) -> bool {
+        match mount::unmount_if_unused(&self.config.mount_file) {
+            Ok(unmounted) => {
+                if !unmounted {
+                    warn!(volume = %self.config.volume, "signal ignored: the volume is in use");
+                }
+                unmounted
+            }
+            Err(error) => {
+                warn!(volume = %self.config.volume, %error, "signal ignored: cannot unmount");
+                false
             }
         }
     }

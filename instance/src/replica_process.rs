@@ -11,14 +11,15 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use api::ErrorKind;
-use dataplane::storage_daemon::{self, Base, BaseFormat, StorageDaemon};
 use dataplane::DataplaneError;
+use dataplane::storage_daemon::{self, Base, BaseFormat, StorageDaemon};
 use proto::replica::file;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use control::Replica;
+pub use directory::read_record;
 
 /// What a replica process works on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,8 +94,7 @@ impl ReplicaError {
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ReplicaError> {
     let lock = directory::claim(&config.directory).await?;
     let record = directory::open_record(&config)?;
-    let inherited =
-        lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;
+    let inherited = lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;
     let failed = |source| ReplicaError::Daemon { replica: config.replica.clone(), source };
     let daemon = StorageDaemon::start(storage_daemon::Config {
         directory: config.directory.clone(),
@@ -123,8 +123,8 @@ async fn serve(config: &Config, replica: Replica, shutdown: CancellationToken) -
         let tcp = tokio::net::TcpListener::bind(control_address).await.map_err(at(control_address))?;
         let path = config.directory.join(file::CONTROL_SOCKET);
         // Last, because whoever sees it may rely on the others. The lock makes sure that nobody else serves it.
-        let unix = runtime::socket::bind(&path)
-            .map_err(|e| ReplicaError::io(format!("listen on `{}`", path.display()), e))?;
+        let unix =
+            runtime::socket::bind(&path).map_err(|e| ReplicaError::io(format!("listen on `{}`", path.display()), e))?;
         Ok((nbd, tcp, unix))
     };
     let (nbd, tcp, unix) = match listen.await {
@@ -148,9 +148,6 @@ async fn serve(config: &Config, replica: Replica, shutdown: CancellationToken) -
     tasks.wait().await;
     match ended {
         Some(message) => Err(ReplicaError::DaemonEnded { message }),
-        None => replica
-            .quit()
-            .await
-            .map_err(|source| ReplicaError::Daemon { replica: config.replica.clone(), source }),
+        None => replica.quit().await.map_err(|source| ReplicaError::Daemon { replica: config.replica.clone(), source }),
     }
 }

@@ -65,9 +65,16 @@ pub fn decide(observed: &Observed) -> Decision {
     let mut status = observed.source.status.clone().unwrap_or_default();
     let (actions, recheck_after) = plan(observed, &mut status);
     let condition = match status.current_state {
-        CopyState::Ready | CopyState::ReadyForTransfer => Condition::new(READY, ConditionStatus::True, "Ready", "the file is whole"),
+        CopyState::Ready | CopyState::ReadyForTransfer => {
+            Condition::new(READY, ConditionStatus::True, "Ready", "the file is whole")
+        }
         CopyState::Failed | CopyState::FailedAndCleanup => {
-            let mut c = Condition::new(READY, ConditionStatus::False, failure_reason(&observed.source.spec), status.message.clone());
+            let mut c = Condition::new(
+                READY,
+                ConditionStatus::False,
+                failure_reason(&observed.source.spec),
+                status.message.clone(),
+            );
             c.next_retry_time.clone_from(&status.next_retry_time);
             c.with_hint(hint(&status.message))
         }
@@ -122,9 +129,16 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
     let attempt = attempt_of(spec);
     if status.running_parameters != attempt {
         // A new wish is tried at once; a mere change of the disk keeps the back-off, lest two full disks be tried in turns for ever.
-        let without_disk = |p: &BTreeMap<String, String>| p.iter().filter(|(k, _)| *k != ATTEMPT_DISK).map(|(k, v)| (k.clone(), v.clone())).collect::<Vec<_>>();
+        let without_disk = |p: &BTreeMap<String, String>| {
+            p.iter().filter(|(k, _)| *k != ATTEMPT_DISK).map(|(k, v)| (k.clone(), v.clone())).collect::<Vec<_>>()
+        };
         if without_disk(&status.running_parameters) != without_disk(&attempt) {
-            *status = BackingImageDataSourceStatus { owner_id: status.owner_id.clone(), conditions: status.conditions.clone(), other: status.other.clone(), ..Default::default() };
+            *status = BackingImageDataSourceStatus {
+                owner_id: status.owner_id.clone(),
+                conditions: status.conditions.clone(),
+                other: status.other.clone(),
+                ..Default::default()
+            };
         }
         status.running_parameters = attempt;
         status.current_state = CopyState::Pending;
@@ -171,7 +185,12 @@ fn start(o: &Observed, status: &mut BackingImageDataSourceStatus, wish: Wish) ->
     (vec![Action::EnsureWorkload(wish)], None)
 }
 
-fn follow(o: &Observed, status: &mut BackingImageDataSourceStatus, workload: &Workload, name: &str) -> (Vec<Action>, Option<Duration>) {
+fn follow(
+    o: &Observed,
+    status: &mut BackingImageDataSourceStatus,
+    workload: &Workload,
+    name: &str,
+) -> (Vec<Action>, Option<Duration>) {
     status.ip.clone_from(&workload.ip);
     status.storage_ip.clone_from(&workload.ip);
     let remove = vec![Action::RemoveWorkload(name.to_owned())];
@@ -197,7 +216,8 @@ fn follow(o: &Observed, status: &mut BackingImageDataSourceStatus, workload: &Wo
                 status.size = report.size.max(status.size);
                 return (remove, Some(fail(o, status, report.message.clone())));
             }
-            status.current_state = if report.state == CopyState::NotStarted { CopyState::Starting } else { report.state };
+            status.current_state =
+                if report.state == CopyState::NotStarted { CopyState::Starting } else { report.state };
             status.size = report.size;
             status.progress = report.progress;
             status.checksum.clone_from(&report.checksum);
@@ -256,9 +276,25 @@ fn fail_for_good(status: &mut BackingImageDataSourceStatus, message: String) {
 pub fn is_permanent(message: &str) -> bool {
     let text = without_quotes(message).to_lowercase();
     let signs = [
-        "checksum", "sha-512", "answered 400", "answered 401", "answered 403", "answered 404", "answered 410", "is refused", "qcow2",
-        "multiple of 512", "encrypt", "backing file", "data file", "is empty", "that are accepted", "not supported", "not offered",
-        "invalid", "source parameter",
+        "checksum",
+        "sha-512",
+        "answered 400",
+        "answered 401",
+        "answered 403",
+        "answered 404",
+        "answered 410",
+        "is refused",
+        "qcow2",
+        "multiple of 512",
+        "encrypt",
+        "backing file",
+        "data file",
+        "is empty",
+        "that are accepted",
+        "not supported",
+        "not offered",
+        "invalid",
+        "source parameter",
     ];
     signs.iter().any(|sign| text.contains(sign))
 }

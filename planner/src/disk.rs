@@ -72,9 +72,9 @@ impl Disks {
         self.list.iter().find(|d| d.id == id)
     }
 
-    /// Whether the disk is known to be gone: nobody has it, and everybody has told.
+    /// Whether the disk is known to be gone: nobody has it, and everybody has told. A cluster without nodes has told nothing.
     pub fn is_gone(&self, id: &str) -> bool {
-        self.get(id).is_none() && self.incomplete.is_empty()
+        self.get(id).is_none() && self.incomplete.is_empty() && !self.nodes.is_empty()
     }
 
     /// How users know a disk; its UUID when nobody has it.

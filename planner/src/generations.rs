@@ -205,7 +205,9 @@ mod tests {
     fn no_member_in_sight_is_refused() {
         check(
             "recorded=3; a=3{b} b=?",
-            expect!["current= stale=a unknown=b refused: no replica in sight was in sync at generation 3, the newest that was recorded"],
+            expect![
+                "current= stale=a unknown=b refused: no replica in sight was in sync at generation 3, the newest that was recorded"
+            ],
         );
     }
 }

@@ -73,7 +73,11 @@ pub fn decide(observed: &Observed) -> Decision {
     if status.uuid.is_empty() && !deleting {
         // Before anything else, and durable before it is used: it is part of every path.
         status.uuid = format!("{:08x}", o.random as u32);
-        report(&mut status, o, Condition::new(READY, ConditionStatus::False, "Preparing", "the image was just created"));
+        report(
+            &mut status,
+            o,
+            Condition::new(READY, ConditionStatus::False, "Preparing", "the image was just created"),
+        );
         return Decision { actions, status, recheck_after: Some(Duration::ZERO) };
     }
     if deleting && o.volumes.is_empty() && o.replicas.is_empty() {
@@ -113,23 +117,16 @@ fn report(status: &mut BackingImageStatus, o: &Observed, condition: Condition) {
 }
 
 fn in_use(o: &Observed) -> Condition {
-    let users: BTreeSet<&str> = o
-        .volumes
-        .iter()
-        .map(String::as_str)
-        .chain(o.replicas.iter().map(|r| r.spec.volume_name.as_str()))
-        .collect();
+    let users: BTreeSet<&str> =
+        o.volumes.iter().map(String::as_str).chain(o.replicas.iter().map(|r| r.spec.volume_name.as_str())).collect();
     let users = users.into_iter().collect::<Vec<_>>().join(", ");
     Condition::new(READY, ConditionStatus::False, "InUse", format!("deletion waits: in use by volume {users}"))
         .with_hint(format!("delete volume {users} first"))
 }
 
-/// Copies first, then the data source, then the agents have forgotten it, then the object itself.
+/// The data source first, so that nobody writes any more when the agents remove everything of the image; then the object itself.
 fn delete(o: &Observed, mut status: BackingImageStatus, mut actions: Vec<Action>) -> Decision {
     copies::observe(o, &mut status);
-    if !o.image.spec.disk_file_spec_map.is_empty() {
-        actions.push(Action::SetCopies(BTreeMap::new()));
-    }
     let name = name_of(&o.image);
     let holders: Vec<String> = o
         .managers
@@ -145,6 +142,9 @@ fn delete(o: &Observed, mut status: BackingImageStatus, mut actions: Vec<Action>
         Some(_) => true,
         None => false,
     };
+    if !source_waits && !o.image.spec.disk_file_spec_map.is_empty() {
+        actions.push(Action::SetCopies(BTreeMap::new()));
+    }
     if !source_waits && holders.is_empty() && o.image.spec.disk_file_spec_map.is_empty() {
         actions.push(Action::RemoveFinalizer);
         return Decision { actions, status, recheck_after: None };
@@ -156,7 +156,8 @@ fn delete(o: &Observed, mut status: BackingImageStatus, mut actions: Vec<Action>
     if !holders.is_empty() {
         waits.push(format!("its copies to be removed from {}", holders.join(", ")));
     }
-    let message = if waits.is_empty() { "deletion begins".into() } else { format!("deletion waits for {}", waits.join(" and ")) };
+    let message =
+        if waits.is_empty() { "deletion begins".into() } else { format!("deletion waits for {}", waits.join(" and ")) };
     report(&mut status, o, Condition::new(READY, ConditionStatus::False, "Deleting", message));
     Decision { actions, status, recheck_after: None }
 }
@@ -190,7 +191,9 @@ pub fn progress<'a>(status: &BackingImageStatus, wanted: impl Iterator<Item = &'
             CopyState::ReadyForTransfer => rest.push(format!("{label} is handed over")),
             CopyState::Failed | CopyState::FailedAndCleanup => rest.push(format!("{label} failed{because}")),
             CopyState::Unknown => rest.push(format!("{label} unknown{because}")),
-            CopyState::NotStarted | CopyState::Pending | CopyState::Starting => rest.push(format!("{label} pending{because}")),
+            CopyState::NotStarted | CopyState::Pending | CopyState::Starting => {
+                rest.push(format!("{label} pending{because}"))
+            }
         }
     }
     let mut text = format!("{ready} of {all} {} ready", if all == 1 { "copy" } else { "copies" });
@@ -203,10 +206,12 @@ pub fn progress<'a>(status: &BackingImageStatus, wanted: impl Iterator<Item = &'
 /// Why a file cannot be a copy of the image whose properties are known, a sentence. The first file decides what they are.
 pub fn difference(file: &FileInfo, spec: &BackingImageSpec, known: &BackingImageStatus) -> Option<String> {
     let number = |what: &str, got: u64, want: u64| {
-        (got != 0 && want != 0 && got != want).then(|| format!("its {what} is {got} bytes, that of the image is {want}"))
+        (got != 0 && want != 0 && got != want)
+            .then(|| format!("its {what} is {got} bytes, that of the image is {want}"))
     };
     let text = |what: &str, got: &str, want: &str| {
-        (!got.is_empty() && !want.is_empty() && got != want).then(|| format!("its {what} is {got}, that of the image is {want}"))
+        (!got.is_empty() && !want.is_empty() && got != want)
+            .then(|| format!("its {what} is {got}, that of the image is {want}"))
     };
     number("size", file.size, known.size)
         .or_else(|| number("virtual size", file.virtual_size, known.virtual_size))
@@ -236,11 +241,21 @@ pub fn unsupported(spec: &BackingImageSpec) -> Option<Condition> {
                 "use sourceType download with the parameter url",
             );
         }
-        None => return refuse("Invalid", "sourceType is missing".into(), "set sourceType: download and sourceParameters.url"),
+        None => {
+            return refuse(
+                "Invalid",
+                "sourceType is missing".into(),
+                "set sourceType: download and sourceParameters.url",
+            );
+        }
     }
     match spec.source_parameters.get("url") {
         Some(url) if !url.trim().is_empty() => None,
-        _ => refuse("Invalid", "sourceParameters.url is missing".into(), "set sourceParameters.url to an http or https address"),
+        _ => refuse(
+            "Invalid",
+            "sourceParameters.url is missing".into(),
+            "set sourceParameters.url to an http or https address",
+        ),
     }
 }
 

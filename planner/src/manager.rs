@@ -71,11 +71,20 @@ pub enum Action {
     EnsureWorkload(Wish),
     RemoveWorkload,
     /// Remove a file and everything temporary of it.
-    DeleteFile { image: String, uuid: String },
+    DeleteFile {
+        image: String,
+        uuid: String,
+    },
     /// Take the file over from the data source at this address; without one, adopt what is on the disk.
-    FetchFile { file: FileWish, from: Option<String> },
+    FetchFile {
+        file: FileWish,
+        from: Option<String>,
+    },
     /// Receive it from peers.
-    SyncFile { file: FileWish, from: Vec<String> },
+    SyncFile {
+        file: FileWish,
+        from: Vec<String>,
+    },
     /// Nothing is left: delete the object and its finalizer.
     Remove,
 }
@@ -296,7 +305,13 @@ fn set_next_retry(status: &mut BackingImageManagerStatus, at: String) {
 }
 
 /// Deletes what is not wanted, asks for what is, reports all.
-fn files(o: &Observed, agent: &Agent, spec: &BackingImageManagerSpec, wanted: &BTreeMap<String, String>, decision: &mut Decision) {
+fn files(
+    o: &Observed,
+    agent: &Agent,
+    spec: &BackingImageManagerSpec,
+    wanted: &BTreeMap<String, String>,
+    decision: &mut Decision,
+) {
     let mut left = spec.backing_images.clone();
     for (image, uuid) in &spec.backing_images {
         if wanted.get(image) != Some(uuid) {
@@ -306,7 +321,8 @@ fn files(o: &Observed, agent: &Agent, spec: &BackingImageManagerSpec, wanted: &B
         }
     }
     // Files that nobody recorded here, such as one whose entry was edited away.
-    let strays = agent.files.iter().filter(|(image, file)| spec.backing_images.get(*image).is_none_or(|u| *u != file.uuid));
+    let strays =
+        agent.files.iter().filter(|(image, file)| spec.backing_images.get(*image).is_none_or(|u| *u != file.uuid));
     for (image, file) in strays {
         decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: file.uuid.clone() });
     }
@@ -323,7 +339,10 @@ fn files(o: &Observed, agent: &Agent, spec: &BackingImageManagerSpec, wanted: &B
         let reported = agent.files.get(image).filter(|f| f.uuid == *uuid).cloned();
         let before = held_before.get(image).filter(|f| f.uuid == *uuid);
         if let Some(file) = one_file(o, object, reported, before, decision) {
-            decision.status.backing_image_file_map.insert(image.clone(), FileInfo { name: image.clone(), uuid: uuid.clone(), ..file });
+            decision
+                .status
+                .backing_image_file_map
+                .insert(image.clone(), FileInfo { name: image.clone(), uuid: uuid.clone(), ..file });
         }
     }
     decision.memory.copies.retain(|image, _| wanted.contains_key(image));
@@ -367,7 +386,8 @@ fn one_file(
         attempt.retry = attempt.retry.failed(o.now, message.clone());
         attempt.is_running = false;
     }
-    let step = if attempt.retry.is_due(o.now) { step(o, image, &known, failed.is_some(), before, &attempt) } else { None };
+    let step =
+        if attempt.retry.is_due(o.now) { step(o, image, &known, failed.is_some(), before, &attempt) } else { None };
     match step {
         Some(step) => {
             if failed.is_some() && matches!(step, Action::SyncFile { .. } | Action::FetchFile { from: Some(_), .. }) {
@@ -380,11 +400,14 @@ fn one_file(
     }
     // A refused request left no file; its reason shall be seen all the same.
     if file.is_none() && !attempt.retry.message.is_empty() {
-        file = Some(FileInfo { state: CopyState::Failed, message: attempt.retry.message.clone(), ..Default::default() });
+        file =
+            Some(FileInfo { state: CopyState::Failed, message: attempt.retry.message.clone(), ..Default::default() });
     }
     if file.is_none() {
         // Held before, and the agent has just been started again: it is asked to adopt it.
-        file = before.filter(|b| b.state == CopyState::Unknown || b.state == CopyState::Ready).map(|b| FileInfo { state: CopyState::Unknown, ..b.clone() });
+        file = before
+            .filter(|b| b.state == CopyState::Unknown || b.state == CopyState::Ready)
+            .map(|b| FileInfo { state: CopyState::Unknown, ..b.clone() });
     }
     if let Some(f) = &mut file
         && f.state == CopyState::Failed
@@ -398,7 +421,14 @@ fn one_file(
 }
 
 /// How to get a copy that the agent does not have, or that failed.
-fn step(o: &Observed, image: &BackingImage, known: &BackingImageStatus, is_failed: bool, before: Option<&FileInfo>, attempt: &Attempt) -> Option<Action> {
+fn step(
+    o: &Observed,
+    image: &BackingImage,
+    known: &BackingImageStatus,
+    is_failed: bool,
+    before: Option<&FileInfo>,
+    attempt: &Attempt,
+) -> Option<Action> {
     let name = image.metadata.name.clone().unwrap_or_default();
     let checksum = if known.checksum.is_empty() { &image.spec.checksum } else { &known.checksum };
     // Before the first file is whole its length is only an announcement.

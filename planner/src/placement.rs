@@ -166,9 +166,10 @@ impl FromIterator<String> for Taken {
 /// A number that depends on every bit of the random value and of the text (FNV-1a), to draw lots without a generator.
 pub fn mix(random: u64, text: &str) -> u64 {
     let bytes = random.to_le_bytes();
-    let hash = bytes.iter().chain(text.as_bytes()).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let hash = bytes
+        .iter()
+        .chain(text.as_bytes())
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3));
     // FNV's low bits mix well, its high bits less so for short texts.
     hash ^ (hash >> 29)
 }

@@ -77,7 +77,8 @@ mod tests {
 
     #[test]
     fn takes_the_default_where_nothing_legal_is_stored() {
-        let settings = Settings::of(&[stored(name::DEFAULT_MIN_COPIES, "-1"), stored(name::DEFAULT_REPLICA_COUNT, "2")]);
+        let settings =
+            Settings::of(&[stored(name::DEFAULT_MIN_COPIES, "-1"), stored(name::DEFAULT_REPLICA_COUNT, "2")]);
         assert_eq!((settings.min_copies, settings.replica_count), (3, 2));
         assert_eq!(settings.cleanup_wait, Duration::from_secs(3600));
     }

@@ -51,7 +51,10 @@ pub enum Action {
     AddFinalizer,
     CreateEngine(Box<Engine>),
     CreateReplica(Box<Replica>),
-    SetReplicaSpec { name: String, spec: Box<ReplicaSpec> },
+    SetReplicaSpec {
+        name: String,
+        spec: Box<ReplicaSpec>,
+    },
     SetEngineSpec(Box<EngineSpec>),
     DeleteEngine,
     DeleteReplica(String),
@@ -151,7 +154,9 @@ impl Pass<'_> {
             }
             Some(Health::Ready) => {}
             Some(Health::NotReady(why) | Health::Unknown(why)) => {
-                if matches!(self.engine_state(), InstanceState::NotStarted | InstanceState::Stopped) && engine.spec.desire_state == DesireState::Stopped {
+                if matches!(self.engine_state(), InstanceState::NotStarted | InstanceState::Stopped)
+                    && engine.spec.desire_state == DesireState::Stopped
+                {
                     return Ok(());
                 }
                 return Err(format!("{why}; the engine on node {node} may still write"));
@@ -162,7 +167,8 @@ impl Pass<'_> {
             // It was never looked at, hence never started.
             InstanceState::NotStarted => Ok(()),
             state => {
-                let said = engine.status.iter().flat_map(|s| &s.conditions).find(|c| !c.message.is_empty() && !c.is_true());
+                let said =
+                    engine.status.iter().flat_map(|s| &s.conditions).find(|c| !c.message.is_empty() && !c.is_true());
                 let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
                 Err(format!("the engine on node {node} is {}{said}", format!("{state:?}").to_lowercase()))
             }
@@ -181,14 +187,20 @@ impl Pass<'_> {
     fn take_over_drops(&mut self) {
         let Some(status) = self.o.engine.as_ref().and_then(|e| e.status.clone()) else { return };
         let Some(engine) = self.engine.clone() else { return };
-        let is_before_start = matches!(status.current_state, InstanceState::Stopped | InstanceState::NotStarted | InstanceState::Starting);
+        let is_before_start = matches!(
+            status.current_state,
+            InstanceState::Stopped | InstanceState::NotStarted | InstanceState::Starting
+        );
         if engine.desire_state == DesireState::Running && is_before_start {
             // It still speaks of the attachment before.
             return;
         }
         // What is said of a former attachment was taken over then.
         let is_of_this_attachment = |name: &String| engine.replica_address_map.contains_key(name);
-        let dropped = status.replica_mode_map.iter().filter(|(n, m)| **m == api::engine::ReplicaMode::Err && is_of_this_attachment(n));
+        let dropped = status
+            .replica_mode_map
+            .iter()
+            .filter(|(n, m)| **m == api::engine::ReplicaMode::Err && is_of_this_attachment(n));
         for (name, _) in dropped {
             let why = status.replica_errors.get(name).cloned().unwrap_or_else(|| "the engine dropped it".into());
             self.fail_replica(name, &why);
@@ -217,6 +229,8 @@ impl Pass<'_> {
     }
 
     fn detach(&mut self) {
+        // The next attachment is a new wish.
+        self.restart = Retry::default();
         self.take_over_drops();
         if let Some(engine) = &mut self.engine {
             engine.desire_state = DesireState::Stopped;
@@ -265,7 +279,12 @@ impl Pass<'_> {
         }
         if rest.is_empty() {
             let status = self.o.volume.status.clone().unwrap_or_default();
-            return Decision { actions: vec![Action::RemoveFinalizer], status, restart: Retry::default(), recheck_after: None };
+            return Decision {
+                actions: vec![Action::RemoveFinalizer],
+                status,
+                restart: Retry::default(),
+                recheck_after: None,
+            };
         }
         self.undetached = None;
         self.waits = Some(Condition::new(
@@ -301,7 +320,8 @@ impl Pass<'_> {
 /// The replicas in the engine's map that it says are in sync.
 fn in_sync(engine: &Engine) -> BTreeSet<String> {
     let Some(status) = &engine.status else { return BTreeSet::new() };
-    let is_good = |name: &&String| status.replica_mode_map.get(*name).is_some_and(|m| *m != api::engine::ReplicaMode::Err);
+    let is_good =
+        |name: &&String| status.replica_mode_map.get(*name).is_some_and(|m| *m != api::engine::ReplicaMode::Err);
     engine.spec.replica_address_map.keys().filter(is_good).cloned().collect()
 }
 

@@ -7,6 +7,7 @@
 mod disk;
 mod feed;
 mod limits;
+mod metrics;
 mod rules;
 mod state;
 mod writer;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use async_trait::async_trait;
+use prometheus_client::metrics::histogram::Histogram;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
@@ -32,6 +34,7 @@ pub struct Embedded {
     /// `None` only while dropping.
     requests: Option<mpsc::Sender<Request>>,
     thread: Option<JoinHandle<()>>,
+    commits: Histogram,
 }
 
 impl Embedded {
@@ -52,17 +55,18 @@ impl Embedded {
         let (versions, _) = tokio::sync::watch::channel(state.version());
         let feed = Arc::new(Feed::new(state.clone(), &versions));
         let (requests, waiting) = mpsc::channel(limits::WAITING_REQUESTS);
-        let writer = writer::Writer::new(disk, state, feed.clone(), versions);
+        let commits = metrics::commit_seconds();
+        let writer = writer::Writer::new(disk, state, feed.clone(), versions, commits.clone());
         let thread = std::thread::Builder::new()
             .name("store".into())
             .spawn(move || writer.run(waiting))
             .map_err(|source| StoreError::Unavailable { source: source.into() })?;
-        Ok(Embedded { feed, requests: Some(requests), thread: Some(thread) })
+        Ok(Embedded { feed, requests: Some(requests), thread: Some(thread), commits })
     }
 
-    /// How many objects there are of each `plural.group`, for metrics.
-    pub fn object_counts(&self) -> std::collections::BTreeMap<String, usize> {
-        self.feed.counts()
+    /// Shows its metrics: objects by kind and the time of commits.
+    pub fn register_metrics(&self, metrics: &runtime::metrics::Metrics) {
+        metrics.register(|registry| metrics::register(registry, &self.feed, &self.commits));
     }
 
     async fn write(&self, operation: Operation) -> Result<Option<Object>, StoreError> {

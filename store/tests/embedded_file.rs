@@ -252,3 +252,16 @@ async fn goes_on_after_a_full_disk() {
     }
     assert!(seen.len() <= made.len());
 }
+
+#[tokio::test]
+async fn shows_how_many_objects_there_are() {
+    let store = Embedded::in_memory();
+    let metrics = runtime::metrics::Metrics::default();
+    store.register_metrics(&metrics);
+    let store: Any = Arc::new(store);
+    store.create(&widgets(), widget("a", 1)).await.unwrap();
+    store.create(&widgets(), widget("b", 1)).await.unwrap();
+    let text = metrics.render();
+    assert!(text.contains("backing_image_store_objects{kind=\"widgets.example.org\"} 2"), "{text}");
+    assert!(text.contains("backing_image_store_commit_seconds_count 2"), "{text}");
+}

@@ -7,6 +7,7 @@
 mod limits;
 mod log;
 mod marked;
+mod metrics;
 mod ready;
 mod record;
 mod supervise;
@@ -103,6 +104,11 @@ impl Local {
         let logs = inner.clone();
         inner.spawn(async move { logs.bound_logs().await });
         Ok(Local { inner })
+    }
+
+    /// Shows its metrics: workloads by state.
+    pub fn register_metrics(&self, metrics: &runtime::metrics::Metrics) {
+        metrics.register(|registry| metrics::register(registry, &self.inner));
     }
 }
 

@@ -204,6 +204,23 @@ async fn finds_a_process_whose_start_was_not_written_down() {
 }
 
 #[tokio::test]
+async fn leaves_processes_of_other_instances_alone() {
+    let fixture = Fixture::new();
+    drop(fixture.open().await);
+    let path = fixture.path().canonicalize().unwrap();
+    // The same path, but not the same directory: an instance in a container, for example.
+    let token = "b58b5a4e-6a43-4e0c-9d9a-0d2b0f0d3b9e";
+    let marker = format!("{}:0-0:{token}", path.display());
+    let mut other = Command::new("sleep").arg("1000").env("BACKING_IMAGE_WORKLOAD", marker).spawn().unwrap();
+    let identity = ProcessIdentity::of(other.id()).unwrap();
+    drop(fixture.open().await);
+    let alive = identity.is_alive();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert!(alive);
+}
+
+#[tokio::test]
 async fn ends_what_a_workload_has_started() {
     let fixture = Fixture::new();
     let workloads = fixture.open().await;
@@ -247,6 +264,22 @@ async fn goes_on_when_the_caller_gives_up() {
         workloads.remove("a").await.unwrap();
         assert_eq!(marked(&fixture.path()).len(), 0);
     }
+}
+
+#[tokio::test]
+async fn shows_how_many_workloads_there_are() {
+    let fixture = Fixture::new();
+    let local = Local::open(fixture.config()).await.unwrap();
+    let metrics = runtime::metrics::Metrics::default();
+    local.register_metrics(&metrics);
+    let workloads: Any = Arc::new(local);
+    workloads.ensure(&spec("a", "serve")).await.unwrap();
+    workloads.ensure(&spec("b", "broken")).await.unwrap();
+    wait_until_running(&workloads, "a").await;
+    wait_until_failed(&workloads, "b").await;
+    let text = metrics.render();
+    assert!(text.contains("backing_image_workloads{state=\"running\"} 1"), "{text}");
+    assert!(text.contains("backing_image_workloads{state=\"failed\"} 1"), "{text}");
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use crate::manifest::Manifest;
 use crate::peer::Peer;
 use crate::seal::seal;
 use crate::sync::{Pull, Step, pull};
-use crate::{durable, ssync};
+use crate::{durable, http_client, ssync};
 
 /// What a request says about a copy, checked.
 pub(super) struct Wanted {
@@ -80,6 +80,9 @@ impl Registry {
         // A whole file that nobody told this manager about.
         if self.get(&key).is_none() && self.adopt(&key).await? {
             let copy = self.get(&key).unwrap_or_default();
+            if copy.state == CopyState::Ready {
+                wanted.check(copy.size, &copy.current_checksum, "the copy")?;
+            }
             if copy.state != CopyState::Failed {
                 return Ok(copy);
             }
@@ -284,12 +287,7 @@ async fn ask_data_source(address: &str, method: reqwest::Method, query: &str) ->
     let unavailable = |problem: String| AgentError::Unavailable {
         message: format!("the data source at `{address}` cannot be asked: {problem}"),
     };
-    let client = reqwest::Client::builder()
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
-        .timeout(DATA_SOURCE_TIMEOUT)
-        .build()
-        .map_err(|e| unavailable(chain(&e)))?;
+    let client = http_client::internal().timeout(DATA_SOURCE_TIMEOUT).build().map_err(|e| unavailable(chain(&e)))?;
     let response = client
         .request(method, format!("http://{address}/v1/file{query}"))
         .send()

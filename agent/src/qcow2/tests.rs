@@ -1,3 +1,5 @@
+//! Tests of the qcow2 inspection, with images that `qemu-img` makes.
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

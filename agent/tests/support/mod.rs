@@ -33,6 +33,11 @@ pub fn address(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, a.max(2), b, c.clamp(1, 254))), port)
 }
 
+/// A client that needs no certificates, as a fresh machine has none.
+pub fn http() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap()
+}
+
 pub fn key() -> ImageKey {
     ImageKey::parse("parrot", UUID).unwrap()
 }
@@ -254,18 +259,18 @@ impl RunningSource {
     }
 
     pub async fn get(&self) -> FileStatus {
-        reqwest::get(format!("http://{}/v1/file", self.address)).await.unwrap().json().await.unwrap()
+        http().get(format!("http://{}/v1/file", self.address)).send().await.unwrap().json().await.unwrap()
     }
 
     pub async fn post(&self, query: &str) -> (u16, String) {
         let url = format!("http://{}/v1/file?{query}", self.address);
-        let response = reqwest::Client::new().post(url).send().await.unwrap();
+        let response = http().post(url).send().await.unwrap();
         (response.status().as_u16(), response.text().await.unwrap())
     }
 
     /// Every reported status until the preparation ended.
     pub async fn history(&self) -> Vec<FileStatus> {
-        let mut response = reqwest::get(format!("http://{}/v1/file?watch=true", self.address)).await.unwrap();
+        let mut response = http().get(format!("http://{}/v1/file?watch=true", self.address)).send().await.unwrap();
         let mut text = String::new();
         let mut history: Vec<FileStatus> = vec![];
         loop {
@@ -350,7 +355,7 @@ impl RunningManager {
                 return copy;
             }
             assert!(Instant::now() < deadline, "wanted {state}, is {status:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await; // poll
         }
     }
 }
@@ -371,7 +376,7 @@ pub async fn wait_for_port(address: SocketAddr) {
     let deadline = Instant::now() + DEADLINE;
     while TcpStream::connect(address).await.is_err() {
         assert!(Instant::now() < deadline, "nothing listens on {address}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await; // poll
     }
 }
 
@@ -379,7 +384,7 @@ pub async fn wait_until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + DEADLINE;
     while !condition().await {
         assert!(Instant::now() < deadline, "never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await; // poll
     }
 }
 

@@ -63,9 +63,10 @@ impl Roles {
         let shutdown = self.shutdown.clone();
         self.spawn("controller", async move { Ok(controller::run(reconcilers, shutdown).await?) });
 
-        let mut services = csi::ControllerConfig::new(store.clone(), &driver_name, layout.csi().join("controller.sock"));
-        // Every node is this machine.
-        services.allow_loopback_sources = true;
+        let services = csi::ControllerConfig {
+            allow_loopback_sources: true,
+            ..csi::ControllerConfig::new(store.clone(), &driver_name, layout.csi().join("controller.sock"))
+        };
         let shutdown = self.shutdown.clone();
         self.spawn("csi-controller", async move { Ok(csi::serve_controller(services, shutdown).await?) });
 

@@ -26,9 +26,8 @@ pub async fn admit(
         return Ok(new);
     }
     let name = new.name().to_owned();
-    let refused = |errors: FieldErrors| {
-        Failure::new(errors.kind(), format!("{} `{name}` is invalid: {errors}", resource.kind))
-    };
+    let refused =
+        |errors: FieldErrors| Failure::new(errors.kind(), format!("{} `{name}` is invalid: {errors}", resource.kind));
     match resource.kind.as_str() {
         "BackingImage" => {
             let rules = rules(state).await?;
@@ -80,7 +79,8 @@ fn parsed<T: DeserializeOwned>(resource: &ResourceType, object: &Object) -> Resu
 
 /// The typed object as it is stored, keeping the identity that the typed form does not carry.
 fn object<T: Serialize>(typed: &T, mut original: Object) -> Result<Object, Failure> {
-    let failed = |error: &dyn std::fmt::Display| Failure::new(ErrorKind::Internal, format!("cannot write the object: {error}"));
+    let failed =
+        |error: &dyn std::fmt::Display| Failure::new(ErrorKind::Internal, format!("cannot write the object: {error}"));
     match serde_json::to_value(typed) {
         Ok(Value::Object(map)) => {
             original.0.extend(map);

@@ -47,12 +47,7 @@ impl Failure {
 
     /// Admission says no, for now.
     pub fn forbidden(message: impl Into<String>) -> Failure {
-        Failure {
-            code: StatusCode::FORBIDDEN,
-            reason: "Forbidden",
-            kind: ErrorKind::NotReady,
-            message: message.into(),
-        }
+        Failure { code: StatusCode::FORBIDDEN, reason: "Forbidden", kind: ErrorKind::NotReady, message: message.into() }
     }
 
     /// The changes since the version that was asked for are no longer known.

@@ -34,7 +34,8 @@ impl Target {
 /// Reads a path.
 pub fn parse(path: &str) -> Result<Route, Failure> {
     let nothing = || Failure::no_such_path(path);
-    let segments: Vec<String> = path.split('/').filter(|s| !s.is_empty()).map(decode).collect::<Option<_>>().ok_or_else(nothing)?;
+    let segments: Vec<String> =
+        path.split('/').filter(|s| !s.is_empty()).map(decode).collect::<Option<_>>().ok_or_else(nothing)?;
     let words: Vec<&str> = segments.iter().map(String::as_str).collect();
     let (group, version, rest) = match words.as_slice() {
         ["version"] | ["api"] | ["apis"] | ["api", _] | ["apis", _] | ["apis", _, _] => {
@@ -60,7 +61,10 @@ pub fn parse(path: &str) -> Result<Route, Failure> {
         return Err(nothing());
     }
     if name.is_some() && namespaced && namespace.is_none() {
-        return Err(Failure::bad_request(format!("{} live in a namespace; the path names none", served.resource.plural)));
+        return Err(Failure::bad_request(format!(
+            "{} live in a namespace; the path names none",
+            served.resource.plural
+        )));
     }
     Ok(Route::Objects(Target { served, namespace, name, status }))
 }
@@ -94,7 +98,10 @@ mod tests {
     #[test]
     fn reads_namespaced_and_cluster_scoped_paths() {
         let one = objects("/apis/longhorn.io/v1beta2/namespaces/longhorn-system/backingimages/a%2Eb/status");
-        assert_eq!((one.namespace.as_deref(), one.name.as_deref(), one.status), (Some("longhorn-system"), Some("a.b"), true));
+        assert_eq!(
+            (one.namespace.as_deref(), one.name.as_deref(), one.status),
+            (Some("longhorn-system"), Some("a.b"), true)
+        );
         assert!(objects("/api/v1/persistentvolumes/x").namespace.is_none());
         assert!(objects("/api/v1/persistentvolumeclaims").name.is_none());
         assert!(matches!(parse("/apis/longhorn.io/v1beta2"), Ok(Route::Discovery(_))));

@@ -68,7 +68,9 @@ impl Filter {
             match key.as_str() {
                 "metadata.name" => filter.name = Some(value),
                 _ => {
-                    return Err(Failure::bad_request(format!("field selector `{key}` is not offered, only `metadata.name`")));
+                    return Err(Failure::bad_request(format!(
+                        "field selector `{key}` is not offered, only `metadata.name`"
+                    )));
                 }
             }
         }
@@ -90,7 +92,8 @@ fn pairs(text: Option<&String>) -> Result<Vec<(String, String)>, Failure> {
     text.split(',')
         .filter(|part| !part.trim().is_empty())
         .map(|part| {
-            one(part.trim()).ok_or_else(|| Failure::bad_request(format!("cannot read selector `{part}`; write `key=value`")))
+            one(part.trim())
+                .ok_or_else(|| Failure::bad_request(format!("cannot read selector `{part}`; write `key=value`")))
         })
         .collect()
 }
@@ -242,7 +245,9 @@ fn identify(target: &Target, object: &mut Object) -> Result<(), Failure> {
     match &target.namespace {
         Some(namespace) => match metadata.get("namespace").and_then(Value::as_str) {
             Some(given) if given != namespace && !given.is_empty() => {
-                return Err(Failure::bad_request(format!("the path names namespace `{namespace}`, the object `{given}`")));
+                return Err(Failure::bad_request(format!(
+                    "the path names namespace `{namespace}`, the object `{given}`"
+                )));
             }
             _ => drop(metadata.insert("namespace".into(), namespace.as_str().into())),
         },

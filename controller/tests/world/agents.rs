@@ -10,7 +10,9 @@ use axum::extract::Query;
 use axum::response::IntoResponse;
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use proto::bimrpc::backing_image_manager_service_server::{BackingImageManagerService, BackingImageManagerServiceServer};
+use proto::bimrpc::backing_image_manager_service_server::{
+    BackingImageManagerService, BackingImageManagerServiceServer,
+};
 use proto::bimrpc::*;
 use tokio::sync::broadcast;
 use tokio_stream::wrappers::{BroadcastStream, TcpListenerStream};
@@ -100,12 +102,15 @@ impl Workloads for FakeWorkloads {
         } else {
             let at = spec.args.iter().position(|a| a == "--disk-uuid").unwrap();
             let disk = self.disks.lock().unwrap().entry(spec.args[at + 1].clone()).or_default().clone();
-            let agent = FakeAgent { disk, known: Arc::default(), script: self.script.clone(), news: broadcast::channel(100).0 };
+            let agent =
+                FakeAgent { disk, known: Arc::default(), script: self.script.clone(), news: broadcast::channel(100).0 };
             let stopped = stop.clone();
             tokio::spawn(
                 tonic::transport::Server::builder()
                     .add_service(BackingImageManagerServiceServer::new(agent))
-                    .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move { stopped.cancelled().await }),
+                    .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+                        stopped.cancelled().await
+                    }),
             );
         }
         let workload = Workload { spec: spec.clone(), state: WorkloadState::Running, ip: Some(IpAddr::V4(ip)) };
@@ -136,7 +141,9 @@ impl Workloads for FakeWorkloads {
 
 async fn serve_source(listener: tokio::net::TcpListener, failure: Option<String>, stop: CancellationToken) {
     let status = match failure {
-        None => serde_json::json!({"state": "ready-for-transfer", "size": 1048576, "progress": 100, "currentChecksum": "c0ffee"}),
+        None => {
+            serde_json::json!({"state": "ready-for-transfer", "size": 1048576, "progress": 100, "currentChecksum": "c0ffee"})
+        }
         Some(message) => serde_json::json!({"state": "failed", "message": message}),
     };
     let stopped = stop.clone();
@@ -211,7 +218,11 @@ impl BackingImageManagerService for FakeAgent {
     }
 
     async fn version_get(&self, _: Request<()>) -> Result<Response<VersionResponse>, Status> {
-        let version = VersionResponse { backing_image_manager_api_version: 3, backing_image_manager_api_min_version: 3, ..Default::default() };
+        let version = VersionResponse {
+            backing_image_manager_api_version: 3,
+            backing_image_manager_api_min_version: 3,
+            ..Default::default()
+        };
         Ok(Response::new(version))
     }
 
@@ -245,7 +256,10 @@ impl BackingImageManagerService for FakeAgent {
         Ok(Response::new(self.put(spec, None)))
     }
 
-    async fn prepare_download(&self, _: Request<PrepareDownloadRequest>) -> Result<Response<PrepareDownloadResponse>, Status> {
+    async fn prepare_download(
+        &self,
+        _: Request<PrepareDownloadRequest>,
+    ) -> Result<Response<PrepareDownloadResponse>, Status> {
         Err(Status::unimplemented(""))
     }
 

@@ -86,7 +86,8 @@ async fn pass(store: &Store) -> Result<(), store::StoreError> {
             .and_then(|i| i.status.clone())
             .map(|s| s.disk_file_status_map.into_iter().map(|(d, f)| (d, f.state)).collect())
             .unwrap_or_default();
-        let has_copy = replica.spec.backing_image.is_empty() || copies.get(&replica.spec.disk_id) == Some(&CopyState::Ready);
+        let has_copy =
+            replica.spec.backing_image.is_empty() || copies.get(&replica.spec.disk_id) == Some(&CopyState::Ready);
         status.current_state = match replica.spec.desire_state {
             DesireState::Running if has_copy => InstanceState::Running,
             DesireState::Running => InstanceState::Starting,

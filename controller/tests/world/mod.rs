@@ -42,9 +42,17 @@ pub async fn world() -> World {
 async fn create_node(store: &Store, n: u32) {
     let name = format!("node-{n}");
     let disk = DiskSpec { path: format!("/disks/{n}"), ..Default::default() };
-    let mut node = Node::new(&name, NodeSpec { name: name.clone(), disks: [("disk-1".to_owned(), disk)].into(), ..Default::default() });
+    let mut node = Node::new(
+        &name,
+        NodeSpec { name: name.clone(), disks: [("disk-1".to_owned(), disk)].into(), ..Default::default() },
+    );
     node = store.create(&node).await.unwrap();
-    let status = DiskStatus { disk_uuid: format!("uuid-{n}"), storage_available: 10 * GIB, storage_maximum: 10 * GIB, ..Default::default() };
+    let status = DiskStatus {
+        disk_uuid: format!("uuid-{n}"),
+        storage_available: 10 * GIB,
+        storage_maximum: 10 * GIB,
+        ..Default::default()
+    };
     node.status = Some(NodeStatus {
         conditions: vec![Condition::new("Ready", ConditionStatus::True, "Ready", "")],
         disk_status: [("disk-1".to_owned(), status)].into(),
@@ -64,7 +72,12 @@ impl World {
     }
 
     pub async fn create_volume(&self, name: &str, image: &str) {
-        let spec = VolumeSpec { size: SizeBytes(GIB), backing_image: image.into(), number_of_replicas: 3, ..Default::default() };
+        let spec = VolumeSpec {
+            size: SizeBytes(GIB),
+            backing_image: image.into(),
+            number_of_replicas: 3,
+            ..Default::default()
+        };
         self.store.create(&Volume::new(name, spec)).await.unwrap();
     }
 
@@ -94,6 +107,6 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl Fn
     let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
     while !holds().await {
         assert!(tokio::time::Instant::now() < deadline, "not in time: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        tokio::time::sleep(Duration::from_millis(5)).await; // poll
     }
 }

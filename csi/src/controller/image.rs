@@ -42,6 +42,11 @@ fn accept(existing: BackingImage, wish: &ImageWish, default_copies: u32) -> Resu
         return Err(CsiError::ImageDeleting { image });
     }
     let differences = image_differences(wish, &existing, default_copies);
+    let known = existing.status.as_ref().is_some_and(|s| !s.checksum.is_empty()) || !existing.spec.checksum.is_empty();
+    if differences.is_empty() && wish.checksum.is_some() && !known {
+        // Whoever pins a checksum gets that content or nothing, so there is nothing to say before it is known.
+        return Err(CsiError::ImageUnknown { image, progress: progress(&existing) });
+    }
     if differences.is_empty() { Ok(existing) } else { Err(CsiError::ImageDiffers { image, differences }) }
 }
 
@@ -49,6 +54,7 @@ fn accept(existing: BackingImage, wish: &ImageWish, default_copies: u32) -> Resu
 fn describe(wish: &ImageWish, rules: &ImageRules) -> Result<BackingImage, CsiError> {
     let name = &wish.name;
     let absent = |help: &str| Err(CsiError::NoImage { reason: format!("image `{name}` does not exist; {help}") });
+    let by_hand = |source_type| Err(CsiError::ImageByHand { image: name.to_string(), source_type });
     match wish.source_type {
         Some(SourceType::Download) => {}
         None => {
@@ -56,13 +62,9 @@ fn describe(wish: &ImageWish, rules: &ImageRules) -> Result<BackingImage, CsiErr
                 "create it first, or let `backingImageDataSourceType: download` and `backingImageDataSourceParameters: '{\"url\": \"…\"}'` say where it comes from",
             );
         }
-        Some(SourceType::Upload) => {
-            return absent("a volume cannot upload it: create and upload the image first, then the volume");
-        }
-        Some(SourceType::Clone) => return absent("a volume cannot clone it: create the image first, then the volume"),
-        Some(SourceType::Restore) => {
-            return absent("a volume cannot restore it: restore the image first, then the volume");
-        }
+        Some(SourceType::Upload) => return by_hand("upload"),
+        Some(SourceType::Clone) => return by_hand("clone"),
+        Some(SourceType::Restore) => return by_hand("restore"),
         Some(SourceType::ExportFromVolume) => {
             return Err(CsiError::NotOffered {
                 what: "making an image from a volume (`backingImageDataSourceType: export-from-volume`)",

@@ -226,13 +226,18 @@ async fn an_absent_image_is_made_when_the_class_says_how() {
 }
 
 #[tokio::test]
-async fn an_absent_image_that_nobody_describes_is_not_found() {
+async fn an_absent_image_that_a_volume_cannot_make_is_refused() {
     let context = context();
-    for source in ["", "upload", "clone", "restore"] {
+    for (source, wanted) in [
+        ("", ErrorKind::NotFound),
+        ("upload", ErrorKind::Invalid),
+        ("clone", ErrorKind::Invalid),
+        ("restore", ErrorKind::Invalid),
+    ] {
         let given = [("backingImage", "nowhere"), ("backingImageDataSourceType", source)];
         let (kind, text) = error(create(&context, "v", &given).await);
-        assert_eq!(kind, ErrorKind::NotFound, "{text}");
-        assert!(text.contains("`nowhere`") && text.contains("first"), "{text}");
+        assert_eq!(kind, wanted, "{text}");
+        assert!(text.contains("`nowhere`") && text.contains(source) && text.contains("first"), "{text}");
     }
 }
 
@@ -248,6 +253,21 @@ async fn an_image_that_exists_must_be_the_one_that_is_described() {
         "{text}"
     );
     assert!(create(&context, "v", &[("backingImageName", "ubuntu")]).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_pinned_checksum_is_compared_before_a_volume_is_made() {
+    let context = context();
+    let mut found = image(&context, |_| ()).await;
+    let wanted = "a".repeat(128);
+    let given = [("backingImage", "ubuntu"), ("backingImageChecksum", wanted.as_str())];
+    assert_eq!(error(create(&context, "v", &given).await).0, ErrorKind::Pending);
+    found.status.as_mut().unwrap().checksum = "b".repeat(128);
+    let mut found = context.store.replace_status(&found).await.unwrap();
+    assert_eq!(error(create(&context, "v", &given).await).0, ErrorKind::Incompatible);
+    found.status.as_mut().unwrap().checksum = wanted.clone();
+    context.store.replace_status(&found).await.unwrap();
+    assert!(create(&context, "v", &given).await.is_ok());
 }
 
 #[tokio::test]

@@ -93,6 +93,7 @@ async fn publish_block(device: &Device, target: &Path, readonly: bool) -> Result
     }
     match std::fs::OpenOptions::new().write(true).create_new(true).open(target) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(fail(error)),
+        // Read-only here is a wish: the kernel lets device nodes of read-only mounts be written, whoever makes the container forbids it.
         // A file that is there is one that an interrupted call left.
         _ => mounts::bind(&device.path, target, readonly).await,
     }

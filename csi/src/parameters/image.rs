@@ -123,12 +123,12 @@ fn json_strings(text: &str) -> Result<BTreeMap<String, String>, ParameterError> 
     let wrong = |reason: String| ParameterError::Json { key: PARAMETERS, reason };
     let value: Value = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
     let kind = |value: &Value| match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false without quotes",
-        Value::Number(_) => "a number without quotes",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
+        Value::Null => "null".to_owned(),
+        Value::Bool(on) => format!("{on} without quotes"),
+        Value::Number(number) => format!("the number {number} without quotes"),
+        Value::String(_) => "a string".to_owned(),
+        Value::Array(_) => "an array".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
     };
     let Value::Object(map) = value else { return Err(wrong(format!("it is {}", kind(&value)))) };
     map.into_iter()

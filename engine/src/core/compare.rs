@@ -174,7 +174,8 @@ impl Core {
     /// Half of the time belongs to clients while there are any.
     pub(super) fn step_over(&mut self) {
         let Some(step) = self.compare.step.take() else { return };
-        let busy = self.active.iter().chain(&self.waiting).any(|id| matches!(self.slots[*id].purpose, Purpose::Client(_)));
+        let busy =
+            self.active.iter().chain(&self.waiting).any(|id| matches!(self.slots[*id].purpose, Purpose::Client(_)));
         let pause = if busy { self.clock.saturating_sub(step.started) } else { Duration::ZERO };
         self.compare.not_before = self.clock + pause;
     }

@@ -131,6 +131,11 @@ impl Core {
         into.append(&mut self.outputs);
     }
 
+    /// Whether there is something to be done.
+    pub fn has_outputs(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
     /// After how long [`Event::Tick`] is due, unless something happens before.
     pub fn next_tick(&self) -> Option<Duration> {
         let busy = !self.active.is_empty()

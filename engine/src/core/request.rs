@@ -265,7 +265,10 @@ impl Core {
             return self.held.push(id);
         }
         let slot = &self.slots[id];
-        assert!(self.members.without(slot.asked).is_empty(), "a change was sent to every member, and members never join");
+        assert!(
+            self.members.without(slot.asked).is_empty(),
+            "a change was sent to every member, and members never join"
+        );
         let failed = slot.failed.and(self.members);
         if failed.is_empty() {
             let next = slot.piece_start + slot.piece_length;

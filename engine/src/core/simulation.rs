@@ -190,7 +190,7 @@ impl World {
         self.submitted += 1;
         let tag = 100 + self.submitted;
         let offset = self.random.random_range(0..BLOCKS);
-        let length = self.random.random_range(1..=(BLOCKS - offset).min(if tag % 7 == 0 { 40 } else { 6 }));
+        let length = self.random.random_range(1..=(BLOCKS - offset).min(if tag.is_multiple_of(7) { 40 } else { 6 }));
         let operation = match self.random.random_range(0..10) {
             0..4 => Operation::Write,
             4..8 => Operation::Read,
@@ -236,7 +236,8 @@ impl World {
                     self.recorded = None;
                 }
                 // Requests and answers of one control connection keep their order.
-                let at = (self.now + self.within(2_000)).max(self.replicas[replica].control_at + Duration::from_micros(1));
+                let at =
+                    (self.now + self.within(2_000)).max(self.replicas[replica].control_at + Duration::from_micros(1));
                 self.replicas[replica].control_at = at;
                 self.later(at - self.now, Happening::Control(replica, request));
             }
@@ -294,7 +295,8 @@ impl World {
                     (_, ControlRequest::Close { generation }) => record.clean = generation == record.generation,
                 }
                 let refused = self.random.random_bool(0.02);
-                let at = (self.now + self.within(2_000)).max(self.replicas[replica].answer_at + Duration::from_micros(1));
+                let at =
+                    (self.now + self.within(2_000)).max(self.replicas[replica].answer_at + Duration::from_micros(1));
                 self.replicas[replica].answer_at = at;
                 self.later(at - self.now, Happening::ControlAnswer(replica, !refused));
             }
@@ -382,9 +384,10 @@ impl World {
     /// A value is right when no later change of the block was acknowledged before the read began.
     fn check_value(&self, block: usize, value: u64, since: Duration, what: &str) {
         let writes = &self.history[block];
-        let right = writes.iter().filter(|write| write.0 == value).any(|(_, _, acknowledged)| {
-            !writes.iter().any(|later| later.1 > *acknowledged && later.2 < since)
-        });
+        let right = writes
+            .iter()
+            .filter(|write| write.0 == value)
+            .any(|(_, _, acknowledged)| !writes.iter().any(|later| later.1 > *acknowledged && later.2 < since));
         assert!(right, "seed {}: {what} of block {block} gave {value}, written were {writes:?}", self.seed);
     }
 

@@ -134,7 +134,10 @@ fn gives_an_error_of_all_replicas_to_the_caller() {
     assert_eq!(story.core.members(), Set::first(3));
     assert_eq!(story.core.replica_state(1), ReplicaState::Comparing);
     let steps = sent(&outputs);
-    assert_eq!(steps.iter().map(|t| (t.replica, t.offset, t.length)).collect::<Vec<_>>(), [0, 1, 2].map(|r| (r, MIB, 4096)));
+    assert_eq!(
+        steps.iter().map(|t| (t.replica, t.offset, t.length)).collect::<Vec<_>>(),
+        [0, 1, 2].map(|r| (r, MIB, 4096))
+    );
 }
 
 #[test]
@@ -273,7 +276,10 @@ fn rewrites_only_what_differs_and_reads_from_the_pinned_one_meanwhile() {
     let mut story = story(3, true);
     let step = sent(&story.tell(Event::Tick));
     assert_eq!(step.len(), 3);
-    assert_eq!(story.core.expected(2, step[2].cookie), Ok(Some((Payload { buffer: BufferId(2), start: 0 }, MIB as usize))));
+    assert_eq!(
+        story.core.expected(2, step[2].cookie),
+        Ok(Some((Payload { buffer: BufferId(2), start: 0 }, MIB as usize)))
+    );
     assert_eq!(sent(&story.tell(Event::read(1, 512 * MIB, 4096, 9)))[0].replica, 0);
     assert_eq!(sent(&story.tell(Event::write(2, 0, 4096, 10))), [], "the step excludes writes to its range");
     story.reply(step[0], None);

@@ -21,11 +21,15 @@ pub fn mount(file: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Unmounts when nobody has the file open. Tells whether it is unmounted now; not to be so means that it is in use.
+///
+/// # Errors
+/// Also when it is not mounted there: somebody may have detached it while it is in use, so that nothing can be told.
 pub fn unmount_if_unused(file: &Path) -> io::Result<bool> {
     match rustix::mount::unmount(file, UnmountFlags::NOFOLLOW) {
         Ok(()) => Ok(true),
-        // Not mounted, or no such file.
-        Err(Errno::INVAL | Errno::NOENT) => Ok(true),
+        Err(Errno::INVAL | Errno::NOENT) => Err(io::Error::other(
+            "it is not mounted there any more; the engine ends by itself when nobody has the volume open",
+        )),
         Err(Errno::BUSY) => Ok(false),
         Err(error) => Err(error.into()),
     }

@@ -143,8 +143,7 @@ fn init_reply(request: &[u8]) -> Vec<u8> {
     const INIT_EXTENDED: u32 = 1 << 30;
     const HAS_RESEND: u32 = 1 << (39 - 32);
     let offered = u32_at(request, IN_HEADER + 12).unwrap_or(0);
-    let offered_more =
-        if offered & INIT_EXTENDED != 0 { u32_at(request, IN_HEADER + 16).unwrap_or(0) } else { 0 };
+    let offered_more = if offered & INIT_EXTENDED != 0 { u32_at(request, IN_HEADER + 16).unwrap_or(0) } else { 0 };
     let flags = ASYNC_READ | BIG_WRITES | ASYNC_DIRECT_IO | MAX_PAGES | INIT_EXTENDED;
     let mut reply = vec![0; OUT_HEADER + 64];
     let body = &mut reply[OUT_HEADER..];

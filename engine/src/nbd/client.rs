@@ -36,7 +36,9 @@ pub fn open_export(stream: &mut (impl Read + Write), export: &str) -> io::Result
                 let (size, flags): (u64, u16) = found.ok_or_else(|| bad("its NBD server told no size"))?;
                 let needed = wire::SEND_FLUSH | wire::SEND_WRITE_ZEROES;
                 if flags & wire::READ_ONLY != 0 || flags & needed != needed {
-                    return Err(bad(format!("its export must be writable with flush and write-zeroes (flags {flags:#x})")));
+                    return Err(bad(format!(
+                        "its export must be writable with flush and write-zeroes (flags {flags:#x})"
+                    )));
                 }
                 return Ok(size);
             }

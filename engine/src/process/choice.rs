@@ -89,10 +89,8 @@ mod tests {
 
     fn check(first_life: bool, config: u64, known: Option<(u64, &str)>, records: [Option<Record>; 3], expected: &str) {
         let names = ["a", "b", "c"].map(String::from);
-        let known = known.map(|(generation, members)| Known {
-            generation,
-            members: members.chars().map(String::from).collect(),
-        });
+        let known = known
+            .map(|(generation, members)| Known { generation, members: members.chars().map(String::from).collect() });
         let situation = Situation {
             config_generation: config,
             config_compare: false,
@@ -130,13 +128,25 @@ mod tests {
 
     #[test]
     fn a_record_above_the_controllers_decides() {
-        check(true, 7, None, [record(9, "ab", false), record(9, "ab", false), record(7, "abc", false)], "ab 10 compare");
+        check(
+            true,
+            7,
+            None,
+            [record(9, "ab", false), record(9, "ab", false), record(7, "abc", false)],
+            "ab 10 compare",
+        );
         check(true, 7, None, [record(9, "b", false), None, record(7, "abc", false)], "those that answer missed writes");
     }
 
     #[test]
     fn a_later_life_takes_the_members_of_the_highest_record() {
-        check(false, 8, Some((8, "abc")), [record(8, "abc", false), record(9, "bc", false), record(8, "abc", false)], "bc 10");
+        check(
+            false,
+            8,
+            Some((8, "abc")),
+            [record(8, "abc", false), record(9, "bc", false), record(8, "abc", false)],
+            "bc 10",
+        );
         check(false, 8, Some((9, "bc")), [record(8, "abc", false), record(9, "bc", false), None], "b 10");
         check(false, 8, None, [record(0, "", false), record(0, "", false), None], "ab 9");
     }

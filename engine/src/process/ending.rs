@@ -73,7 +73,9 @@ impl Engine {
     fn answer_asker(&mut self, asker: &Asker, reply: &Reply) {
         match (asker, reply) {
             (Asker::Client { index, serial }, reply) => self.reply_to(*index, *serial, reply),
-            (Asker::Signal, Reply::Refused { message }) => warn!(volume = %self.config.volume, message, "signal ignored"),
+            (Asker::Signal, Reply::Refused { message }) => {
+                warn!(volume = %self.config.volume, message, "signal ignored")
+            }
             (Asker::Signal, _) => {}
         }
     }
@@ -155,7 +157,9 @@ impl Engine {
 
     /// Nothing can come from the kernel any more: finish.
     pub(super) fn volume_unmounted(&mut self) {
-        if self.fuse.take().is_some() {
+        if let Some(device) = self.fuse.take() {
+            // The holder has the connection as well, so closing it here does not end its events.
+            self.unregister(&device);
             info!(volume = %self.config.volume, "volume unmounted, ending");
             self.core.handle(self.now(), Event::Shutdown);
         }
@@ -165,7 +169,9 @@ impl Engine {
     pub(super) fn say_good_bye(&mut self) {
         let _ = runtime::files::remove_if_present(&self.config.control_socket);
         let _ = runtime::files::remove_if_present(&self.config.nbd_socket);
-        for asker in std::mem::take(&mut self.askers) {
+        // The kernel may tell about the unmount before the thread does that asked for it.
+        let unmounting = self.unmounting.take().map(|unmounting| unmounting.askers).unwrap_or_default();
+        for asker in std::mem::take(&mut self.askers).into_iter().chain(unmounting) {
             self.answer_asker(&asker, &Reply::Done);
         }
     }

@@ -232,6 +232,10 @@ impl Engine {
         epoll::add(&self.epoll, descriptor.as_fd(), data(source), flags)
     }
 
+    pub(super) fn unregister(&self, descriptor: impl AsFd) {
+        let _ = epoll::delete(&self.epoll, descriptor.as_fd());
+    }
+
     pub(super) fn now(&self) -> Duration {
         self.started.elapsed()
     }
@@ -247,10 +251,13 @@ impl Engine {
                 self.say_good_bye();
                 return Ok(clean);
             }
-            let timeout = self.core.next_tick().map(|due| Timespec {
-                tv_sec: due.as_secs() as i64,
-                tv_nsec: i64::from(due.subsec_nanos()),
-            });
+            if self.core.has_outputs() {
+                continue;
+            }
+            let timeout = self
+                .core
+                .next_tick()
+                .map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) => {}
@@ -387,13 +394,11 @@ impl Engine {
     }
 
     fn send_all(&mut self) {
-        // A link that turns out to be broken leads to a fence, whose requests go out in the next round.
         for replica in 0..self.links.len() {
             let Some(link) = &mut self.links[replica] else { continue };
             if let Err(error) = link.send(&self.buffers) {
                 let reason = format!("the connection broke ({error})");
                 self.core.handle(self.started.elapsed(), Event::ConnectionLost { replica, reason });
-                self.obey();
             }
         }
         self.send_nbd_replies();

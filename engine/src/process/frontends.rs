@@ -65,8 +65,7 @@ impl Engine {
             return self.buffers.put(buffer);
         };
         let size = self.config.size_bytes;
-        let fuse_origin =
-            |operation, length, buffer| Origin::Fuse { unique, operation, length, buffer };
+        let fuse_origin = |operation, length, buffer| Origin::Fuse { unique, operation, length, buffer };
         match request {
             wire::Request::Read { offset, length } => {
                 // A read across the end is cut; one behind it gives nothing.

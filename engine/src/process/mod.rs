@@ -31,11 +31,11 @@ use life::LifeFiles;
 /// When it cannot be read, is no JSON of that form, or describes nothing that can be served.
 pub fn read_config(path: &Path) -> Result<Config, EngineError> {
     let text = std::fs::read(path).map_err(|source| EngineError::ReadConfig { path: path.to_owned(), source })?;
-    let config: Config = serde_json::from_slice(&text)
-        .map_err(|source| EngineError::ParseConfig { path: path.to_owned(), source })?;
+    let config: Config =
+        serde_json::from_slice(&text).map_err(|source| EngineError::ParseConfig { path: path.to_owned(), source })?;
     let problem = if config.volume.is_empty() {
         "`volume` is empty; it must name the volume"
-    } else if config.size_bytes == 0 || config.size_bytes % 512 != 0 {
+    } else if config.size_bytes == 0 || !config.size_bytes.is_multiple_of(512) {
         "`sizeBytes` must be a positive multiple of 512"
     } else if config.size_bytes > i64::MAX as u64 {
         "`sizeBytes` is beyond what a file can have"

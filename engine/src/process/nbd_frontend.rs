@@ -45,6 +45,7 @@ pub struct Session {
     have: usize,
     receiving: Option<Receiving>,
     handshake_answer: Vec<u8>,
+    /// Tagged with buffer and length of a read's bytes, or 0.
     queue: SendQueue,
     in_flight: usize,
     in_flight_bytes: usize,
@@ -131,7 +132,12 @@ impl Session {
     }
 
     /// Takes one message from the inbox; whether there was one.
-    fn take(&mut self, handshake: &Handshake<'_>, buffers: &mut Buffers, arrived: &mut Vec<Arrived>) -> Result<bool, ()> {
+    fn take(
+        &mut self,
+        handshake: &Handshake<'_>,
+        buffers: &mut Buffers,
+        arrived: &mut Vec<Arrived>,
+    ) -> Result<bool, ()> {
         let input = &self.inbox[..self.have];
         let taken = match self.stage {
             Stage::Flags if input.len() < 4 => 0,
@@ -209,7 +215,9 @@ impl Session {
     }
 
     fn write_arrived(&mut self, arrived: &mut Vec<Arrived>) {
-        if let Some(Receiving { request, buffer, done }) = self.receiving.take_if(|r| r.done == r.request.length as usize) {
+        if let Some(Receiving { request, buffer, done }) =
+            self.receiving.take_if(|r| r.done == r.request.length as usize)
+        {
             debug_assert_eq!(done, request.length as usize);
             self.in_flight += 1;
             arrived.push(Arrived {
@@ -229,7 +237,8 @@ impl Session {
         match request.buffer {
             Some(buffer) if request.operation == Operation::Read && result.is_ok() => {
                 let payload = (Payload { buffer, start: 0 }, request.length as usize);
-                self.queue.push(u64::from(buffer.0) + 1, &header, Some(payload));
+                let tag = u64::from(buffer.0 + 1) << 32 | request.length;
+                self.queue.push(tag, &header, Some(payload));
                 None
             }
             buffer => {
@@ -264,10 +273,8 @@ impl Session {
 
     fn give_back(&mut self, tags: Vec<u64>, buffers: &mut Buffers) {
         for tag in tags.into_iter().filter(|tag| *tag > 0) {
-            buffers.put(BufferId((tag - 1) as u32));
-        }
-        if self.queue.is_empty() && self.in_flight == 0 && self.receiving.is_none() {
-            self.in_flight_bytes = 0;
+            buffers.put(BufferId((tag >> 32) as u32 - 1));
+            self.in_flight_bytes -= tag as u32 as usize;
         }
     }
 

@@ -20,7 +20,8 @@ pub(super) async fn claim(directory: &Path) -> Result<File, ReplicaError> {
     let failed = |e| ReplicaError::io(format!("use the directory `{}`", directory.display()), e);
     fs::create_dir_all(directory).map_err(failed)?;
     runtime::files::sync_parent(directory).map_err(failed)?;
-    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(directory.join(LOCK)).map_err(failed)?;
+    let lock =
+        OpenOptions::new().create(true).truncate(false).write(true).open(directory.join(LOCK)).map_err(failed)?;
     let started = tokio::time::Instant::now();
     loop {
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
@@ -98,9 +99,7 @@ fn check(config: &Config, record: &Record) -> Result<(), ReplicaError> {
 pub fn read_record(directory: &Path) -> Result<Option<Record>, ReplicaError> {
     let path = directory.join(file::RECORD);
     match fs::read(&path) {
-        Ok(text) => {
-            serde_json::from_slice(&text).map(Some).map_err(|source| ReplicaError::Config { path, source })
-        }
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|source| ReplicaError::Config { path, source }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(ReplicaError::io(format!("read `{}`", path.display()), e)),
     }
@@ -109,6 +108,5 @@ pub fn read_record(directory: &Path) -> Result<Option<Record>, ReplicaError> {
 pub(super) fn write_record(directory: &Path, record: &Record) -> Result<(), ReplicaError> {
     let path = directory.join(file::RECORD);
     let text = serde_json::to_vec(record).expect("a record is plain data");
-    runtime::files::write_durably(&path, &text)
-        .map_err(|e| ReplicaError::io(format!("write `{}`", path.display()), e))
+    runtime::files::write_durably(&path, &text).map_err(|e| ReplicaError::io(format!("write `{}`", path.display()), e))
 }

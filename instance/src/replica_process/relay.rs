@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -56,8 +57,16 @@ pub(super) async fn serve(listener: TcpListener, socket: PathBuf, stop: Cancella
     tasks.wait().await;
 }
 
+/// Either end closes both: a half-open NBD connection is of no use, and an ended export must be noticed at once.
 async fn relay(mut tcp: TcpStream, socket: &std::path::Path) -> io::Result<()> {
     tcp.set_nodelay(true)?;
     let mut unix = runtime::socket::connect(socket).await?;
-    tokio::io::copy_bidirectional_with_sizes(&mut tcp, &mut unix, BUFFER_BYTES, BUFFER_BYTES).await.map(drop)
+    let (tcp_reader, mut tcp_writer) = tcp.split();
+    let (unix_reader, mut unix_writer) = unix.split();
+    let mut requests = BufReader::with_capacity(BUFFER_BYTES, tcp_reader);
+    let mut replies = BufReader::with_capacity(BUFFER_BYTES, unix_reader);
+    tokio::select! {
+        ended = tokio::io::copy_buf(&mut requests, &mut unix_writer) => ended.map(drop),
+        ended = tokio::io::copy_buf(&mut replies, &mut tcp_writer) => ended.map(drop),
+    }
 }

@@ -1,1 +1,229 @@
 //! Decision tables.
+
+use expect_test::{Expect, expect};
+
+use super::*;
+use crate::disk::Disk;
+
+fn now() -> Timestamp {
+    "2026-01-01T00:00:00Z".parse().unwrap()
+}
+
+fn observed() -> Observed {
+    let mut source = BackingImageDataSource::new(
+        "ubuntu",
+        BackingImageDataSourceSpec {
+            node_id: "n".into(),
+            uuid: "12345678".into(),
+            disk_uuid: "d".into(),
+            disk_path: "/d".into(),
+            source_type: Some(SourceType::Download),
+            parameters: [("url".to_owned(), "http://x/ubuntu.qcow2".to_owned())].into(),
+            ..Default::default()
+        },
+    );
+    source.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    let disk = Disk {
+        id: "d".into(),
+        name: "disk".into(),
+        node: "n".into(),
+        path: "/d".into(),
+        node_tags: vec![],
+        tags: vec![],
+        health: Health::Ready,
+        unschedulable: None,
+        evicting: false,
+        maximum_bytes: 1,
+        available_bytes: 1,
+        reserved_bytes: 0,
+    };
+    let disks = Disks { list: vec![disk], nodes: [("n".to_owned(), Health::Ready)].into(), ..Default::default() };
+    Observed { now: now(), source, disks, workload: None, report: None, taken_over: None }
+}
+
+fn running(o: &mut Observed, state: State, report: Option<Report>) {
+    let image = "ubuntu".parse().unwrap();
+    o.workload = Some(Workload { wish: wish(&o.source.spec, &image), state, ip: "1.2.3.4".into() });
+    o.report = report.map(Ok);
+}
+
+fn check(o: &Observed, expected: Expect) -> Observed {
+    let decision = decide(o);
+    let actions: Vec<String> = decision
+        .actions
+        .iter()
+        .map(|a| match a {
+            Action::EnsureWorkload(wish) => format!("start {}", wish.args.join(" ")),
+            other => format!("{other:?}"),
+        })
+        .collect();
+    let s = &decision.status;
+    let text = format!(
+        "{}\n{} {} % {} failures, next `{}` {}",
+        if actions.is_empty() { "nothing".to_owned() } else { actions.join("\n") },
+        s.current_state.as_str(),
+        s.progress,
+        s.failures,
+        s.next_retry_time,
+        s.message
+    );
+    expected.assert_eq(&text);
+    let mut next = o.clone();
+    next.source.status = Some(decision.status);
+    next
+}
+
+#[test]
+fn starts_follows_and_hands_over() {
+    let mut o = check(
+        &observed(),
+        expect![[r#"
+        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --parameters url=http://x/ubuntu.qcow2 --disk-path /d
+        starting 0 % 0 failures, next `` "#]],
+    );
+    running(
+        &mut o,
+        State::Running,
+        Some(Report { state: CopyState::InProgress, progress: 61, size: 100, ..Default::default() }),
+    );
+    let mut o = check(
+        &o,
+        expect![[r#"
+        nothing
+        in-progress 61 % 0 failures, next `` "#]],
+    );
+    running(
+        &mut o,
+        State::Running,
+        Some(Report { state: CopyState::ReadyForTransfer, size: 100, ..Default::default() }),
+    );
+    let mut o = check(
+        &o,
+        expect![[r#"
+        nothing
+        ready-for-transfer 100 % 0 failures, next `` "#]],
+    );
+    // It ended by itself after the agent took the file over.
+    running(&mut o, State::Failed("exit 0".into()), None);
+    o.taken_over = Some(CopyState::Ready);
+    let mut o = check(
+        &o,
+        expect![[r#"
+        RemoveWorkload("backing-image-ds-ubuntu")
+        ready 100 % 0 failures, next `` "#]],
+    );
+    o.source.spec.file_transferred = true;
+    check(
+        &o,
+        expect![[r#"
+        RemoveWorkload("backing-image-ds-ubuntu")
+        ready 100 % 0 failures, next `` "#]],
+    );
+}
+
+#[test]
+fn backs_off_longer_with_each_failure() {
+    let mut o = observed();
+    running(&mut o, State::Failed("killed by signal 9".into()), None);
+    let mut o = check(
+        &o,
+        expect![[r#"
+        RemoveWorkload("backing-image-ds-ubuntu")
+        failed 0 % 1 failures, next `2026-01-01T00:00:01Z` killed by signal 9"#]],
+    );
+    o.workload = None;
+    let mut o = check(
+        &o,
+        expect![[r#"
+        nothing
+        failed 0 % 1 failures, next `2026-01-01T00:00:01Z` killed by signal 9"#]],
+    );
+    o.now = crate::retry::after(now(), Duration::from_secs(1));
+    let mut o = check(
+        &o,
+        expect![[r#"
+        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --parameters url=http://x/ubuntu.qcow2 --disk-path /d
+        starting 0 % 1 failures, next `2026-01-01T00:00:01Z` killed by signal 9"#]],
+    );
+    let report = Report {
+        state: CopyState::Failed,
+        message: "cannot download `http://x/ubuntu.qcow2`: refused".into(),
+        ..Default::default()
+    };
+    running(&mut o, State::Running, Some(report));
+    check(
+        &o,
+        expect![[r#"
+        RemoveWorkload("backing-image-ds-ubuntu")
+        failed 0 % 2 failures, next `2026-01-01T00:00:03Z` cannot download `http://x/ubuntu.qcow2`: refused"#]],
+    );
+}
+
+#[test]
+fn waits_long_after_what_a_repetition_will_not_cure() {
+    for (message, permanent) in [
+        ("cannot download `http://x/404/a.qcow2`: connection refused", false),
+        ("cannot download `http://x/a`: the server answered 404", true),
+        ("cannot download `http://x/a`: the server answered 503", false),
+        ("SHA-512 is a, but b was expected", true),
+        ("the file is refused: it has the backing file `/etc/passwd`", true),
+        ("a raw image must be a multiple of 512 bytes, this one has 1000", true),
+    ] {
+        assert_eq!(is_permanent(message), permanent, "{message}");
+    }
+    let full = "the disk of `/d` has 5 bytes free, the file needs 9: free some space or choose another disk";
+    assert!(says_no_room(full) && !is_permanent(full));
+}
+
+#[test]
+fn tries_a_new_wish_at_once() {
+    let mut o = observed();
+    let report =
+        Report { state: CopyState::Failed, message: "SHA-512 is a, but b was expected".into(), ..Default::default() };
+    running(&mut o, State::Running, Some(report));
+    let mut o = check(
+        &o,
+        expect![[r#"
+        RemoveWorkload("backing-image-ds-ubuntu")
+        failed 0 % 1 failures, next `2026-01-01T00:05:00Z` SHA-512 is a, but b was expected"#]],
+    );
+    o.workload = None;
+    o.source.spec.checksum = "c".into();
+    check(
+        &o,
+        expect![[r#"
+        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --parameters url=http://x/ubuntu.qcow2 --checksum c --disk-path /d
+        starting 0 % 0 failures, next `` "#]],
+    );
+}
+
+#[test]
+fn concludes_nothing_from_silence() {
+    let mut o = observed();
+    running(&mut o, State::Unknown("node n does not answer".into()), None);
+    check(
+        &o,
+        expect![[r#"
+        nothing
+        unknown 0 % 0 failures, next `` its node does not answer: node n does not answer"#]],
+    );
+    o.disks.list[0].health = Health::Unknown("node n does not answer".into());
+    check(
+        &o,
+        expect![[r#"
+        nothing
+        unknown 0 % 0 failures, next `` node n does not answer"#]],
+    );
+}
+
+#[test]
+fn refuses_other_source_types() {
+    let mut o = observed();
+    o.source.spec.source_type = Some(SourceType::Clone);
+    check(
+        &o,
+        expect![[r#"
+        nothing
+        failed 0 % 0 failures, next `` sourceType clone is not offered by this version; use download"#]],
+    );
+}

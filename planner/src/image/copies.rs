@@ -14,16 +14,13 @@ use crate::retry::{after, parse, since, sooner, until};
 
 /// Writes what managers and the data source report into the status; the first complete file decides size, checksum and format.
 pub(super) fn observe(o: &Observed, status: &mut BackingImageStatus) {
-    let reports: BTreeMap<String, FileInfo> = o
-        .image
-        .spec
-        .disk_file_spec_map
-        .keys()
-        .map(|disk| (disk.clone(), report(o, status, disk)))
-        .collect();
+    let reports: BTreeMap<String, FileInfo> =
+        o.image.spec.disk_file_spec_map.keys().map(|disk| (disk.clone(), report(o, status, disk))).collect();
     let has_file = |f: &&FileInfo| f.state == CopyState::Ready;
     let is_known = !status.checksum.is_empty();
-    if let Some(first) = reports.values().filter(has_file).find(|f| is_known || difference(f, &o.image.spec, status).is_none()) {
+    if let Some(first) =
+        reports.values().filter(has_file).find(|f| is_known || difference(f, &o.image.spec, status).is_none())
+    {
         let take = |known: &mut u64, seen: u64| {
             if *known == 0 {
                 *known = seen;
@@ -90,7 +87,11 @@ fn report(o: &Observed, status: &BackingImageStatus, disk: &str) -> FileInfo {
         }
         let seen = source.status.clone().unwrap_or_default();
         return FileInfo {
-            state: if seen.current_state == CopyState::Ready { CopyState::ReadyForTransfer } else { seen.current_state },
+            state: if seen.current_state == CopyState::Ready {
+                CopyState::ReadyForTransfer
+            } else {
+                seen.current_state
+            },
             size: seen.size,
             progress: seen.progress,
             current_checksum: seen.checksum,
@@ -103,9 +104,10 @@ fn report(o: &Observed, status: &BackingImageStatus, disk: &str) -> FileInfo {
         return file.clone();
     }
     match o.disks.get(disk).map(|d| &d.health) {
-        None if o.disks.is_gone(disk) => {
-            say(CopyState::Unknown, format!("no node has a disk {disk}; remove it from diskFileSpecMap if it is gone for good"))
-        }
+        None if o.disks.is_gone(disk) => say(
+            CopyState::Unknown,
+            format!("no node has a disk {disk}; remove it from diskFileSpecMap if it is gone for good"),
+        ),
         None => silent(format!("no node has reported disk {disk} yet")),
         Some(Health::NotReady(why) | Health::Unknown(why)) => silent(why.clone()),
         Some(Health::Ready) => match manager_status.current_state {
@@ -132,7 +134,8 @@ pub(super) fn plan(
     status: &mut BackingImageStatus,
     map: &mut BTreeMap<String, DiskFileSpec>,
 ) -> (Option<String>, Option<Duration>) {
-    let wanted_by_replicas = o.replicas.iter().filter(|r| r.spec.desire_state == DesireState::Running && r.spec.failed_at.is_empty());
+    let wanted_by_replicas =
+        o.replicas.iter().filter(|r| r.spec.desire_state == DesireState::Running && r.spec.failed_at.is_empty());
     for replica in wanted_by_replicas.filter(|r| o.disks.get(&r.spec.disk_id).is_some()) {
         map.entry(replica.spec.disk_id.clone()).or_default();
     }
@@ -191,8 +194,7 @@ fn replenish(
     map: &mut BTreeMap<String, DiskFileSpec>,
 ) -> (Option<String>, Option<Duration>) {
     let (mut good, mut recheck) = (0, None);
-    for (disk, spec) in map.iter().filter(|(d, s)| !is_evicting(o, d, s)) {
-        let _ = spec;
+    for (disk, _) in map.iter().filter(|(d, s)| !is_evicting(o, d, s)) {
         let file = status.disk_file_status_map.get(disk).cloned().unwrap_or_default();
         let (counted, wait) = counts(o, &file, disk);
         good += usize::from(counted);
@@ -209,33 +211,44 @@ fn replenish(
     }
     let selectors = selectors(&o.image);
     let bytes = if status.real_size > 0 { status.real_size } else { status.size };
-    let taken: BTreeSet<String> = map.keys().cloned().collect();
+    // What leaves in this very pass is no place to come to.
+    let taken: BTreeSet<String> = map.keys().chain(o.image.spec.disk_file_spec_map.keys()).cloned().collect();
     let choice = choose_for_copies(&request(o, &selectors, bytes), &taken, missing);
     for disk in &choice.chosen {
         map.insert(disk.id.clone(), DiskFileSpec::default());
     }
     if choice.chosen.len() < missing {
         let lacking = missing - choice.chosen.len();
-        return (Some(format!("{lacking} more wanted, but no further disk is eligible: {}", choice.reasons())), recheck);
+        return (
+            Some(format!("{lacking} more wanted, but no further disk is eligible: {}", choice.reasons())),
+            recheck,
+        );
     }
     (None, recheck)
 }
 
 /// Takes copies away that are evicted, or unused for long and more than needed (LF 4.6, 4.3): never below what is needed,
 /// never the last ready one, never because of silence.
-fn remove_unused(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<String, DiskFileSpec>) -> Option<Duration> {
+fn remove_unused(
+    o: &Observed,
+    status: &BackingImageStatus,
+    map: &mut BTreeMap<String, DiskFileSpec>,
+) -> Option<Duration> {
     let used: BTreeSet<&str> = o.replicas.iter().map(|r| r.spec.disk_id.as_str()).collect();
     let source = o.data_source.as_ref().filter(|s| !s.spec.file_transferred).map(|s| s.spec.disk_uuid.clone());
     let mut recheck = None;
     let candidates: Vec<(String, DiskFileSpec)> = map.iter().map(|(d, s)| (d.clone(), s.clone())).collect();
     for (disk, spec) in candidates {
-        if used.contains(disk.as_str()) || source.as_ref() == Some(&disk) || state(status, &disk) == CopyState::Unknown {
+        if used.contains(disk.as_str()) || source.as_ref() == Some(&disk) || state(status, &disk) == CopyState::Unknown
+        {
             continue;
         }
         let staying = |other: &String| *other != disk && !is_evicting(o, other, &map[other]);
         let others_ready = map.keys().filter(|d| staying(d) && state(status, d) == CopyState::Ready).count();
         if is_evicting(o, &disk, &spec) {
-            if others_ready > 0 {
+            // An entry that shall leave a disk which may be chosen again goes only once it is not missed.
+            let is_refused = o.disks.get(&disk).is_none_or(|d| refusal(d, &[], &o.settings).is_some());
+            if others_ready >= if is_refused { 1 } else { need(o) } {
                 map.remove(&disk);
             }
             continue;

@@ -47,13 +47,22 @@ fn no_place(choice: &Choice) -> Option<Condition> {
 }
 
 /// The disk for the first file: one that is wanted already when possible, else any eligible one.
-fn choose(o: &Observed, map: &BTreeMap<String, DiskFileSpec>, without: &BTreeSet<String>, bytes: u64) -> Result<Disk, Choice> {
+fn choose(
+    o: &Observed,
+    map: &BTreeMap<String, DiskFileSpec>,
+    without: &BTreeSet<String>,
+    bytes: u64,
+) -> Result<Disk, Choice> {
     let selectors = selectors(&o.image);
     let request = request(o, &selectors, bytes);
     let wanted = |d: &&Disk| map.contains_key(&d.id) && !without.contains(&d.id);
-    if let Some(disk) = o.disks.list.iter().filter(wanted).find(|d| {
-        refusal(d, &selectors, &o.settings).is_none() && d.available_bytes >= bytes.max(1)
-    }) {
+    if let Some(disk) = o
+        .disks
+        .list
+        .iter()
+        .filter(wanted)
+        .find(|d| refusal(d, &selectors, &o.settings).is_none() && d.available_bytes >= bytes.max(1))
+    {
         return Ok(disk.clone());
     }
     let mut choice = choose_for_copies(&request, without, 1);
@@ -112,7 +121,8 @@ fn follow(
 ) -> Plan {
     let seen = source.status.clone().unwrap_or_default();
     let old = &source.spec.disk_uuid;
-    let has_failed = is_about_this_attempt(source) && matches!(seen.current_state, CopyState::Failed | CopyState::FailedAndCleanup);
+    let has_failed =
+        is_about_this_attempt(source) && matches!(seen.current_state, CopyState::Failed | CopyState::FailedAndCleanup);
     let is_full = has_failed && crate::data_source::says_no_room(&seen.message);
     let must_move = match o.disks.get(old) {
         None => o.disks.is_gone(old).then(|| format!("no node has disk {old} any more")),
@@ -132,12 +142,20 @@ fn follow(
             }
             Err(choice) => {
                 let message = format!("{why}; and no other disk can take the first copy: {}", choice.reasons());
-                return (vec![], waiting("NoEligibleDisk", message).map(|c| c.with_hint("add a disk or free space")), None);
+                return (
+                    vec![],
+                    waiting("NoEligibleDisk", message).map(|c| c.with_hint("add a disk or free space")),
+                    None,
+                );
             }
         },
         (None, Some(disk)) => disk.clone(),
         (None, None) => {
-            return (vec![], waiting("Unknown", format!("no node has reported disk {old} yet; the preparation waits for it")), None);
+            return (
+                vec![],
+                waiting("Unknown", format!("no node has reported disk {old} yet; the preparation waits for it")),
+                None,
+            );
         }
     };
     map.entry(disk.id.clone()).or_default();
@@ -191,5 +209,9 @@ fn recover(
     };
     map.entry(disk.id.clone()).or_default();
     let wanted = BackingImageDataSourceSpec { other: source.spec.other.clone(), ..spec(o, status, &disk) };
-    (vec![Action::SetDataSourceSpec(Box::new(wanted))], waiting("Recovering", "every copy is lost; the image is downloaded again"), None)
+    (
+        vec![Action::SetDataSourceSpec(Box::new(wanted))],
+        waiting("Recovering", "every copy is lost; the image is downloaded again"),
+        None,
+    )
 }

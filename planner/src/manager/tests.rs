@@ -1,1 +1,230 @@
 //! Decision tables.
+
+use api::image::{BackingImageSpec, DiskFileSpec};
+use expect_test::{Expect, expect};
+
+use super::*;
+
+fn now() -> Timestamp {
+    "2026-01-01T00:00:00Z".parse().unwrap()
+}
+
+fn disk(health: Health) -> Disk {
+    Disk {
+        id: "d".into(),
+        name: "disk".into(),
+        node: "n".into(),
+        path: "/d".into(),
+        node_tags: vec![],
+        tags: vec![],
+        health,
+        unschedulable: None,
+        evicting: false,
+        maximum_bytes: 1,
+        available_bytes: 1,
+        reserved_bytes: 0,
+    }
+}
+
+/// `wanted; held; process=running; file=failed; peers; source=ready-for-transfer; transferred; disk=silent`
+fn world(text: &str) -> Observed {
+    let mut o = Observed {
+        now: now(),
+        name: "bim-d".into(),
+        disk_id: "d".into(),
+        disks: Disks {
+            list: vec![disk(Health::Ready)],
+            nodes: [("n".to_owned(), Health::Ready)].into(),
+            ..Default::default()
+        },
+        manager: None,
+        workload: None,
+        agent: None,
+        images: vec![],
+        data_sources: BTreeMap::new(),
+        peers: BTreeMap::new(),
+        memory: Memory::default(),
+    };
+    let mut files = BTreeMap::new();
+    for part in text.split(';').map(str::trim).filter(|p| !p.is_empty()) {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        match key {
+            "wanted" => {
+                let spec = BackingImageSpec {
+                    disk_file_spec_map: [("d".to_owned(), DiskFileSpec::default())].into(),
+                    ..Default::default()
+                };
+                let mut image = BackingImage::new("ubuntu", spec);
+                image.status = Some(BackingImageStatus {
+                    uuid: "12345678".into(),
+                    checksum: "c".into(),
+                    size: 9,
+                    ..Default::default()
+                });
+                o.images.push(image);
+            }
+            "object" | "held" => {
+                let images: BTreeMap<String, String> =
+                    if key == "held" { [("ubuntu".to_owned(), "12345678".to_owned())].into() } else { BTreeMap::new() };
+                o.manager = Some(object(&o, &disk(Health::Ready), images));
+                let file =
+                    FileInfo { uuid: "12345678".into(), state: CopyState::from_name(value), ..Default::default() };
+                if !value.is_empty() {
+                    let status = o.manager.as_mut().unwrap().status.get_or_insert_default();
+                    status.backing_image_file_map.insert("ubuntu".into(), file);
+                }
+            }
+            "process" => {
+                let state = match value {
+                    "running" => State::Running,
+                    "starting" => State::Starting,
+                    _ => State::Failed("killed by signal 9".into()),
+                };
+                o.workload = Some(Workload { wish: wish("bim-d", &disk(Health::Ready)), state, ip: "1.1.1.1".into() });
+            }
+            "file" => {
+                let message = if value == "failed" { "broken".into() } else { String::new() };
+                let checksum = if value == "ready" { "c" } else { "" };
+                let file = FileInfo {
+                    uuid: "12345678".into(),
+                    state: CopyState::from_name(value),
+                    message,
+                    current_checksum: checksum.into(),
+                    ..Default::default()
+                };
+                files.insert("ubuntu".to_owned(), file);
+            }
+            "other" => {
+                let file = FileInfo {
+                    uuid: "12345678".into(),
+                    state: CopyState::Ready,
+                    current_checksum: "other".into(),
+                    ..Default::default()
+                };
+                files.insert("ubuntu".to_owned(), file);
+            }
+            "peers" => drop(o.peers.insert("ubuntu".into(), vec!["2.2.2.2:8000".into(), "3.3.3.3:8000".into()])),
+            "source" => {
+                let mut source = BackingImageDataSource::new("ubuntu", Default::default());
+                source.spec.disk_uuid = "d".into();
+                let status = source.status.get_or_insert_default();
+                (status.current_state, status.ip) = (CopyState::from_name(value), "9.9.9.9".into());
+                o.data_sources.insert("ubuntu".into(), source);
+            }
+            "due" => {
+                let retry = Retry { failures: 1, next: Some(now()), message: "broken".into() };
+                o.memory.copies.insert("ubuntu".into(), Attempt { retry, is_running: false });
+            }
+            "disk" if value == "gone" => o.disks.list.clear(),
+            "disk" => o.disks.list = vec![disk(Health::Unknown("node n does not answer".into()))],
+            other => panic!("{other}"),
+        }
+    }
+    if o.workload.as_ref().is_some_and(|w| w.state == State::Running) {
+        o.agent = Some(Ok(Agent { files, ..Default::default() }));
+    }
+    o
+}
+
+fn check(text: &str, expected: Expect) {
+    let decision = decide(&world(text));
+    let actions: Vec<String> = decision
+        .actions
+        .iter()
+        .map(|a| match a {
+            Action::Create(m) => format!("create with {:?}", m.spec.backing_images),
+            Action::SetSpec(s) => format!("set {:?}", s.backing_images),
+            Action::EnsureWorkload(wish) => format!("start {}", wish.args.join(" ")),
+            Action::DeleteFile { image, .. } => format!("delete {image}"),
+            Action::FetchFile { from: Some(from), .. } => format!("fetch from {from}"),
+            Action::FetchFile { from: None, .. } => "adopt".into(),
+            Action::SyncFile { from, .. } => format!("sync from {}", from.join(",")),
+            other => format!("{other:?}"),
+        })
+        .collect();
+    let files: Vec<String> = decision
+        .status
+        .backing_image_file_map
+        .values()
+        .map(|f| format!("{} {} {}", f.state.as_str(), f.message, f.next_retry_time).trim_end().to_owned())
+        .collect();
+    let actions = if actions.is_empty() { "nothing".to_owned() } else { actions.join("; ") };
+    expected.assert_eq(&format!("{actions} | {:?} {}", decision.status.current_state, files.join(", ")));
+}
+
+#[test]
+fn lives_while_there_is_work() {
+    check("", expect!["nothing | NotStarted "]);
+    check("wanted", expect![[r#"create with {"ubuntu": "12345678"} | NotStarted "#]]);
+    check(
+        "wanted; held",
+        expect![
+            "start backing-image-manager daemon --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --disk-uuid d --disk-path /d | Starting "
+        ],
+    );
+    check("object; process=running", expect!["RemoveWorkload; Remove | NotStarted "]);
+}
+
+#[test]
+fn removes_files_before_it_forgets_them() {
+    check("held=ready; process=running; file=ready", expect!["delete ubuntu; set {} | Running "]);
+    check(
+        "held=ready",
+        expect![
+            "start backing-image-manager daemon --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --disk-uuid d --disk-path /d | Starting unknown the agent of the disk is starting"
+        ],
+    );
+}
+
+#[test]
+fn takes_the_first_file_over() {
+    check("wanted; held; process=running; source=in-progress", expect!["nothing | Running "]);
+    check("wanted; held; process=running; source=ready-for-transfer", expect!["fetch from 9.9.9.9:8000 | Running "]);
+}
+
+#[test]
+fn gets_further_copies_from_every_ready_peer() {
+    check("wanted; held; process=running; peers", expect!["sync from 2.2.2.2:8000,3.3.3.3:8000 | Running "]);
+    check("wanted; held; process=running; file=in-progress; peers", expect!["nothing | Running in-progress"]);
+    check("wanted; held; process=running; file=ready; peers", expect!["nothing | Running ready"]);
+}
+
+#[test]
+fn adopts_what_it_held_after_a_restart() {
+    check("wanted; held=ready; process=failed; peers", expect!["RemoveWorkload | Error unknown killed by signal 9"]);
+    check("wanted; held=unknown; process=running; peers", expect!["adopt | Running unknown"]);
+}
+
+#[test]
+fn tries_a_failed_copy_again_after_its_back_off() {
+    check(
+        "wanted; held=in-progress; process=running; file=failed; peers",
+        expect!["nothing | Running failed broken 2026-01-01T00:00:01Z"],
+    );
+    check(
+        "wanted; held=failed; process=running; file=failed; peers; due",
+        expect!["delete ubuntu; sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+    // Without a ready peer nothing is deleted: what lies there may be the last.
+    check(
+        "wanted; held=failed; process=running; file=failed; due",
+        expect!["adopt | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+}
+
+#[test]
+fn refuses_a_copy_that_differs() {
+    check(
+        "wanted; held=ready; process=running; other; peers",
+        expect![
+            "nothing | Running failed the copy differs from the image: its checksum is other, that of the image is c 2026-01-01T00:00:01Z"
+        ],
+    );
+}
+
+#[test]
+fn concludes_nothing_from_silence() {
+    check("wanted; held=ready; disk=silent", expect!["nothing | Unknown unknown node n does not answer"]);
+    check("held=ready; disk=silent", expect!["nothing | Unknown unknown node n does not answer"]);
+    check("wanted; held=ready; disk=gone; process=failed", expect!["RemoveWorkload; Remove | NotStarted ready"]);
+}

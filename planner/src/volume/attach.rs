@@ -1,15 +1,18 @@
 //! Attaching: replicas first, then a judgement of their generations, then the engine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::engine::{DesireState, InstanceState};
 use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 
-use super::{Action, Pass, SILENCE_LIMIT};
+use super::{Action, Pass, SILENCE_LIMIT, name_of_replica};
 use crate::disk::Health;
 use crate::generations::{Judgement, Record, Sight, judge};
 use crate::retry::{after, until};
+
+/// How often a replica whose process ended is started again before the others go on without it.
+const RESTARTS: u32 = 3;
 
 /// Where a replica stands on its way to serve.
 enum Way {
@@ -41,7 +44,14 @@ impl Pass<'_> {
         }
         if let Err(why) = self.engine_ended() {
             let is_move = engine.node_id != node;
-            self.wait("Detaching", if is_move { format!("it must be detached from node {} first: {why}", engine.node_id) } else { why.clone() });
+            self.wait(
+                "Detaching",
+                if is_move {
+                    format!("it must be detached from node {} first: {why}", engine.node_id)
+                } else {
+                    why.clone()
+                },
+            );
             self.undetached = Some(why);
             return;
         }
@@ -57,12 +67,42 @@ impl Pass<'_> {
             self.no_good_replica();
             return;
         }
+        let (broken, stop_now) = self.broken();
         for name in self.good_replicas() {
-            if let Some(spec) = self.replicas.get_mut(&name) {
-                spec.desire_state = DesireState::Running;
+            let is_broken = broken.contains(&name);
+            if let Some(spec) = self.replicas.get_mut(&name).filter(|_| !is_broken || stop_now) {
+                spec.desire_state = if is_broken { DesireState::Stopped } else { DesireState::Running };
             }
         }
-        self.join(&node);
+        self.join(&node, &broken);
+    }
+
+    /// Replicas whose process ended and that are to be stopped and started again, and whether now: all of a machine's processes end with
+    /// it, and that is no reason to lose a replica. One that ends again and again is given up when others can serve.
+    fn broken(&mut self) -> (BTreeSet<String>, bool) {
+        let state = |r: &Replica| r.status.as_ref().map_or(InstanceState::NotStarted, |s| s.current_state);
+        let good: Vec<&Replica> = self.o.replicas.iter().filter(|r| r.spec.failed_at.is_empty()).collect();
+        let has_ended = |r: &&&Replica| {
+            state(r) == InstanceState::Error && self.o.disks.nodes.get(&r.spec.node_id) == Some(&Health::Ready)
+        };
+        let broken: Vec<&Replica> = good.iter().filter(has_ended).copied().collect();
+        let others_serve = good.iter().any(|r| state(r) == InstanceState::Running);
+        if broken.is_empty() || others_serve && self.restart.failures >= RESTARTS {
+            return (BTreeSet::new(), false);
+        }
+        let names: BTreeSet<String> = broken.iter().map(|r| name_of_replica(r).to_owned()).collect();
+        let is_wished = broken.iter().any(|r| r.spec.desire_state == DesireState::Running);
+        let stop_now = is_wished && self.restart.is_due(self.o.now);
+        if stop_now {
+            let status = broken[0].status.clone().unwrap_or_default();
+            let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
+            let why = said.map_or_else(|| "its process ended".to_owned(), |c| c.message.clone());
+            self.restart = self.restart.failed(self.o.now, why);
+        } else if is_wished {
+            // Not yet; it stays as it is until its back-off is over.
+            self.recheck(self.restart.wait(self.o.now));
+        }
+        (names, stop_now)
     }
 
     /// The engine ended although it shall run: its end is taken as unclean, and it is attached anew after a back-off.
@@ -150,11 +190,19 @@ impl Pass<'_> {
     }
 
     /// All replicas that can come are up: judges them, fills the engine's map, starts the engine.
-    fn join(&mut self, node: &str) {
+    fn join(&mut self, node: &str, broken: &BTreeSet<String>) {
         let mut sights = BTreeMap::new();
         let mut coming = vec![];
         for name in self.good_replicas() {
             let Some(replica) = self.replica(&name).cloned() else { continue };
+            if broken.contains(&name) {
+                let next = self.restart.next.map(|n| format!(", not before {n}")).unwrap_or_default();
+                coming.push(format!(
+                    "{name} on node {}: {}; it is started again{next}",
+                    replica.spec.node_id, self.restart.message
+                ));
+                continue;
+            }
             match self.way(&replica) {
                 Way::Up(record) => drop(sights.insert(name, Sight::Seen(record))),
                 Way::Away(why) => drop(sights.insert(name, Sight::Unseen(why))),
@@ -182,7 +230,8 @@ impl Pass<'_> {
         if let Some(why) = &judgement.refused {
             let unseen = judgement.unknown.iter().map(|(n, why)| format!("{n}: {why}")).collect::<Vec<_>>().join("; ");
             let message = if unseen.is_empty() { why.clone() } else { format!("{why} ({unseen})") };
-            let hint = "bring the missing replicas back, or lower generation in the Engine's spec to salvage what is there";
+            let hint =
+                "bring the missing replicas back, or lower generation in the Engine's spec to salvage what is there";
             self.wait_for(Condition::new(READY, ConditionStatus::False, "StaleReplica", message).with_hint(hint));
             return;
         }
@@ -257,21 +306,25 @@ impl Pass<'_> {
     pub(super) fn image_progress(&self) -> Option<String> {
         let image = self.o.image.as_ref()?;
         let status = image.status.clone().unwrap_or_default();
-        let disks: std::collections::BTreeSet<&str> = self
+        let disks: BTreeSet<&str> = self
             .replicas
             .values()
             .filter(|s| s.failed_at.is_empty() && s.desire_state == DesireState::Running)
             .map(|s| s.disk_id.as_str())
             .collect();
-        let is_ready = |d: &&str| {
-            status.disk_file_status_map.get(*d).is_some_and(|f| f.state == api::image::CopyState::Ready)
-        };
-        if disks.is_empty() || disks.iter().all(|d| is_ready(d)) {
+        let is_ready =
+            |d: &&str| status.disk_file_status_map.get(*d).is_some_and(|f| f.state == api::image::CopyState::Ready);
+        if disks.is_empty() || disks.iter().all(is_ready) {
             return None;
         }
-        let mut text = format!("image {}: {}", self.o.volume.spec.backing_image, crate::image::progress(&status, disks.into_iter(), &self.o.disks));
+        let mut text = format!(
+            "image {}: {}",
+            self.o.volume.spec.backing_image,
+            crate::image::progress(&status, disks.into_iter(), &self.o.disks)
+        );
         if crate::image::ready_disks(&status).next().is_none()
-            && let Some(why) = condition::find(&status.conditions, READY).filter(|c| !c.is_true() && !c.message.is_empty())
+            && let Some(why) =
+                condition::find(&status.conditions, READY).filter(|c| !c.is_true() && !c.message.is_empty())
         {
             text += &format!(" ({})", why.message);
         }

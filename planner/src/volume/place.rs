@@ -29,7 +29,8 @@ impl Pass<'_> {
             return;
         }
         let Some(image) = &self.o.image else {
-            let wait = Condition::new(READY, ConditionStatus::False, "ImageNotFound", format!("there is no image {name}"));
+            let wait =
+                Condition::new(READY, ConditionStatus::False, "ImageNotFound", format!("there is no image {name}"));
             self.wait_for(wait.with_hint(format!("create the BackingImage {name}")));
             return;
         };
@@ -37,9 +38,13 @@ impl Pass<'_> {
         let size = self.o.volume.spec.size.0;
         if virtual_size > size {
             let message = format!("image {name} has a virtual size of {virtual_size} bytes, the volume only {size}");
-            let condition =
-                Condition::new(BACKING_IMAGE_INCOMPATIBLE, ConditionStatus::True, "BackingImageVirtualSizeTooLarge", message.clone())
-                    .with_hint(format!("create a volume of at least {virtual_size} bytes"));
+            let condition = Condition::new(
+                BACKING_IMAGE_INCOMPATIBLE,
+                ConditionStatus::True,
+                "BackingImageVirtualSizeTooLarge",
+                message.clone(),
+            )
+            .with_hint(format!("create a volume of at least {virtual_size} bytes"));
             self.wait_for(
                 Condition::new(READY, ConditionStatus::False, "BackingImageVirtualSizeTooLarge", message)
                     .with_hint(condition.hint.clone()),
@@ -50,7 +55,8 @@ impl Pass<'_> {
 
     fn is_blank(&self) -> bool {
         let was_attached = self.engine.as_ref().is_some_and(|e| e.generation > 0 || !e.node_id.is_empty());
-        let has_data = |r: &Replica| r.status.as_ref().is_some_and(|s| s.generation > 0) || !r.spec.failed_at.is_empty();
+        let has_data =
+            |r: &Replica| r.status.as_ref().is_some_and(|s| s.generation > 0) || !r.spec.failed_at.is_empty();
         !was_attached && !self.o.replicas.iter().any(has_data)
     }
 
@@ -66,12 +72,18 @@ impl Pass<'_> {
             return;
         }
         if !self.is_blank() {
-            let why = "a replica cannot be added to a volume that holds data (rebuilding is not offered by this version)";
+            let why =
+                "a replica cannot be added to a volume that holds data (rebuilding is not offered by this version)";
             self.unplaced = Some(format!("{have} of {wanted} replicas have a place: {why}"));
             return;
         }
-        let volume = Selectors { who: "the volume", node: &o.volume.spec.node_selector, disk: &o.volume.spec.disk_selector };
-        let image = o.image.as_ref().map(|i| Selectors { who: "the image", node: &i.spec.node_selector, disk: &i.spec.disk_selector });
+        let volume =
+            Selectors { who: "the volume", node: &o.volume.spec.node_selector, disk: &o.volume.spec.disk_selector };
+        let image = o.image.as_ref().map(|i| Selectors {
+            who: "the image",
+            node: &i.spec.node_selector,
+            disk: &i.spec.disk_selector,
+        });
         let selectors: Vec<Selectors<'_>> = std::iter::once(volume).chain(image).collect();
         let taken: BTreeSet<String> = o.replicas.iter().map(|r| r.spec.disk_id.clone()).collect();
         let copies = o.image.as_ref().and_then(|i| i.status.as_ref()).map(|s| &s.disk_file_status_map);

@@ -22,7 +22,8 @@ impl Pass<'_> {
         if volume.metadata.deletion_timestamp.is_some() {
             return VolumeState::Deleting;
         }
-        let places = self.replicas.len() + self.created.iter().filter(|a| matches!(a, Action::CreateReplica(_))).count();
+        let places =
+            self.replicas.len() + self.created.iter().filter(|a| matches!(a, Action::CreateReplica(_))).count();
         if places == 0 {
             return VolumeState::Creating;
         }
@@ -57,8 +58,12 @@ impl Pass<'_> {
             0 => (Robustness::Faulted, if failed.is_empty() { "no replica is in sync".into() } else { failed }),
             n if n >= self.wanted_replicas() => (Robustness::Healthy, String::new()),
             n => {
-                let reasons: Vec<String> = self.unplaced.clone().into_iter().chain(Some(failed).filter(|f| !f.is_empty())).collect();
-                (Robustness::Degraded, format!("{n} of {} replicas are in sync: {}", self.wanted_replicas(), reasons.join("; ")))
+                let reasons: Vec<String> =
+                    self.unplaced.clone().into_iter().chain(Some(failed).filter(|f| !f.is_empty())).collect();
+                (
+                    Robustness::Degraded,
+                    format!("{n} of {} replicas are in sync: {}", self.wanted_replicas(), reasons.join("; ")),
+                )
             }
         }
     }
@@ -71,7 +76,8 @@ impl Pass<'_> {
         status.robustness = robustness;
         let engine_spec = o.engine.as_ref().map(|e| &e.spec);
         let holds_node = status.state == VolumeState::Attached || self.undetached.is_some();
-        status.current_node_id = if holds_node { engine_spec.map(|e| e.node_id.clone()).unwrap_or_default() } else { String::new() };
+        status.current_node_id =
+            if holds_node { engine_spec.map(|e| e.node_id.clone()).unwrap_or_default() } else { String::new() };
         let sizes = o.replicas.iter().filter_map(|r| r.status.as_ref()).map(|s| s.actual_size_bytes);
         status.actual_size = sizes.max().unwrap_or(0);
         match robustness {
@@ -115,11 +121,21 @@ impl Pass<'_> {
             (None, Robustness::Faulted) => Condition::new(READY, ConditionStatus::False, "Faulted", why)
                 .with_hint("clear failedAt of the replica that you trust most, to salvage its data"),
             (None, Robustness::Degraded) => Condition::new(READY, ConditionStatus::True, "Degraded", why),
-            (None, _) if status.state == VolumeState::Attached => {
-                Condition::new(READY, ConditionStatus::True, "Attached", format!("attached to node {}", status.current_node_id))
+            (None, _) if status.state == VolumeState::Attached => Condition::new(
+                READY,
+                ConditionStatus::True,
+                "Attached",
+                format!("attached to node {}", status.current_node_id),
+            ),
+            (None, _) if why.is_empty() => {
+                Condition::new(READY, ConditionStatus::True, "Detached", "it can be attached")
             }
-            (None, _) if why.is_empty() => Condition::new(READY, ConditionStatus::True, "Detached", "it can be attached"),
-            (None, _) => Condition::new(READY, ConditionStatus::True, "Degraded", format!("it can be attached; failed are {why}")),
+            (None, _) => Condition::new(
+                READY,
+                ConditionStatus::True,
+                "Degraded",
+                format!("it can be attached; failed are {why}"),
+            ),
         });
         status
     }

@@ -1,11 +1,11 @@
 //! Decision tables.
 
+use api::condition;
 use api::engine::{EngineStatus, InstanceState, ReplicaMode};
 use api::names::condition::READY;
 use api::quantity::SizeBytes;
 use api::replica::ReplicaStatus;
 use api::volume::VolumeSpec;
-use api::condition;
 use expect_test::{Expect, expect};
 
 use super::*;
@@ -65,7 +65,9 @@ fn world(text: &str) -> Observed {
                 o.disks.list.iter_mut().filter(|d| d.node == value).for_each(|d| d.health = health.clone());
             }
             "recorded" => engine.spec.generation = value.parse().unwrap(),
-            "dropped" => drop(engine.status.get_or_insert_default().replica_mode_map.insert(value.into(), ReplicaMode::Err)),
+            "dropped" => {
+                engine.status.get_or_insert_default().replica_mode_map.insert(value.into(), ReplicaMode::Err);
+            }
             "engine" => {
                 has_engine = true;
                 let (state, rest) = value.split_once(':').unwrap();
@@ -82,7 +84,12 @@ fn world(text: &str) -> Observed {
             "map" => {
                 for name in value.split(',') {
                     engine.spec.replica_address_map.insert(name.into(), "ip:1".into());
-                    engine.status.get_or_insert_default().replica_mode_map.entry(name.into()).or_insert(ReplicaMode::Rw);
+                    engine
+                        .status
+                        .get_or_insert_default()
+                        .replica_mode_map
+                        .entry(name.into())
+                        .or_insert(ReplicaMode::Rw);
                 }
             }
             _ => part.split_whitespace().for_each(|text| add_replica(&mut o, text)),
@@ -146,12 +153,17 @@ fn check(text: &str, expected: Expect) {
         .map(|action| match action {
             Action::CreateReplica(r) => format!("create replica on {}", r.spec.disk_id),
             Action::CreateEngine(_) => "create engine".into(),
-            Action::SetReplicaSpec { name, spec } if !spec.failed_at.is_empty() => format!("fail {name}: {}", spec.failed_reason),
+            Action::SetReplicaSpec { name, spec } if !spec.failed_at.is_empty() => {
+                format!("fail {name}: {}", spec.failed_reason)
+            }
             Action::SetReplicaSpec { name, spec } => format!("{name} {:?}", spec.desire_state),
             Action::SetEngineSpec(spec) => {
                 let map = spec.replica_address_map.keys().cloned().collect::<Vec<_>>().join(",");
                 let compare = if spec.compare_replicas { " compare" } else { "" };
-                format!("engine {:?} at {} with {map} above {}{compare}", spec.desire_state, spec.node_id, spec.generation)
+                format!(
+                    "engine {:?} at {} with {map} above {}{compare}",
+                    spec.desire_state, spec.node_id, spec.generation
+                )
             }
             other => format!("{other:?}"),
         })
@@ -164,51 +176,147 @@ fn check(text: &str, expected: Expect) {
 
 #[test]
 fn places_replicas_on_distinct_disks() {
-    check("", expect![""]);
+    check(
+        "",
+        expect![[r#"
+        create engine
+        create replica on d2
+        create replica on d3
+        create replica on d1
+        Detached Unknown Detached: it can be attached"#]],
+    );
 }
 
 #[test]
 fn says_what_has_no_place() {
-    check("nodes=1", expect![""]);
-    check("nodes=0", expect![""]);
+    check(
+        "nodes=1",
+        expect![[r#"
+        create engine
+        create replica on d1
+        Detached Unknown Detached: it can be attached"#]],
+    );
+    check(
+        "nodes=0",
+        expect![[r#"
+        create engine
+        Creating Unknown NoEligibleDisk: 0 of 3 replicas have a place: there is no other disk"#]],
+    );
 }
 
 #[test]
 fn starts_replicas_then_the_engine() {
-    check("on=n1; engine=stopped:0@; r1=stopped:0 r2=stopped:0 r3=stopped:0", expect![""]);
-    check("on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=starting:0", expect![""]);
-    check("on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=running:0", expect![""]);
+    check(
+        "on=n1; engine=stopped:0@; r1=stopped:0 r2=stopped:0 r3=stopped:0",
+        expect![[r#"
+        r1 Running
+        r2 Running
+        r3 Running
+        Attaching Unknown Attaching: waits for replica r1 on node n1: it is starting; r2 on node n2: it is starting; r3 on node n3: it is starting"#]],
+    );
+    check(
+        "on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=starting:0",
+        expect!["Attaching Unknown Attaching: waits for replica r3 on node n3: it is starting"],
+    );
+    check(
+        "on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=running:0",
+        expect![[r#"
+        engine Running at n1 with r1,r2,r3 above 0
+        Attaching Unknown Attaching: the engine on node n1 is starting"#]],
+    );
 }
 
 #[test]
 fn leaves_stale_and_silent_replicas_out_and_marks_them() {
-    check("on=n1; engine=stopped:3@n2; r1=running:3{r1,r2} r2=running:3{r1,r2} r3=running:2{r1,r2,r3}", expect![""]);
-    check("on=n1; silent=n3; engine=stopped:3@n2; r1=running:3{r1,r2,r3}clean r2=running:3{r1,r2,r3}clean r3=running:3{r1,r2,r3}clean", expect![""]);
+    check(
+        "on=n1; engine=stopped:3@n2; r1=running:3{r1,r2} r2=running:3{r1,r2} r3=running:2{r1,r2,r3}",
+        expect![[r#"
+        fail r3: stale: it stopped at generation 2 and the volume went on to 3 without it
+        engine Running at n1 with r1,r2 above 3 compare
+        Attaching Unknown Attaching: the engine on node n1 is starting"#]],
+    );
+    check(
+        "on=n1; silent=n3; engine=stopped:3@n2; r1=running:3{r1,r2,r3}clean r2=running:3{r1,r2,r3}clean r3=running:3{r1,r2,r3}clean",
+        expect![[r#"
+        fail r3: the volume was attached without it: node n3 does not answer
+        engine Running at n1 with r1,r2 above 3
+        Attaching Unknown Attaching: the engine on node n1 is starting"#]],
+    );
 }
 
 #[test]
 fn refuses_a_lone_stale_replica() {
-    check("on=n1; recorded=5; engine=stopped:5@n1; r1=running:4{r1,r2,r3} r2=failed r3=failed", expect![""]);
+    check(
+        "on=n1; recorded=5; engine=stopped:5@n1; r1=running:4{r1,r2,r3} r2=failed r3=failed",
+        expect![
+            "Attaching Faulted StaleReplica: the newest replica in sight is of generation 4, but the volume has reached generation 5: newer writes are on replicas that are not in sight"
+        ],
+    );
 }
 
 #[test]
 fn takes_over_what_the_engine_dropped() {
-    check("on=n1; wish=; engine=running:4@n1; map=r1,r2,r3; dropped=r2; recorded=3; r1=running:4{r1,r3} r2=running:3{r1,r2,r3} r3=running:4{r1,r3}", expect![""]);
+    check(
+        "on=n1; wish=; engine=running:4@n1; map=r1,r2,r3; dropped=r2; recorded=3; r1=running:4{r1,r3} r2=running:3{r1,r2,r3} r3=running:4{r1,r3}",
+        expect![[r#"
+        fail r2: the engine dropped it
+        engine Running at n1 with r1,r3 above 4
+        Attached Degraded Degraded: 2 of 3 replicas are in sync: r2 on node n2: the engine dropped it"#]],
+    );
 }
 
 #[test]
 fn is_faulted_when_every_replica_has_failed() {
-    check("on=n1; engine=stopped:4@n1; r1=failed r2=failed r3=failed", expect![""]);
+    check(
+        "on=n1; engine=stopped:4@n1; r1=failed r2=failed r3=failed",
+        expect![[r#"
+        engine Stopped at n1 with  above 4
+        Attaching Faulted Faulted: every replica has failed; their data is untouched: r1 on node n1: gone; r2 on node n2: gone; r3 on node n3: gone"#]],
+    );
 }
 
 #[test]
 fn never_attaches_elsewhere_while_an_engine_may_still_write() {
-    check("on=n2; wish=; silent=n1; engine=running:4@n1; map=r1,r2,r3; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}", expect![""]);
-    check("on=n2; engine=stopping:4@n1; map=r1,r2,r3; recorded=4; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}", expect![""]);
+    check(
+        "on=n2; wish=; silent=n1; engine=running:4@n1; map=r1,r2,r3; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
+        expect![[r#"
+        engine Stopped at n1 with r1,r2,r3 above 4
+        Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer; the engine on node n1 may still write"#]],
+    );
+    check(
+        "on=n2; engine=stopping:4@n1; map=r1,r2,r3; recorded=4; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
+        expect![
+            "Detaching Unknown Detaching: it must be detached from node n1 first: the engine on node n1 is stopping"
+        ],
+    );
 }
 
 #[test]
 fn detaches_the_engine_before_the_replicas() {
-    check("wish=; engine=running:4@n1; map=r1,r2,r3; recorded=4; r1=running:4 r2=running:4 r3=running:4", expect![""]);
-    check("engine=stopped:4@n1; map=r1,r2,r3; recorded=4; r1=running:4 r2=running:4 r3=running:4", expect![""]);
+    check(
+        "wish=; engine=running:4@n1; map=r1,r2,r3; recorded=4; r1=running:4 r2=running:4 r3=running:4",
+        expect![[r#"
+        engine Stopped at n1 with r1,r2,r3 above 4
+        Detaching Unknown Detaching: detachment waits: the engine on node n1 is being stopped"#]],
+    );
+    check(
+        "engine=stopped:4@n1; map=r1,r2,r3; recorded=4; r1=running:4 r2=running:4 r3=running:4",
+        expect![[r#"
+        r1 Stopped
+        r2 Stopped
+        r3 Stopped
+        Detached Unknown Detached: it can be attached"#]],
+    );
+}
+
+#[test]
+fn starts_replicas_again_whose_process_ended() {
+    check(
+        "on=n1; engine=stopped:4@n1; recorded=4; r1=error:4{r1,r2,r3} r2=error:4{r1,r2,r3} r3=error:4{r1,r2,r3}",
+        expect![[r#"
+            r1 Stopped
+            r2 Stopped
+            r3 Stopped
+            Attaching Unknown Attaching: waits for replica r1 on node n1: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r2 on node n2: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r3 on node n3: its process ended; it is started again, not before 2026-01-01T00:00:01Z"#]],
+    );
 }

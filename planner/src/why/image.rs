@@ -36,9 +36,11 @@ impl Story<'_> {
         self.say(format!("Image `{name}` {word}: {ready} of {} copies are ready.", disks.len()));
         self.below(|s| {
             s.problems(&status.conditions);
-            let prepared = s.world.data_sources.iter().any(|d| {
-                d.metadata.name.as_deref() == Some(name) && !d.spec.file_transferred
-            });
+            let prepared = s
+                .world
+                .data_sources
+                .iter()
+                .any(|d| d.metadata.name.as_deref() == Some(name) && !d.spec.file_transferred);
             if prepared && ready == 0 {
                 s.data_source(name);
             }
@@ -97,7 +99,9 @@ impl Story<'_> {
             return true;
         }
         let mut text = match status.current_state {
-            CopyState::NotStarted | CopyState::Pending => format!("The {kind} of image `{name}` to {place} has not begun."),
+            CopyState::NotStarted | CopyState::Pending => {
+                format!("The {kind} of image `{name}` to {place} has not begun.")
+            }
             CopyState::InProgress => format!("The {kind} of image `{name}` to {place} is at {} %.", status.progress),
             state => format!("The {kind} of image `{name}` to {place} is {}.", state.as_str()),
         };

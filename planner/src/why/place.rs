@@ -64,13 +64,20 @@ impl Story<'_> {
             ManagerState::Unknown => "unknown, it does not answer",
         };
         let place = self.place_of(&manager.spec.disk_uuid);
-        self.say(format!("The manager of {place} (`{name}`) is {word}, with {} images.", manager.spec.backing_images.len()));
+        self.say(format!(
+            "The manager of {place} (`{name}`) is {word}, with {} images.",
+            manager.spec.backing_images.len()
+        ));
         self.below(|s| {
             s.problems(&status.conditions);
             for (image, file) in &status.backing_image_file_map {
                 if !file.message.is_empty() && file.state != api::image::CopyState::Ready {
                     let retry = s.next_attempt(&file.next_retry_time);
-                    s.say(format!("Image `{image}` is {} there: {}{retry}", file.state.as_str(), super::sentence_end(&file.message)));
+                    s.say(format!(
+                        "Image `{image}` is {} there: {}{retry}",
+                        file.state.as_str(),
+                        super::sentence_end(&file.message)
+                    ));
                 }
             }
         });
@@ -78,7 +85,9 @@ impl Story<'_> {
     }
 
     pub(super) fn node(&mut self, name: &str) -> bool {
-        let Some(node) = self.world.nodes.iter().find(|n| n.metadata.name.as_deref() == Some(name)) else { return false };
+        let Some(node) = self.world.nodes.iter().find(|n| n.metadata.name.as_deref() == Some(name)) else {
+            return false;
+        };
         let status = node.status.clone().unwrap_or_default();
         let ready = condition::find(&status.conditions, READY);
         let word = match ready {
@@ -86,7 +95,11 @@ impl Story<'_> {
             Some(_) => "not ready",
             None => "not reported yet by its instance role",
         };
-        let closed = if node.spec.allow_scheduling { "" } else { ", closed for new replicas and copies (allowScheduling is false)" };
+        let closed = if node.spec.allow_scheduling {
+            ""
+        } else {
+            ", closed for new replicas and copies (allowScheduling is false)"
+        };
         self.say(format!("Node `{name}` is {word}{closed}, with {} disks.", status.disk_status.len()));
         self.below(|s| {
             s.problems(&status.conditions);
@@ -98,7 +111,9 @@ impl Story<'_> {
                         s.below(|s| s.problems(&reported.conditions));
                     }
                     Some(_) if !spec.allow_scheduling => {
-                        s.say(format!("Disk `{disk}` is closed for new replicas and copies (allowScheduling is false)."));
+                        s.say(format!(
+                            "Disk `{disk}` is closed for new replicas and copies (allowScheduling is false)."
+                        ));
                     }
                     Some(_) => {}
                 }

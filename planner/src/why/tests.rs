@@ -55,30 +55,50 @@ use api::volume::{Robustness, VolumeState};
 
 #[test]
 fn what_is_healthy_is_said_in_one_line() {
-    let mut world = World { volumes: vec![volume("v", VolumeState::Attached, Robustness::Healthy)], ..Default::default() };
+    let mut world =
+        World { volumes: vec![volume("v", VolumeState::Attached, Robustness::Healthy)], ..Default::default() };
     for name in ["v-r-1", "v-r-2"] {
         let mut replica = Replica::new(name, Default::default());
         replica.spec.volume_name = "v".into();
-        replica.status = Some(api::replica::ReplicaStatus { current_state: InstanceState::Running, ..Default::default() });
+        replica.status =
+            Some(api::replica::ReplicaStatus { current_state: InstanceState::Running, ..Default::default() });
         world.replicas.push(replica);
     }
     world.images.push(image("ubuntu", &[("d1", CopyState::Ready, "")]));
     world.nodes.push(node("node-1", "d1"));
-    check(&world, Subject::Volume("v".into()), expect![[r#"
+    check(
+        &world,
+        Subject::Volume("v".into()),
+        expect![[r#"
         Volume `v` is attached to `node-1`, healthy: 2 of 2 replicas are good.
-    "#]]);
-    check(&world, Subject::Image("ubuntu".into()), expect![[r#"
+    "#]],
+    );
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
         Image `ubuntu` is ready: 1 of 1 copies are ready.
-    "#]]);
-    check(&world, Subject::Node("node-1".into()), expect![[r#"
+    "#]],
+    );
+    check(
+        &world,
+        Subject::Node("node-1".into()),
+        expect![[r#"
         Node `node-1` is ready, with 1 disks.
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_claim_leads_to_the_copy_that_is_missing() {
-    let mut world = World { volumes: vec![volume("pvc-1", VolumeState::Attaching, Robustness::Unknown)], ..Default::default() };
-    let mut wait = Condition::new(types::WAIT_FOR_BACKING_IMAGE, ConditionStatus::True, "Waiting", "waits for copies of image ubuntu");
+    let mut world =
+        World { volumes: vec![volume("pvc-1", VolumeState::Attaching, Robustness::Unknown)], ..Default::default() };
+    let mut wait = Condition::new(
+        types::WAIT_FOR_BACKING_IMAGE,
+        ConditionStatus::True,
+        "Waiting",
+        "waits for copies of image ubuntu",
+    );
     wait.last_transition_time = "2026-01-01T00:09:30Z".into();
     world.volumes[0].status.as_mut().unwrap().conditions.push(wait);
     let mut claim = PersistentVolumeClaim::default();
@@ -93,12 +113,17 @@ fn a_claim_leads_to_the_copy_that_is_missing() {
     replica.spec.disk_id = "d2".into();
     replica.spec.backing_image = "ubuntu".into();
     world.replicas.push(replica);
-    world.images.push(image("ubuntu", &[("d1", CopyState::Ready, ""), ("d2", CopyState::Failed, "no space left on the disk")]));
+    world
+        .images
+        .push(image("ubuntu", &[("d1", CopyState::Ready, ""), ("d2", CopyState::Failed, "no space left on the disk")]));
     let copies = &mut world.images[0].status.as_mut().unwrap().disk_file_status_map;
     copies.get_mut("d2").unwrap().next_retry_time = "2026-01-01T00:10:20Z".into();
     world.nodes = vec![node("node-1", "d1"), node("node-2", "d2")];
     let subject = Subject::Claim { namespace: "default".into(), name: "data".into() };
-    check(&world, subject, expect![[r#"
+    check(
+        &world,
+        subject,
+        expect![[r#"
         Claim `default/data` is bound to `pvc-1`.
           Volume `pvc-1` is being attached to `node-1`: 1 of 2 replicas are good.
             Waits for copies of image ubuntu. Since 30s.
@@ -106,7 +131,8 @@ fn a_claim_leads_to_the_copy_that_is_missing() {
               The copy of image `ubuntu` on `disk-1` of `node-2` is failed. No space left on the disk. Next attempt in 20s.
             Image `ubuntu` is ready: 1 of 2 copies are ready.
               The copy of image `ubuntu` on `disk-1` of `node-2` is failed. No space left on the disk. Next attempt in 20s.
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -119,9 +145,13 @@ fn says_what_the_user_can_do() {
     ready.next_retry_time = "2026-01-01T00:09:00Z".into();
     broken.status.as_mut().unwrap().conditions.push(ready);
     world.images.push(broken);
-    check(&world, Subject::Image("ubuntu".into()), expect![[r#"
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
         Image `ubuntu` is not ready: 0 of 0 copies are ready.
           The URL answered 404. Since 10m. The next attempt is due now. You can: Correct `spec.sourceParameters.url`.
-    "#]]);
+    "#]],
+    );
     assert_eq!(explain(&world, &Subject::Image("other".into()), now()), None);
 }

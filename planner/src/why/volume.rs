@@ -25,7 +25,9 @@ impl Story<'_> {
             if let Some(attachment) = self.world.attachments.iter().find(used) {
                 let node = attachment.spec.node_name.clone();
                 self.below(|s| {
-                    s.say(format!("Its volume is attached to `{node}`. You can: `volume detach {name} -n {namespace}`."));
+                    s.say(format!(
+                        "Its volume is attached to `{node}`. You can: `volume detach {name} -n {namespace}`."
+                    ));
                 });
             }
         } else {
@@ -101,7 +103,10 @@ impl Story<'_> {
             Robustness::Faulted => ", faulted (no usable replica; the data is untouched)",
             Robustness::Unknown => "",
         };
-        self.say(format!("Volume `{name}` is {state}{robustness}: {good} of {} replicas are good.", spec.number_of_replicas));
+        self.say(format!(
+            "Volume `{name}` is {state}{robustness}: {good} of {} replicas are good.",
+            spec.number_of_replicas
+        ));
         let wished = !spec.node_id.is_empty();
         self.below(|s| {
             s.problems(&status.conditions);
@@ -116,11 +121,16 @@ impl Story<'_> {
                 }
             }
             if !spec.backing_image.is_empty() && status.state != VolumeState::Attached {
-                let ready = s.world.images.iter().any(|i| {
-                    i.metadata.name.as_ref() == Some(&spec.backing_image) && super::image::is_ready(i)
-                });
+                let ready = s
+                    .world
+                    .images
+                    .iter()
+                    .any(|i| i.metadata.name.as_ref() == Some(&spec.backing_image) && super::image::is_ready(i));
                 if (wished || !ready) && !s.image(&spec.backing_image) {
-                    s.say(format!("Image `{0}` does not exist. You can: create it, e.g. `image create {0} --url …`.", spec.backing_image));
+                    s.say(format!(
+                        "Image `{0}` does not exist. You can: create it, e.g. `image create {0} --url …`.",
+                        spec.backing_image
+                    ));
                 }
             }
         });
@@ -133,7 +143,8 @@ impl Story<'_> {
         };
         let status = engine.status.clone().unwrap_or_default();
         let wished = if engine.spec.desire_state == DesireState::Running { "shall run" } else { "shall be stopped" };
-        let place = if engine.spec.node_id.is_empty() { String::new() } else { format!(" on `{}`", engine.spec.node_id) };
+        let place =
+            if engine.spec.node_id.is_empty() { String::new() } else { format!(" on `{}`", engine.spec.node_id) };
         self.say(format!("Engine `{name}` {wished}{place} and is {}.", state_word(status.current_state)));
         self.below(|s| {
             s.problems(&status.conditions);
@@ -141,7 +152,9 @@ impl Story<'_> {
                 let text = status.replica_errors.get(replica).map(String::as_str).unwrap_or("no reason is known");
                 match mode {
                     ReplicaMode::Err => s.say(format!("It dropped replica `{replica}`: {text}")),
-                    ReplicaMode::Wo => s.say(format!("It compares replica `{replica}` with the others before it reads from it.")),
+                    ReplicaMode::Wo => {
+                        s.say(format!("It compares replica `{replica}` with the others before it reads from it."))
+                    }
                     ReplicaMode::Rw => {}
                 }
             }

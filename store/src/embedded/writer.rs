@@ -1,15 +1,17 @@
 //! The one thread that writes: takes what waits, decides it, commits it, shows it, answers.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::Timestamp;
+use prometheus_client::metrics::histogram::Histogram;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{error, info, warn};
 
 use super::disk::Disk;
 use super::feed::Feed;
 use super::limits;
-use super::state::{Operation, State};
+use super::state::{Change, Operation, State};
 use crate::{Object, StoreError};
 
 type Answer = Result<Option<Arc<Object>>, StoreError>;
@@ -26,11 +28,12 @@ pub struct Writer {
     state: State,
     feed: Arc<Feed>,
     versions: watch::Sender<u64>,
+    commits: Histogram,
 }
 
 impl Writer {
-    pub fn new(disk: Disk, state: State, feed: Arc<Feed>, versions: watch::Sender<u64>) -> Writer {
-        Writer { disk, state, feed, versions }
+    pub fn new(disk: Disk, state: State, feed: Arc<Feed>, versions: watch::Sender<u64>, commits: Histogram) -> Writer {
+        Writer { disk, state, feed, versions, commits }
     }
 
     /// Serves requests until nobody can send one any more.
@@ -83,17 +86,19 @@ impl Writer {
         }
     }
 
-    fn commit(&mut self, changes: Vec<super::state::Change>) -> Result<(), StoreError> {
+    fn commit(&mut self, changes: Vec<Change>) -> Result<(), StoreError> {
         if changes.is_empty() {
             return Ok(());
         }
         let version = self.state.version();
+        let began = Instant::now();
         self.disk.commit(version, &changes).inspect_err(|error| {
             error!(
                 error = error as &dyn std::error::Error,
                 "commit failed; the store file is opened again before the next write"
             );
         })?;
+        self.commits.observe(began.elapsed().as_secs_f64());
         self.feed.publish(changes);
         self.versions.send_replace(version);
         Ok(())

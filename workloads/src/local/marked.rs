@@ -35,7 +35,7 @@ impl Marked {
             let token = environment
                 .split(|byte| *byte == 0)
                 .find_map(|variable| std::str::from_utf8(variable).ok()?.strip_prefix(&prefix));
-            let Some(token) = token else { continue };
+            let Some(token) = token.filter(|token| uuid::Uuid::try_parse(token).is_ok()) else { continue };
             let Ok(process) = ProcessIdentity::of(pid) else { continue };
             let raw = Pid::from_raw(pid as i32);
             let first = raw.is_some() && getsid(raw).ok() == raw;

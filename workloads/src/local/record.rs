@@ -6,6 +6,7 @@
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use runtime::files;
@@ -32,18 +33,25 @@ pub struct Record {
 
 /// The directory of all local workloads.
 #[derive(Clone, Debug)]
-pub struct Records(PathBuf);
+pub struct Records {
+    directory: PathBuf,
+    /// Keeps instances apart, also those that see the same path in another file system or container.
+    instance: String,
+}
 
 impl Records {
     /// Makes the directory if needed.
     pub fn open(directory: &Path) -> io::Result<Records> {
         fs::create_dir_all(directory)?;
         files::sync_parent(directory)?;
-        Ok(Records(directory.canonicalize()?))
+        let directory = directory.canonicalize()?;
+        let found = fs::metadata(&directory)?;
+        let instance = format!("{}:{:x}-{:x}", directory.display(), found.dev(), found.ino());
+        Ok(Records { directory, instance })
     }
 
     fn directory(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.directory.join(name)
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -81,7 +89,7 @@ impl Records {
     /// Every record; directories without one are remains of a removal or of a start that never came to be, and are removed.
     pub fn load(&self) -> io::Result<Vec<Record>> {
         let mut records = vec![];
-        for entry in fs::read_dir(&self.0)? {
+        for entry in fs::read_dir(&self.directory)? {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             if !entry.file_type()?.is_dir() {
@@ -104,9 +112,9 @@ impl Records {
         Ok(records)
     }
 
-    /// The environment variable that marks the processes of a start: the directory keeps instances apart.
+    /// The environment variable that marks the processes of a start.
     pub fn marker(&self, token: &str) -> (String, String) {
-        (MARKER.to_owned(), format!("{}:{token}", self.0.display()))
+        (MARKER.to_owned(), format!("{}:{token}", self.instance))
     }
 }
 

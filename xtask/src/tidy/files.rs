@@ -35,10 +35,12 @@ pub fn check(path: &str, text: &str) -> Vec<String> {
             for mark in UNFINISHED.iter().filter(|m| line.contains(**m)) {
                 problems.push(format!("{}: `{mark}…` is unfinished code: finish it, or answer Unsupported", place()));
             }
-            let polls = line.contains("// poll") || previous.trim_start().starts_with("// poll");
-            if in_tests && !polls && SLEEPS.iter().any(|s| line.contains(s)) {
+            let explained = |line: &str| {
+                line.split_once("// ").is_some_and(|(_, c)| c.starts_with("poll") || c.starts_with("Not a wait"))
+            };
+            if in_tests && !explained(line) && !explained(previous) && SLEEPS.iter().any(|s| line.contains(s)) {
                 problems.push(format!(
-                    "{}: a test does not sleep: wait for a condition (a wait between two probes of one says `// poll`)",
+                    "{}: a test does not sleep: wait for a condition (between two probes of one say `// poll`; else `// Not a wait: …` and why)",
                     place()
                 ));
             }

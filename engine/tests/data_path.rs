@@ -1,0 +1,368 @@
+//! The engine as users meet it: a loop device on FUSE, replicas in `qemu-storage-daemon`, and processes that die.
+
+mod support;
+
+use backing_image_engine as engine;
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use proto::engine::{ReplicaAddress, ReplicaState};
+use support::{MIB, Volume, kill, run, sh, wait_until};
+
+/// Not a test: what the holder and engine processes of the tests run.
+#[test]
+#[ignore = "a role for the processes that the tests start"]
+fn role_process() {
+    let config = std::path::PathBuf::from(std::env::var("ENGINE_TEST_CONFIG").unwrap());
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<i32>().unwrap());
+    let result = match (number("ENGINE_TEST_FD"), number("ENGINE_TEST_LIVES")) {
+        (Some(device), Some(lives)) => engine::process::run(&config, device, lives as u32),
+        _ => {
+            let script = "ENGINE_TEST_FD=$2 ENGINE_TEST_LIVES=$4 exec \"$ENGINE_TEST_EXE\" --exact role_process --ignored --nocapture";
+            engine::holder::run(&config, ["sh", "-c", script, "engine"].map(Into::into).to_vec())
+        }
+    };
+    if let Err(error) = result {
+        eprintln!("{}", error.chain());
+        std::process::exit(1);
+    }
+    std::process::exit(0);
+}
+
+fn fio(volume: &Volume, options: &[&str]) -> Command {
+    let mut command = Command::new("fio");
+    command.args(["--name=load", "--direct=1", "--ioengine=libaio", "--bs=4k", "--iodepth=16", "--randrepeat=0"]);
+    command.arg(format!("--filename={}", volume.loop_device.as_ref().unwrap().display()));
+    command.args(options).current_dir(volume.folder()).stdin(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+const VERIFY: [&str; 5] = ["--rw=randwrite", "--size=24M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1"];
+const OVERLAP: [&str; 5] = ["--rw=randwrite", "--size=2M", "--norandommap", "--time_based", "--runtime=2"];
+
+#[test]
+fn a_volume_works_like_a_disk_and_ends_cleanly() {
+    let mut volume = Volume::new(3, 64 * MIB);
+    let device = volume.attach();
+    run(&mut fio(&volume, &VERIFY));
+    run(&mut fio(&volume, &OVERLAP));
+    run(Command::new("blkdiscard").args(["-z", "-o", "1048576", "-l", "4194304"]).arg(&device));
+    run(Command::new("blkdiscard").args(["-o", "8388608", "-l", "4194304"]).arg(&device));
+    let zeroes = sh(&format!(
+        "cmp -n 4194304 -i 1048576:0 {0} /dev/zero && cmp -n 4194304 -i 8388608:0 {0} /dev/zero",
+        device.display()
+    ));
+    assert!(zeroes.status.success(), "{}", String::from_utf8_lossy(&zeroes.stdout));
+    let status = volume.status();
+    assert_eq!((status.generation, status.lives, status.faulted), (1, 1, None));
+    assert!(status.write_bytes >= 24 * MIB && status.read_ops > 0 && status.flush_ops > 0);
+    let limit = Duration::from_secs(10);
+    let refusal = engine::control_client::shutdown(&volume.config.control_socket, limit).unwrap_err().to_string();
+    assert!(refusal.contains("in use") && refusal.contains("loop device"), "{refusal}");
+    assert_eq!(volume.status().generation, 1, "a refusal disturbs nothing");
+    volume.detach_loop();
+    assert!(volume.shutdown(), "{}", volume.log());
+    assert!(!volume.is_mounted());
+    for replica in &volume.replicas {
+        let record = replica.record();
+        assert_eq!((record.generation, record.clean, record.members.len()), (1, true, 3));
+    }
+    volume.assert_equal(0, 1);
+    volume.assert_equal(0, 2);
+}
+
+#[test]
+fn a_replica_that_dies_under_load_costs_no_error_and_is_stale_then() {
+    let mut volume = Volume::new(3, 64 * MIB);
+    volume.attach();
+    let load = fio(&volume, &["--rw=randrw", "--size=48M", "--time_based", "--runtime=4"]).spawn().unwrap();
+    wait_until("the load runs", || volume.status().write_ops > 100);
+    volume.replicas[0].kill();
+    wait_until("the replica is dropped", || volume.state("r1") == ReplicaState::Dropped);
+    let output = load.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let status = volume.status();
+    assert_eq!((status.generation, status.faulted), (2, None));
+    assert!(!status.replica_errors["r1"].is_empty());
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    let records: Vec<_> = volume.replicas.iter().map(|replica| replica.record()).collect();
+    assert_eq!((records[0].generation, records[0].clean), (1, false));
+    for record in &records[1..] {
+        assert_eq!((record.generation, record.clean), (2, true));
+        assert_eq!(record.members, ["r2", "r3"]);
+    }
+    volume.assert_equal(1, 2);
+}
+
+#[test]
+fn a_silent_replica_is_dropped_after_its_time_limit() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.config.replica_timeout_ms = 1_500;
+    volume.attach();
+    let daemon = volume.replicas[1].daemon_pid();
+    assert!(sh(&format!("kill -STOP {daemon}")).status.success());
+    let started = Instant::now();
+    run(&mut fio(&volume, &["--rw=write", "--size=1M"]));
+    assert!(started.elapsed() >= Duration::from_millis(1_500));
+    assert_eq!(volume.state("r2"), ReplicaState::Dropped);
+    assert!(volume.status().replica_errors["r2"].contains("1.5s"));
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    assert!(volume.replicas[0].record().clean);
+}
+
+#[test]
+fn requests_are_held_for_a_while_when_the_last_replica_is_gone() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    let device = volume.attach();
+    volume.replicas[0].kill();
+    wait_until("the fault is noticed", || volume.status().faulted.is_some());
+    let started = Instant::now();
+    let write = sh(&format!("dd if=/dev/zero of={} bs=4096 count=1 oflag=direct", device.display()));
+    assert!(String::from_utf8_lossy(&write.stderr).contains("Input/output error"));
+    assert!(started.elapsed() >= Duration::from_millis(1_000), "held for {:?}", started.elapsed());
+    assert!(volume.status().faulted.unwrap().contains("fail"));
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    assert!(!volume.replicas[0].record().clean);
+}
+
+#[test]
+fn an_engine_that_is_killed_twice_under_load_is_replaced_without_an_error() {
+    let mut volume = Volume::new(3, 64 * MIB);
+    volume.attach();
+    let load = fio(&volume, &VERIFY).spawn().unwrap();
+    for life in 1..=2 {
+        let already = volume.status().write_ops;
+        wait_until("the load runs", || volume.try_status().is_some_and(|status| status.write_ops > already + 100));
+        kill(volume.engine_pid());
+        wait_until("the next engine serves", || volume.try_status().is_some_and(|status| status.lives == life + 1));
+    }
+    let output = load.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), volume.log());
+    let status = volume.status();
+    assert_eq!((status.lives, status.generation), (3, 3));
+    assert!(status.replicas.values().all(|state| *state == ReplicaState::InSync));
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    assert!(volume.replicas.iter().all(|replica| replica.record().clean));
+    volume.assert_equal(0, 1);
+    volume.assert_equal(0, 2);
+}
+
+#[test]
+fn a_replica_that_dies_with_the_engine_stays_out_and_checksums_are_right() {
+    let mut volume = Volume::new(3, 64 * MIB);
+    volume.config.replica_timeout_ms = 3_000;
+    volume.attach();
+    let load = fio(&volume, &VERIFY).spawn().unwrap();
+    wait_until("the load runs", || volume.status().write_ops > 100);
+    let engine = volume.engine_pid();
+    volume.replicas[2].kill();
+    kill(engine);
+    wait_until("the next engine serves", || volume.try_status().is_some_and(|status| status.lives == 2));
+    let output = load.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), volume.log());
+    assert_eq!(volume.state("r3"), ReplicaState::Dropped);
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    assert_eq!(volume.replicas[0].record().members, ["r1", "r2"]);
+    volume.assert_equal(0, 1);
+}
+
+#[test]
+fn an_engine_begins_by_comparing_when_an_nbd_client_wrote_before() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let uri = format!("nbd+unix:///vol-1?socket={}", volume.config.nbd_socket.display());
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 7 1M 1M", &uri]));
+    let mark = volume.folder().join("engine.sock.differ");
+    assert!(mark.exists());
+    kill(volume.engine_pid());
+    wait_until("the next engine serves", || volume.try_status().is_some_and(|status| status.lives == 2));
+    wait_until("the replicas are equal", || volume.state("r2") == ReplicaState::InSync && !mark.exists());
+    assert!(volume.shutdown());
+    volume.assert_equal(0, 1);
+}
+
+#[test]
+fn the_engine_goes_on_without_its_holder() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.attach();
+    let mut holder = volume.holder.take().unwrap();
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    run(&mut fio(&volume, &["--rw=write", "--size=4M"]));
+    volume.detach_loop();
+    let limit = Duration::from_secs(10);
+    wait_until("the engine ends", || engine::control_client::shutdown(&volume.config.control_socket, limit).is_ok());
+    wait_until("it is unmounted", || !volume.is_mounted());
+    assert!(volume.replicas[0].record().clean);
+}
+
+#[test]
+fn a_volume_that_was_detached_from_its_file_in_use_does_not_end() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.attach();
+    run(Command::new("umount").arg("-l").arg(&volume.config.mount_file));
+    let limit = Duration::from_secs(10);
+    let refusal = engine::control_client::shutdown(&volume.config.control_socket, limit).unwrap_err().to_string();
+    assert!(refusal.contains("not mounted there"), "{refusal}");
+    run(&mut fio(&volume, &["--rw=write", "--size=1M"]));
+    volume.detach_loop();
+    assert!(volume.wait_holder(), "it ends by itself");
+    assert!(volume.replicas[0].record().clean);
+}
+
+#[test]
+fn a_holder_without_a_replica_ends_at_a_signal() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.replicas[0].kill();
+    volume.start_holder();
+    wait_until("it is mounted", || volume.is_mounted());
+    let holder = volume.holder.as_ref().unwrap().id();
+    let threads = std::fs::read_dir(format!("/proc/{holder}/task")).unwrap().flatten();
+    let thread = threads.map(|thread| thread.file_name().into_string().unwrap()).max().unwrap();
+    // The test harness runs the role in a second thread, whose signals alone are turned into events.
+    assert!(
+        sh(&format!("python3 -c 'import ctypes; ctypes.CDLL(None).syscall(234, {holder}, {thread}, 15)'"))
+            .status
+            .success()
+    );
+    assert!(volume.wait_holder(), "{}", volume.log());
+    assert!(!volume.is_mounted());
+}
+
+#[test]
+fn replicas_on_other_nodes_are_reached_over_tcp() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    let address = volume.replicas[1].relay();
+    volume.config.replicas.insert("r2".into(), ReplicaAddress::Tcp(address));
+    volume.attach();
+    run(&mut fio(&volume, &VERIFY));
+    volume.replicas[0].kill();
+    wait_until("the replica is dropped", || volume.state("r1") == ReplicaState::Dropped);
+    run(&mut fio(&volume, &["--rw=read", "--size=24M", "--verify=crc32c"]));
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    let record = volume.replicas[1].record();
+    assert_eq!((record.generation, record.clean), (2, true));
+}
+
+#[test]
+fn a_device_without_an_engine_fails_after_the_holders_limit() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.config.holder_limit_ms = 2_000;
+    volume.config.replica_timeout_ms = 1_000;
+    let device = volume.attach();
+    let engine = volume.engine_pid();
+    volume.replicas[0].kill();
+    kill(engine);
+    let read = sh(&format!("dd if={} of=/dev/null bs=4096 count=1 iflag=direct", device.display()));
+    assert!(String::from_utf8_lossy(&read.stderr).contains("Input/output error"));
+    assert!(!volume.wait_holder());
+    assert!(volume.log().contains("no engine came to serve") && volume.log().contains("r1"), "{}", volume.log());
+    assert!(!volume.is_mounted());
+}
+
+#[test]
+fn a_volume_is_never_served_twice() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let first = volume.holder.take();
+    volume.start_holder();
+    let second = volume.wait_holder();
+    volume.holder = first;
+    assert!(!second);
+    assert!(volume.log().contains("already served"), "{}", volume.log());
+    assert_eq!(volume.status().generation, 1);
+    assert!(volume.shutdown());
+}
+
+#[test]
+fn replicas_that_differ_are_compared_and_repaired() {
+    let mut volume = Volume::new(3, 64 * MIB);
+    for (replica, pattern) in [(0, 1), (1, 2), (2, 1)] {
+        volume.replicas[replica].write_pattern(pattern, 5 * MIB + 4096, 3 * MIB);
+        volume.replicas[replica].set_record(|record| {
+            (record.generation, record.members) = (4, ["r1", "r2", "r3"].map(String::from).to_vec());
+        });
+    }
+    volume.config.compare_replicas = true;
+    volume.config.generation = 4;
+    volume.attach();
+    assert_eq!(volume.state("r1"), ReplicaState::InSync);
+    run(&mut fio(&volume, &VERIFY[..2]));
+    wait_until("the replicas are equal", || volume.status().replicas.values().all(|s| *s == ReplicaState::InSync));
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    assert!(volume.replicas.iter().all(|replica| replica.record().clean && replica.record().generation == 5));
+    volume.assert_equal(0, 1);
+    volume.assert_equal(0, 2);
+}
+
+#[test]
+fn an_attachment_goes_on_without_a_replica_that_does_not_answer_and_leaves_it_behind() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.config.replica_timeout_ms = 1_000;
+    volume.replicas[1].kill();
+    volume.attach();
+    let status = volume.status();
+    assert_eq!((status.replicas["r1"], status.replicas["r2"]), (ReplicaState::InSync, ReplicaState::Dropped));
+    assert!(status.replica_errors.contains_key("r2"));
+    assert_eq!(volume.replicas[0].record().members, ["r1"]);
+    volume.detach_loop();
+    assert!(volume.shutdown());
+}
+
+#[test]
+fn a_watcher_sees_a_replica_go() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let mut watch = engine::control_client::watch(&volume.config.control_socket).unwrap();
+    let limit = Duration::from_secs(30);
+    assert_eq!(watch.next(limit).unwrap().replicas["r2"], ReplicaState::InSync);
+    volume.replicas[1].kill();
+    let mut status = watch.next(limit).unwrap();
+    while status.generation < 2 {
+        status = watch.next(limit).unwrap();
+    }
+    assert_eq!(status.replicas["r2"], ReplicaState::Dropped);
+    assert!(volume.shutdown());
+    assert!(watch.next(limit).is_err());
+}
+
+#[test]
+fn the_nbd_export_serves_the_usual_tools() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let uri = format!("nbd+unix:///vol-1?socket={}", volume.config.nbd_socket.display());
+    let list = run(Command::new("nbdinfo").args(["--list", "--json", &uri]));
+    let list: serde_json::Value = serde_json::from_slice(&list.stdout).unwrap();
+    let export = &list["exports"][0];
+    assert_eq!((export["export-name"].as_str(), export["export-size"].as_u64()), (Some("vol-1"), Some(64 * MIB)));
+    assert_eq!((export["can_flush"].as_bool(), export["can_zero"].as_bool()), (Some(true), Some(true)));
+    let wrong = Command::new("nbdinfo").arg(uri.replace("vol-1", "vol-2")).output().unwrap();
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("No such file"), "{wrong:?}");
+
+    let (source, copy) = (volume.folder().join("source"), volume.folder().join("copy"));
+    let bytes: Vec<u8> = (0..64 * MIB as usize).map(|at| if at % 7 < 3 { (at >> 9) as u8 } else { 0 }).collect();
+    std::fs::write(&source, &bytes).unwrap();
+    run(Command::new("nbdcopy").arg(&source).arg(&uri));
+    run(Command::new("nbdcopy").arg(&uri).arg(&copy));
+    assert!(std::fs::read(&copy).unwrap() == bytes);
+    run(Command::new("qemu-img").args(["compare", "-f", "raw", "-F", "raw"]).arg(&source).arg(&uri));
+    let mut load = Command::new("fio");
+    load.args(["--name=nbd", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=8M"]);
+    run(load.args(["--verify=crc32c", "--uri", &uri]).current_dir(volume.folder()));
+    run(Command::new("qemu-io").args(["-f", "raw", "-c", "write -P 7 0 20M", "-c", "read -P 7 0 20M", &uri]));
+    assert!(volume.shutdown());
+    volume.assert_equal(0, 1);
+}

@@ -1,0 +1,358 @@
+//! A replica process with a real `qemu-storage-daemon`: bytes, generations, hostile bases, faults.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use backing_image_instance::replica_process::{Config, Image};
+use dataplane::storage_daemon::BaseFormat;
+use proto::replica::{Record, Reply, Request};
+use std::io::{BufRead, BufReader, Write};
+use tempfile::TempDir;
+
+const SIZE: u64 = 32 << 20;
+
+struct Replica {
+    config: Config,
+    file: PathBuf,
+    child: Option<Child>,
+    _folder: TempDir,
+}
+
+fn program() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("examples/replica")
+}
+
+/// Two free neighbors; others may take them meanwhile, but the range of other tests' listeners is elsewhere.
+fn free_address() -> SocketAddr {
+    let pair = |port: u16| {
+        let (a, b) = (TcpListener::bind(("127.0.0.1", port)), TcpListener::bind(("127.0.0.1", port + 1)));
+        a.is_ok() && b.is_ok()
+    };
+    let start = 20000 + (std::process::id() % 1000) as u16 * 10;
+    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(0);
+    loop {
+        let port = start + 2 * NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if pair(port) {
+            return ([127, 0, 0, 1], port).into();
+        }
+    }
+}
+
+impl Replica {
+    fn new(base: impl FnOnce(&Path) -> Option<BaseFormat>) -> Replica {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("backing");
+        let image = base(&path).map(|format| Image { name: "image".into(), uuid: "0123abcd".into(), path, format });
+        // Longer than a socket path may be.
+        let directory = folder.path().join("d".repeat(120)).join("replica");
+        std::fs::create_dir_all(directory.parent().unwrap()).unwrap();
+        let config = Config {
+            directory,
+            volume: "vol".into(),
+            replica: "r1".into(),
+            size_bytes: SIZE,
+            image,
+            listen: free_address(),
+        };
+        let file = folder.path().join("config.json");
+        Replica { config, file, child: None, _folder: folder }
+    }
+
+    fn launch(&mut self) -> Child {
+        std::fs::write(&self.file, serde_json::to_vec(&self.config).unwrap()).unwrap();
+        let mut command = Command::new(program());
+        command.args(["replica", "--config"]).arg(&self.file).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    fn start(&mut self) {
+        let mut child = self.launch();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.try_ask(&Request::Status).is_none() {
+            if child.try_wait().unwrap().is_some() {
+                panic!("{}", std::io::read_to_string(child.stderr.take().unwrap()).unwrap());
+            }
+            assert!(Instant::now() < deadline, "the replica does not answer");
+            std::thread::yield_now();
+        }
+        self.child = Some(child);
+    }
+
+    /// Starts what must fail and returns what it says.
+    fn start_fails(&mut self) -> String {
+        let output = self.launch().wait_with_output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    fn signal(&mut self, signal: rustix::process::Signal) {
+        let child = self.child.as_mut().unwrap();
+        rustix::process::kill_process(rustix::process::Pid::from_child(child), signal).unwrap();
+    }
+
+    fn stop(&mut self) {
+        self.signal(rustix::process::Signal::TERM);
+        assert!(self.child.take().unwrap().wait().unwrap().success());
+    }
+
+    fn try_ask(&self, request: &Request) -> Option<Reply> {
+        let socket = self.config.directory.join("control.sock");
+        let mut stream = runtime::socket::connect_blocking(&socket).ok()?;
+        stream.write_all(format!("{}\n", serde_json::to_string(request).unwrap()).as_bytes()).ok()?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).ok()?;
+        serde_json::from_str(&line).ok()
+    }
+
+    fn ask(&self, request: Request) -> Reply {
+        self.try_ask(&request).unwrap()
+    }
+
+    fn open(&self, generation: u64) -> String {
+        match self.ask(Request::Open { generation, members: vec!["r1".into(), "r2".into()] }) {
+            Reply::Opened { export } => export,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(&self, request: Request) -> String {
+        match self.ask(request) {
+            Reply::Refused { message } => message,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn record(&self) -> Record {
+        match self.ask(Request::Status) {
+            Reply::Status { record, .. } => record,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Runs commands of qemu-io on an export, over the relay.
+    fn io(&self, export: &str, commands: &[&str]) -> (bool, String) {
+        let mut command = Command::new("timeout");
+        command.args(["20", "qemu-io", "-f", "raw"]);
+        for c in commands {
+            command.args(["-c", c]);
+        }
+        let output = command.arg(format!("nbd://{}/{export}", self.config.listen)).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        (output.status.success() && !said.contains("failed"), said)
+    }
+
+    fn io_ok(&self, export: &str, commands: &[&str]) {
+        let (ok, said) = self.io(export, commands);
+        assert!(ok, "{said}");
+    }
+
+    fn daemon(&self) -> rustix::process::Pid {
+        let parent = self.child.as_ref().unwrap().id();
+        for task in std::fs::read_dir(format!("/proc/{parent}/task")).unwrap() {
+            let text = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap();
+            if let Some(pid) = text.split_whitespace().next() {
+                return rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+            }
+        }
+        panic!("no daemon")
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// 8 MiB, shorter than the volume; byte 0x11 everywhere.
+fn raw_base(path: &Path) -> Option<BaseFormat> {
+    std::fs::write(path, vec![0x11; 8 << 20]).unwrap();
+    Some(BaseFormat::Raw)
+}
+
+fn qemu_img(args: &[&str]) {
+    assert!(Command::new("qemu-img").args(args).stdout(Stdio::null()).status().unwrap().success());
+}
+
+#[test]
+fn bytes_survive_detach_restart_and_attach() {
+    let mut replica = Replica::new(raw_base);
+    replica.start();
+    assert_eq!((replica.record().generation, replica.record().clean), (0, true));
+    let export = replica.open(3);
+    assert_eq!(export, "vol-3");
+    replica.io_ok(&export, &["read -P 0x11 0 8M", "read -P 0 8M 24M", "write -P 0x22 4k 64k", "flush"]);
+    assert_eq!(replica.ask(Request::Close { generation: 3 }), Reply::Done);
+    assert_eq!(replica.ask(Request::Close { generation: 3 }), Reply::Done);
+    replica.stop();
+    replica.start();
+    let record = replica.record();
+    assert_eq!((record.generation, record.clean, record.members), (3, true, vec!["r1".into(), "r2".into()]));
+    let export = replica.open(4);
+    replica.io_ok(&export, &["read -P 0x11 0 4k", "read -P 0x22 4k 64k", "read -P 0x11 68k 1M"]);
+    let (ok, _) = replica.io("vol-3", &["read 0 4k"]);
+    assert!(!ok, "an old export must not serve");
+}
+
+#[test]
+fn generations_only_rise_and_are_durable() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let members = vec!["r1".to_owned()];
+    assert!(replica.refused(Request::Fence { generation: 1, members: members.clone() }).contains("no open export"));
+    replica.open(5);
+    assert!(replica.refused(Request::Open { generation: 5, members: members.clone() }).contains("not above"));
+    assert!(replica.refused(Request::Fence { generation: 4, members: members.clone() }).contains("not above"));
+    assert!(replica.refused(Request::Fence { generation: 6, members: vec!["r2".into()] }).contains("not a member"));
+    assert!(replica.refused(Request::Close { generation: 4 }).contains("cannot end generation 4"));
+    assert_eq!(replica.ask(Request::Fence { generation: 6, members: members.clone() }), Reply::Done);
+    replica.signal(rustix::process::Signal::KILL);
+    replica.child.take().unwrap().wait().unwrap();
+    // The daemon ends by its death signal; the next process waits for its lock.
+    replica.start();
+    let record = replica.record();
+    assert_eq!((record.generation, record.clean, record.members), (6, false, members.clone()));
+    assert!(replica.refused(Request::Close { generation: 6 }).contains("did not end cleanly"));
+    replica.open(7);
+}
+
+#[test]
+fn open_ends_the_old_export_and_its_connection() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let first = replica.open(1);
+    // Line by line, although its output is a pipe.
+    let mut command = Command::new("stdbuf");
+    let uri = format!("nbd://{}/{first}", replica.config.listen);
+    let mut client = command
+        .args(["-oL", "timeout", "30", "qemu-io", "-f", "raw", &uri])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(client.stdout.take().unwrap());
+    let mut input = client.stdin.take().unwrap();
+    input.write_all(b"write -P 1 0 4k\n").unwrap();
+    let mut line = String::new();
+    while !line.contains("wrote") {
+        assert!(output.read_line(&mut line).unwrap() > 0);
+    }
+    let second = replica.open(2);
+    input.write_all(b"write -P 2 0 4k\nquit\n").unwrap();
+    client.wait().unwrap();
+    replica.io_ok(&second, &["read -P 1 0 4k"]);
+}
+
+#[test]
+fn a_raw_base_stays_raw_whatever_it_begins_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("secret");
+    std::fs::write(&secret, vec![0x99; 1 << 20]).unwrap();
+    let mut replica = Replica::new(|path| {
+        let (path, secret) = (path.to_str().unwrap(), secret.to_str().unwrap());
+        qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", secret, path, "32M"]);
+        Some(BaseFormat::Raw)
+    });
+    replica.start();
+    let export = replica.open(1);
+    replica.io_ok(&export, &["read -P 0x51 0 1", "read -P 0x46 1 1"]);
+}
+
+#[test]
+fn a_backing_file_in_a_qcow2_base_is_not_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("secret");
+    std::fs::write(&secret, vec![0x99; 1 << 20]).unwrap();
+    let mut replica = Replica::new(|path| {
+        let (path, secret) = (path.to_str().unwrap(), secret.to_str().unwrap());
+        qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", secret, path, "32M"]);
+        Some(BaseFormat::Qcow2)
+    });
+    replica.start();
+    let export = replica.open(1);
+    replica.io_ok(&export, &["read -P 0 0 1M"]);
+}
+
+#[test]
+fn a_qcow2_base_with_an_external_data_file_is_refused() {
+    let mut replica = Replica::new(|path| {
+        let data = format!("data_file={}.data", path.display());
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &data, path.to_str().unwrap(), "32M"]);
+        Some(BaseFormat::Qcow2)
+    });
+    let said = replica.start_fails();
+    assert!(said.contains("keeps its data in another file"), "{said}");
+}
+
+#[test]
+fn a_qcow2_base_is_read_and_never_written() {
+    let mut replica = Replica::new(|path| {
+        let raw = path.with_extension("raw");
+        std::fs::write(&raw, vec![0x33; 4 << 20]).unwrap();
+        qemu_img(&["convert", "-q", "-c", "-O", "qcow2", raw.to_str().unwrap(), path.to_str().unwrap()]);
+        Some(BaseFormat::Qcow2)
+    });
+    let base = replica.config.image.as_ref().unwrap().path.clone();
+    let before = std::fs::read(&base).unwrap();
+    replica.start();
+    let export = replica.open(1);
+    replica.io_ok(&export, &["read -P 0x33 0 4M", "write -P 0x44 0 1M", "discard 1M 1M", "write -z 2M 1M", "flush"]);
+    replica.io_ok(&export, &["read -P 0x44 0 1M", "read -P 0 2M 1M", "read -P 0x33 3M 1M"]);
+    assert!(before == std::fs::read(&base).unwrap());
+    let head = replica.config.directory.join("volume-head.qcow2");
+    let output = Command::new("qemu-img").args(["info", "-U"]).arg(&head).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(!said.contains("backing file:"), "{said}");
+    assert!(said.contains("extended l2: true") && said.contains("cluster_size: 131072"), "{said}");
+}
+
+#[test]
+fn two_processes_never_share_a_directory() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let said = replica.start_fails();
+    assert!(said.contains("in use by another replica process"), "{said}");
+}
+
+#[test]
+fn the_process_ends_with_an_error_when_its_daemon_dies() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    replica.open(1);
+    rustix::process::kill_process(replica.daemon(), rustix::process::Signal::KILL).unwrap();
+    let output = replica.child.take().unwrap().wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && said.contains("qemu-storage-daemon ended"), "{said}");
+    replica.start();
+    assert_eq!((replica.record().generation, replica.record().clean), (1, false));
+}
+
+#[test]
+fn a_lost_head_or_a_foreign_directory_is_refused() {
+    let mut replica = Replica::new(raw_base);
+    replica.start();
+    let export = replica.open(1);
+    replica.io_ok(&export, &["write -P 1 0 4k"]);
+    replica.stop();
+    let image = replica.config.image.as_mut().unwrap();
+    image.uuid = "ffffffff".into();
+    let said = replica.start_fails();
+    assert!(said.contains("was made for image uuid `0123abcd`"), "{said}");
+    replica.config.image.as_mut().unwrap().uuid = "0123abcd".into();
+    let head = replica.config.directory.join("volume-head.qcow2");
+    let kept = head.with_extension("kept");
+    std::fs::rename(&head, &kept).unwrap();
+    let said = replica.start_fails();
+    assert!(said.contains("is missing") && !head.exists(), "{said}");
+    std::fs::rename(&kept, &head).unwrap();
+    std::fs::remove_file(replica.config.directory.join("replica.json")).unwrap();
+    let said = replica.start_fails();
+    assert!(said.contains("holds a head but no `replica.json`"), "{said}");
+}

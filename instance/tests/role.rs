@@ -1,0 +1,154 @@
+//! The instance role with real replica processes: start, adoption, death, removal.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::engine::{DesireState, InstanceState};
+use api::image::{BackingImageSpec, BackingImageStatus, CopyState, DiskFileStatus};
+use api::names::FINALIZER;
+use api::node::{DiskSpec, NodeSpec};
+use api::quantity::SizeBytes;
+use api::replica::{ReplicaSpec, ReplicaStatus};
+use api::{BackingImage, Node, Replica};
+use backing_image_instance::{Config, run};
+use store::embedded::Embedded;
+use store::{Preconditions, Store};
+use tokio_util::sync::CancellationToken;
+
+const NAME: &str = "vol-r-1";
+
+fn program() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("examples/replica")
+}
+
+fn config(store: &Store, folder: &Path) -> Config {
+    Config {
+        node: "node-1".parse().unwrap(),
+        ip: [127, 0, 0, 1].into(),
+        directory: folder.join("instance"),
+        program: program(),
+        store: store.clone(),
+        create_disks: true,
+    }
+}
+
+async fn until(store: &Store, what: &str, is_it: impl Fn(Option<&Replica>) -> bool) -> Option<Replica> {
+    let wait = async {
+        loop {
+            let replica = store.get::<Replica>(NAME).await.unwrap();
+            if is_it(replica.as_ref()) {
+                return replica;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    match tokio::time::timeout(Duration::from_secs(30), wait).await {
+        Ok(replica) => replica,
+        Err(_) => panic!("never {what}: {:#?}", store.get::<Replica>(NAME).await.unwrap().and_then(|r| r.status)),
+    }
+}
+
+fn state(replica: Option<&Replica>) -> Option<InstanceState> {
+    replica?.status.as_ref().map(|s| s.current_state)
+}
+
+fn status(replica: Option<Replica>) -> ReplicaStatus {
+    replica.unwrap().status.unwrap()
+}
+
+async fn wish(store: &Store, desire: DesireState) {
+    loop {
+        let mut replica = store.get::<Replica>(NAME).await.unwrap().unwrap();
+        replica.spec.desire_state = desire;
+        match store.replace(&replica).await {
+            Ok(_) => return,
+            Err(error) => assert!(error.is_conflict(), "{error}"),
+        }
+    }
+}
+
+fn pid(folder: &Path) -> u32 {
+    let text = std::fs::read(folder.join("instance/replicas").join(NAME).join("process.json")).unwrap();
+    serde_json::from_slice::<serde_json::Value>(&text).unwrap()["identity"]["pid"].as_u64().unwrap() as u32
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let disk_path = folder.path().join("disk-1");
+    let disks = [("d".to_owned(), DiskSpec { path: disk_path.display().to_string(), ..Default::default() })];
+    let node = NodeSpec { name: "node-1".into(), disks: disks.into(), ..Default::default() };
+    store.create(&Node::new("node-1", node)).await.unwrap();
+    let mut token = CancellationToken::new();
+    let mut role = tokio::spawn(run(config(&store, folder.path()), token.clone()));
+    let uuid = loop {
+        let node = store.get::<Node>("node-1").await.unwrap().unwrap();
+        match node.status.and_then(|s| s.disk_status.get("d").map(|d| d.disk_uuid.clone())) {
+            Some(uuid) if !uuid.is_empty() => break uuid,
+            _ => tokio::task::yield_now().await,
+        }
+    };
+
+    let mut image = store.create(&BackingImage::new("img", BackingImageSpec::default())).await.unwrap();
+    let spec = ReplicaSpec {
+        volume_name: "vol".into(),
+        volume_size: SizeBytes(16 << 20),
+        node_id: "node-1".into(),
+        desire_state: DesireState::Running,
+        disk_id: uuid.clone(),
+        disk_path: disk_path.display().to_string(),
+        data_directory_name: "vol-01234567".into(),
+        backing_image: "img".into(),
+        ..Default::default()
+    };
+    let mut replica = Replica::new(NAME, spec);
+    replica.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    store.create(&replica).await.unwrap();
+    until(&store, "waiting", |r| {
+        r.and_then(|r| r.status.as_ref())
+            .is_some_and(|s| s.conditions.iter().any(|c| c.r#type == "WaitForBackingImage" && c.is_true()))
+    })
+    .await;
+
+    let copies = disk_path.join("backing-images/img-0123abcd");
+    std::fs::create_dir_all(&copies).unwrap();
+    std::fs::write(copies.join("backing"), vec![1; 1 << 20]).unwrap();
+    let copy = DiskFileStatus { state: CopyState::Ready, ..Default::default() };
+    image.status = Some(BackingImageStatus {
+        uuid: "0123abcd".into(),
+        format: "raw".into(),
+        disk_file_status_map: [(uuid, copy)].into(),
+        ..Default::default()
+    });
+    store.replace_status(&image).await.unwrap();
+    let running = status(until(&store, "running", |r| state(r) == Some(InstanceState::Running)).await);
+    assert!(running.port >= 10_000 && running.clean && running.generation == 0);
+    let first = pid(folder.path());
+
+    token.cancel();
+    role.await.unwrap().unwrap();
+    token = CancellationToken::new();
+    role = tokio::spawn(run(config(&store, folder.path()), token.clone()));
+    wish(&store, DesireState::Running).await;
+    until(&store, "running again", |r| state(r) == Some(InstanceState::Running)).await;
+    assert_eq!(pid(folder.path()), first);
+
+    let victim = rustix::process::Pid::from_raw(first as i32).unwrap();
+    rustix::process::kill_process(victim, rustix::process::Signal::KILL).unwrap();
+    until(&store, "an error", |r| state(r) == Some(InstanceState::Error)).await;
+    wish(&store, DesireState::Stopped).await;
+    until(&store, "stopped", |r| state(r) == Some(InstanceState::Stopped)).await;
+    wish(&store, DesireState::Running).await;
+    until(&store, "running after the death", |r| state(r) == Some(InstanceState::Running)).await;
+    assert_ne!(pid(folder.path()), first);
+
+    store.delete::<Replica>(NAME, &Preconditions::default()).await.unwrap();
+    until(&store, "gone", |r| r.is_none()).await;
+    assert!(!disk_path.join("replicas/vol-01234567").exists());
+    assert!(!folder.path().join("instance/replicas").join(NAME).exists());
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
