@@ -364,7 +364,8 @@ fn wish(spec: &BackingImageDataSourceSpec, image: &ImageName) -> Wish {
         labels: labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
         args,
         disk_path: spec.disk_path.clone(),
-        ready_ports: vec![MANAGER_PORT, SYNC_PORT],
+        // Nobody asks a data source on the other port, so it serves nothing there.
+        ready_ports: vec![MANAGER_PORT],
     }
 }
 
