@@ -52,6 +52,8 @@ cleanup() {
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 [ -x "$binary" ] || fail "there is no $binary; run \`make quickstart\`, which builds it"
 [ "$(id -u)" = 0 ] || fail "mounting needs root; run it with sudo"

@@ -58,11 +58,16 @@ pub async fn run(client: &Client, delete: Delete) -> anyhow::Result<()> {
     for victim in &victims {
         let label = documents::label(victim.served, &victim.name);
         let (resource, place) = (&victim.served.resource, victim.namespace.as_deref());
+        let volume = if wait { volume_of(client, victim).await? } else { None };
         match client.delete(resource, place, &victim.name).await.with_context(|| label.clone())? {
             Some(last) => {
                 println!("{label} deleted");
                 if wait {
                     wait_until_gone(client, victim, &last, deadline).await.with_context(|| label.clone())?;
+                    if let Some((volume, last)) = volume {
+                        let what = format!("its volume {}", volume.name);
+                        wait_until_gone(client, &volume, &last, deadline).await.context(what)?;
+                    }
                 }
             }
             None if ignore_not_found || !files.is_empty() => println!("{label} does not exist"),
@@ -70,6 +75,19 @@ pub async fn run(client: &Client, delete: Delete) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The persistent volume that goes with a claim.
+async fn volume_of(client: &Client, victim: &Victim) -> anyhow::Result<Option<(Victim, Value)>> {
+    if victim.served.resource.kind != "PersistentVolumeClaim" {
+        return Ok(None);
+    }
+    let claim = client.find(&victim.served.resource, victim.namespace.as_deref(), &victim.name).await?.unwrap_or_default();
+    let Some(name) = claim["spec"]["volumeName"].as_str().filter(|n| !n.is_empty()) else { return Ok(None) };
+    let served = get::kind("persistentvolumes")?;
+    let volume = client.find(&served.resource, None, name).await?;
+    let volume = volume.filter(|v| v["spec"]["persistentVolumeReclaimPolicy"] == "Delete");
+    Ok(volume.map(|v| (Victim { served, namespace: None, name: name.to_owned() }, v)))
 }
 
 fn named(words: &[String], namespace: Option<&str>) -> anyhow::Result<Vec<Victim>> {

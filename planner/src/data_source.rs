@@ -364,6 +364,7 @@ fn wish(spec: &BackingImageDataSourceSpec, image: &ImageName) -> Wish {
         labels: labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect(),
         args,
         disk_path: spec.disk_path.clone(),
+        // Nobody asks a data source on the other port, so it serves nothing there.
         ready_ports: vec![MANAGER_PORT],
     }
 }

@@ -54,9 +54,13 @@ async fn of_claim(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim) ->
     let bound = claim.spec.as_ref().and_then(|s| s.volume_name.clone()).filter(|v| !v.is_empty());
     let Some(bound) = bound else {
         let conditions = claim.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();
-        let reason = conditions.into_iter().find(|c| c.status == "False").and_then(|c| c.message);
-        let reason = reason.map(|r| format!(": {r}")).unwrap_or_default();
-        return Err(Failure::new(ErrorKind::Pending, format!("claim `{name}` is not bound yet{reason}")));
+        let condition = conditions.into_iter().find(|c| c.status == "False");
+        let kind = condition.as_ref().and_then(|c| ErrorKind::from_name(c.reason.as_deref()?));
+        let reason = condition.and_then(|c| c.message).map(|m| format!(": {m}")).unwrap_or_default();
+        // What can never succeed as it is written is not waited for.
+        let hopeless = [ErrorKind::Invalid, ErrorKind::Incompatible, ErrorKind::OutOfRange, ErrorKind::Unsupported];
+        let kind = kind.filter(|k| hopeless.contains(k)).unwrap_or(ErrorKind::Pending);
+        return Err(Failure::new(kind, format!("claim `{name}` is not bound yet{reason}")));
     };
     let volume = orchestrator.store().get::<PersistentVolume>(&bound).await?;
     let Some(volume) = volume else {

@@ -1,7 +1,7 @@
 //! Claims, volumes, engines and replicas.
 
 use api::engine::{DesireState, InstanceState, ReplicaMode};
-use api::names::engine_name;
+use api::names::{condition as types, engine_name};
 use api::volume::{Robustness, VolumeState};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 
@@ -109,7 +109,10 @@ impl Story<'_> {
         ));
         let wished = !spec.node_id.is_empty();
         self.below(|s| {
-            s.problems(&status.conditions);
+            let kept = wished && volume.metadata.deletion_timestamp.is_none();
+            // Not being detached is no problem of a volume that shall be attached.
+            let relevant = status.conditions.iter().filter(|c| !(kept && c.r#type == types::DETACHED));
+            s.problems(&relevant.cloned().collect::<Vec<_>>());
             if wished && status.state != VolumeState::Attached || status.robustness == Robustness::Faulted {
                 s.engine(&engine_name(name));
             }
