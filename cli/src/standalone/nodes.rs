@@ -37,7 +37,8 @@ pub async fn ensure(
         return failed(ErrorKind::NotReady, message);
     }
     if disks < had_disks {
-        let message = format!("the nodes of this instance have {had_disks} disks; give --disks-per-node {had_disks} or more");
+        let message =
+            format!("the nodes of this instance have {had_disks} disks; give --disks-per-node {had_disks} or more");
         return failed(ErrorKind::NotReady, message);
     }
     let mut names = vec![];
