@@ -43,7 +43,7 @@ func TestBadImagesAreRefusedWithTheReason(t *testing.T) {
 		mentions            []string
 	}{
 		{"bad-404", base + "/missing.raw", "", []string{"404"}},
-		{"bad-refused", "http://" + refused + "/image.raw", "", []string{refused}},
+		{"bad-refused", "http://" + refused + "/image.raw", "", []string{"connection refused"}},
 		{"bad-checksum", base + "/" + filepath.Base(good.path), wrong, []string{"checksum", wrong[:16], good.checksum[:16]}},
 		{"bad-odd-size", base + "/odd.raw", "", []string{"512", fmt.Sprint(1*mib + 100)}},
 		{"bad-backing-file", base + "/with-backing.qcow2", "", []string{"backing file"}},

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 const mib = 1 << 20
@@ -183,7 +184,15 @@ func removeClaim(t *testing.T, i *instance, name string) {
 	t.Helper()
 	i.explain(t)
 	i.run("", "volume", "detach", name)
+	volume := ""
+	if claim, _, _ := tryGet[claimObject](i, "pvc", name); claim.Spec.VolumeName != "" {
+		volume = claim.Spec.VolumeName
+	}
 	for _, what := range [][2]string{{"pvc", name}, {"storageclass", name}, {"backingimage", name}} {
+		if what[0] == "backingimage" && volume != "" {
+			// A claim goes before its volume, and an image in use is not deleted.
+			untilGone(t, i, 30*time.Second, "volume", volume)
+		}
 		if _, stderr, code := i.run("", "delete", what[0], what[1]); code != 0 && code != 3 {
 			t.Errorf("delete %s %s: exit code %d: %s", what[0], what[1], code, stderr)
 		}

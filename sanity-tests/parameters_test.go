@@ -74,7 +74,7 @@ func TestWrongParametersAreRefused(t *testing.T) {
 			if c.value == "" {
 				delete(parameters, c.key)
 			}
-			name := "wrong-" + strings.ReplaceAll(strings.ToLower(c.name), " ", "-")
+			name := "wrong-" + strings.NewReplacer(" ", "-", "'", "").Replace(strings.ToLower(c.name))
 			response, err := i.controller(t).CreateVolume(call(t), createRequest(name, 32*mib, parameters))
 			if err == nil {
 				i.controller(t).DeleteVolume(call(t), &csi.DeleteVolumeRequest{VolumeId: response.Volume.VolumeId})
