@@ -41,7 +41,10 @@ impl Client {
     pub fn new(server: &str) -> anyhow::Result<Client> {
         let server = server.trim_end_matches('/').to_owned();
         if !server.starts_with("http://") && !server.starts_with("https://") {
-            return failed(ErrorKind::Invalid, format!("`{server}` is not the address of a server; write http://HOST:PORT"));
+            return failed(
+                ErrorKind::Invalid,
+                format!("`{server}` is not the address of a server; write http://HOST:PORT"),
+            );
         }
         // The instance is on this machine; a proxy of the environment is for image sources.
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).no_proxy();
@@ -85,7 +88,12 @@ impl Client {
     }
 
     /// One object, `None` when it does not exist.
-    pub async fn find(&self, resource: &ResourceType, namespace: Option<&str>, name: &str) -> anyhow::Result<Option<Value>> {
+    pub async fn find(
+        &self,
+        resource: &ResourceType,
+        namespace: Option<&str>,
+        name: &str,
+    ) -> anyhow::Result<Option<Value>> {
         absent_as_none(self.get(resource, namespace, name).await)
     }
 
@@ -109,7 +117,12 @@ impl Client {
     }
 
     /// Stores a new object.
-    pub async fn create(&self, resource: &ResourceType, namespace: Option<&str>, object: &Value) -> anyhow::Result<Value> {
+    pub async fn create(
+        &self,
+        resource: &ResourceType,
+        namespace: Option<&str>,
+        object: &Value,
+    ) -> anyhow::Result<Value> {
         self.json(Method::POST, &path(resource, namespace, None), Some(object)).await
     }
 
@@ -229,7 +242,10 @@ fn lines(response: Response) -> BoxStream<'static, anyhow::Result<Value>> {
             match body.next().await {
                 Some(Ok(bytes)) => buffer.extend_from_slice(&bytes),
                 Some(Err(error)) => {
-                    let lost = Failure::new(ErrorKind::Unavailable, "the connection to the instance broke; run the command again");
+                    let lost = Failure::new(
+                        ErrorKind::Unavailable,
+                        "the connection to the instance broke; run the command again",
+                    );
                     return Err(anyhow::Error::new(error).context(lost));
                 }
                 None => return Ok(None),

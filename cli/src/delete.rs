@@ -82,7 +82,8 @@ async fn volume_of(client: &Client, victim: &Victim) -> anyhow::Result<Option<(V
     if victim.served.resource.kind != "PersistentVolumeClaim" {
         return Ok(None);
     }
-    let claim = client.find(&victim.served.resource, victim.namespace.as_deref(), &victim.name).await?.unwrap_or_default();
+    let claim =
+        client.find(&victim.served.resource, victim.namespace.as_deref(), &victim.name).await?.unwrap_or_default();
     let Some(name) = claim["spec"]["volumeName"].as_str().filter(|n| !n.is_empty()) else { return Ok(None) };
     let served = get::kind("persistentvolumes")?;
     let volume = client.find(&served.resource, None, name).await?;
@@ -155,7 +156,8 @@ async fn wait_until_gone(client: &Client, victim: &Victim, last: &Value, deadlin
 /// What an object that is being deleted waits for.
 fn reason(object: &Value) -> String {
     let conditions = object["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let waiting = conditions.iter().find(|c| c["status"] != "True" && c["message"].as_str().is_some_and(|m| !m.is_empty()));
+    let waiting =
+        conditions.iter().find(|c| c["status"] != "True" && c["message"].as_str().is_some_and(|m| !m.is_empty()));
     if let Some(condition) = waiting {
         return condition["message"].as_str().unwrap_or_default().to_owned();
     }

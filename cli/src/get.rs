@@ -46,7 +46,10 @@ pub fn kind(word: &str) -> anyhow::Result<&'static Served> {
         Some(served) => Ok(served),
         None => {
             let known: Vec<&str> = registry::all().iter().map(|s| s.resource.plural.as_str()).collect();
-            failed(ErrorKind::Invalid, format!("`{word}` is not a kind that is offered; offered are {}", known.join(", ")))
+            failed(
+                ErrorKind::Invalid,
+                format!("`{word}` is not a kind that is offered; offered are {}", known.join(", ")),
+            )
         }
     }
 }

@@ -90,7 +90,11 @@ async fn create(client: &Client, create: Create, namespace: &str) -> anyhow::Res
 }
 
 /// Objects of one of our kinds.
-pub async fn typed<T: DeserializeOwned>(client: &Client, resource: &ResourceType, namespace: &str) -> anyhow::Result<Vec<T>> {
+pub async fn typed<T: DeserializeOwned>(
+    client: &Client,
+    resource: &ResourceType,
+    namespace: &str,
+) -> anyhow::Result<Vec<T>> {
     let items = client.items(resource, Some(namespace)).await?;
     Ok(items.into_iter().map(serde_json::from_value).collect::<Result<_, _>>()?)
 }
@@ -105,7 +109,10 @@ impl Disks {
         let of = |node: Node| {
             let name = node.name_any();
             let disks = node.status.unwrap_or_default().disk_status;
-            disks.into_iter().map(move |(disk, status)| (status.disk_uuid, format!("{name}/{disk}"))).collect::<Vec<_>>()
+            disks
+                .into_iter()
+                .map(move |(disk, status)| (status.disk_uuid, format!("{name}/{disk}")))
+                .collect::<Vec<_>>()
         };
         Ok(Disks(nodes.into_iter().flat_map(of).collect()))
     }
@@ -131,19 +138,30 @@ async fn list(client: &Client, name: Option<&str>, namespace: &str) -> anyhow::R
 }
 
 fn copies(images: &[BackingImage], disks: &Disks) -> String {
-    let header = ["IMAGE", "SIZE", "VIRTUAL", "FORMAT", "DISK", "STATE", "PROGRESS", "SHA-512"].map(str::to_owned).to_vec();
+    let header =
+        ["IMAGE", "SIZE", "VIRTUAL", "FORMAT", "DISK", "STATE", "PROGRESS", "SHA-512"].map(str::to_owned).to_vec();
     let mut rows: Vec<Vec<String>> = vec![];
     for image in images {
         let status = image.status.clone().unwrap_or_default();
         let size = |bytes: u64| if bytes == 0 { "-".to_owned() } else { table::bytes(bytes) };
         let row = |disk: String, state: String, progress: String, digest: String| {
-            vec![image.name_any(), size(status.size), size(status.virtual_size), status.format.clone(), disk, state, progress, digest]
+            vec![
+                image.name_any(),
+                size(status.size),
+                size(status.virtual_size),
+                status.format.clone(),
+                disk,
+                state,
+                progress,
+                digest,
+            ]
         };
         if image.spec.disk_file_spec_map.is_empty() && status.disk_file_status_map.is_empty() {
             rows.push(row("-".into(), reason(image), String::new(), String::new()));
             continue;
         }
-        let mut uuids: Vec<&String> = image.spec.disk_file_spec_map.keys().chain(status.disk_file_status_map.keys()).collect();
+        let mut uuids: Vec<&String> =
+            image.spec.disk_file_spec_map.keys().chain(status.disk_file_status_map.keys()).collect();
         uuids.sort_by_key(|uuid| disks.label(uuid).to_owned());
         uuids.dedup();
         for uuid in uuids {
@@ -206,7 +224,8 @@ async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -
         }
         Ok(Err(error)) => Err(error),
         Err(_) => {
-            let sentence = format!("image `{name}` is not ready yet: {waits_for}; it goes on, `why image {name}` says more");
+            let sentence =
+                format!("image `{name}` is not ready yet: {waits_for}; it goes on, `why image {name}` says more");
             failed(ErrorKind::Pending, sentence)
         }
     }
@@ -230,7 +249,7 @@ pub fn show(progress: &Progress, disks: &Disks, image: &BackingImage) -> bool {
 fn hopeless(image: &BackingImage) -> Option<String> {
     let status = image.status.as_ref()?;
     let ready = condition::find(&status.conditions, READY)?;
-    let invalid = ready.status == ConditionStatus::False && ready.next_retry_time.is_empty() && ready.reason == "Invalid";
+    let invalid =
+        ready.status == ConditionStatus::False && ready.next_retry_time.is_empty() && ready.reason == "Invalid";
     invalid.then(|| format!("image `{}` cannot become ready: {}", image.name_any(), ready.message))
 }
-

@@ -24,9 +24,9 @@ use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
 pub use api::{Operation, router, streamed};
+use clients::Sockets;
 pub use clients::connect;
 pub use mounts::unescape;
-use clients::Sockets;
 
 use crate::failure::Failure;
 

@@ -130,8 +130,9 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 fn source_type(text: &str) -> Result<SourceType, String> {
     let value = serde_json::Value::String(text.to_owned());
-    serde_json::from_value(value)
-        .map_err(|_| format!("`{text}` is not a source type; there are download, upload, export-from-volume, restore, clone"))
+    serde_json::from_value(value).map_err(|_| {
+        format!("`{text}` is not a source type; there are download, upload, export-from-volume, restore, clone")
+    })
 }
 
 /// An address to listen on: `10.0.0.1:8000`, or `:8000` for the address of the pod.
@@ -178,7 +179,8 @@ async fn file(url: &str, command: FileCommand) -> anyhow::Result<()> {
 
 /// Runs `data-source …`.
 pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
-    let DataSource { listen, sync_listen: _, name, uuid, source_type, parameters, checksum, credential, disk_path } = source;
+    let DataSource { listen, sync_listen: _, name, uuid, source_type, parameters, checksum, credential, disk_path } =
+        source;
     start_logs(false);
     if !credential.is_empty() {
         return failed(ErrorKind::Unsupported, "credentials are for source types that are not offered yet");

@@ -197,7 +197,12 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
 async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
     let address: SocketAddr = match listen.parse() {
         Ok(address) => address,
-        Err(_) => return failed(ErrorKind::Invalid, format!("`{listen}` is not an address to listen on; write for example 127.0.0.1:9500")),
+        Err(_) => {
+            return failed(
+                ErrorKind::Invalid,
+                format!("`{listen}` is not an address to listen on; write for example 127.0.0.1:9500"),
+            );
+        }
     };
     match TcpListener::bind(address).await {
         Ok(listener) => Ok(listener),

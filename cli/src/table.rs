@@ -17,7 +17,8 @@ struct Column {
 /// Objects as a table with a header.
 pub fn objects(resource: &ResourceType, items: &[Value], namespaces: bool, wide: bool, now: Timestamp) -> String {
     let columns: Vec<Column> = columns(resource).into_iter().filter(|c| wide || !c.wide).collect();
-    let mut header: Vec<String> = if namespaces { vec!["NAMESPACE".into(), "NAME".into()] } else { vec!["NAME".into()] };
+    let mut header: Vec<String> =
+        if namespaces { vec!["NAMESPACE".into(), "NAME".into()] } else { vec!["NAME".into()] };
     header.extend(columns.iter().map(|c| c.title.to_uppercase()));
     let rows = items.iter().map(|item| {
         let metadata = &item["metadata"];
@@ -111,14 +112,20 @@ fn columns(resource: &ResourceType) -> Vec<Column> {
         "Setting" => &[("Value", ".value", false), age],
         _ => &[age],
     };
-    list.iter().map(|(title, path, wide)| Column { title: (*title).into(), path: (*path).into(), wide: *wide }).collect()
+    list.iter()
+        .map(|(title, path, wide)| Column { title: (*title).into(), path: (*path).into(), wide: *wide })
+        .collect()
 }
 
 fn cell(item: &Value, path: &str, now: Timestamp) -> String {
     match path {
         "claim" => {
             let claim = &item["spec"]["claimRef"];
-            return if claim.is_null() { String::new() } else { format!("{}/{}", plain(&claim["namespace"]), plain(&claim["name"])) };
+            return if claim.is_null() {
+                String::new()
+            } else {
+                format!("{}/{}", plain(&claim["namespace"]), plain(&claim["name"]))
+            };
         }
         "involved" => {
             let object = &item["involvedObject"];
@@ -226,10 +233,16 @@ mod tests {
             "status": { "uuid": "1a2b3c4d", "size": 10485760, "virtualSize": 67108864,
                 "conditions": [{ "type": "Other", "status": "False" }, { "type": "Ready", "status": "True" }] },
         });
-        check("lhbi", &[image], false, false, expect![[r#"
+        check(
+            "lhbi",
+            &[image],
+            false,
+            false,
+            expect![[r#"
             NAME          UUID       SOURCETYPE   SIZE       VIRTUALSIZE   READY   AGE
             bi-download   1a2b3c4d   download     10485760   67108864      True    3m20s
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
@@ -239,10 +252,16 @@ mod tests {
             "spec": { "volumeName": "pvc-1", "storageClassName": "longhorn", "volumeMode": "Block" },
             "status": { "phase": "Bound", "capacity": { "storage": "1Gi" }, "accessModes": ["ReadWriteOnce"] },
         });
-        check("pvc", &[claim], true, true, expect![[r#"
+        check(
+            "pvc",
+            &[claim],
+            true,
+            true,
+            expect![[r#"
             NAMESPACE   NAME   STATUS   VOLUME   CAPACITY   ACCESS MODES   STORAGECLASS   AGE   VOLUMEMODE
             default     data   Bound    pvc-1    1Gi        RWO            longhorn       60m   Block
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]

@@ -95,7 +95,8 @@ pub async fn run(client: &Client, command: VolumeCommand, namespace: &str) -> an
             Ok(())
         }
         VolumeCommand::Mount { which, node, read_only, path } => {
-            let operation = Operation { node: Some(node), read_only, path: Some(absolute(&path)?), ..which.operation() };
+            let operation =
+                Operation { node: Some(node), read_only, path: Some(absolute(&path)?), ..which.operation() };
             let done = operate(client, "mount", &operation, namespace).await?;
             let word = if done["block"] == true { "published as a block device" } else { "mounted" };
             println!("{} {word} at {}", which.name, done["path"].as_str().unwrap_or_default());
@@ -164,7 +165,8 @@ async fn watch_image(client: &Client, operation: &Operation, namespace: &str, pr
     let image = loop {
         let Event::Applied(volume) = events.next().await?.ok()? else { continue };
         let claim = client.find(&claims, Some(&operation.namespace), &operation.name).await.ok()?;
-        let wanted = claim.and_then(|c| c["spec"]["volumeName"].as_str().map(str::to_owned)).unwrap_or(operation.name.clone());
+        let wanted =
+            claim.and_then(|c| c["spec"]["volumeName"].as_str().map(str::to_owned)).unwrap_or(operation.name.clone());
         if volume["metadata"]["name"] == *wanted {
             break volume["spec"]["backingImage"].as_str().filter(|i| !i.is_empty())?.to_owned();
         }
@@ -187,9 +189,11 @@ async fn list(client: &Client, namespace: &str) -> anyhow::Result<()> {
         eprintln!("No volumes found.");
         return Ok(());
     }
-    let header = ["VOLUME", "CLAIM", "SIZE", "IMAGE", "STATE", "ROBUSTNESS", "NODE", "DEVICE"].map(str::to_owned).to_vec();
+    let header =
+        ["VOLUME", "CLAIM", "SIZE", "IMAGE", "STATE", "ROBUSTNESS", "NODE", "DEVICE"].map(str::to_owned).to_vec();
     let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let claim_name = |claim: &Value| format!("{}/{}", word(&claim["metadata"]["namespace"]), word(&claim["metadata"]["name"]));
+    let claim_name =
+        |claim: &Value| format!("{}/{}", word(&claim["metadata"]["namespace"]), word(&claim["metadata"]["name"]));
     let mut rows: Vec<Vec<String>> = volumes
         .iter()
         .map(|volume| {

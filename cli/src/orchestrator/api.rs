@@ -91,7 +91,9 @@ fn required<T: Clone>(value: &Option<T>, what: &str) -> Result<T, Failure> {
 async fn attach(State(orchestrator): State<Orchestrator>, Json(operation): Json<Operation>) -> Response {
     streamed(async move |voice| {
         let (target, attachment) = attached(&orchestrator, &operation, deadline(&operation), &voice).await?;
-        Ok(json!({ "volume": target.volume_id, "node": attachment.spec.node_name, "device": device(&orchestrator, &target).await? }))
+        Ok(
+            json!({ "volume": target.volume_id, "node": attachment.spec.node_name, "device": device(&orchestrator, &target).await? }),
+        )
     })
 }
 
@@ -117,7 +119,10 @@ async fn attached(
         Ok(Some(attachment)) => Ok((target, attachment)),
         Ok(None) => Err(Failure::new(ErrorKind::Pending, format!("{} was detached in the meantime", target.label))),
         Err(failure) if clients::is_transient(failure.kind) => {
-            let hint = format!("it goes on; wait again with the same command, or give up with `volume detach {}`", operation.name);
+            let hint = format!(
+                "it goes on; wait again with the same command, or give up with `volume detach {}`",
+                operation.name
+            );
             Err(Failure::new(failure.kind, format!("{}; {hint}", failure.message)))
         }
         Err(failure) => {
@@ -145,7 +150,8 @@ async fn bound(
             result => return result,
         };
         voice.say(&failure.message);
-        let claim: Option<PersistentVolumeClaim> = orchestrator.store().get_in(&operation.namespace, &operation.name).await?;
+        let claim: Option<PersistentVolumeClaim> =
+            orchestrator.store().get_in(&operation.namespace, &operation.name).await?;
         if let Some(claim) = claim {
             objects::update(orchestrator.store(), &claim, Part::Main, |claim| {
                 claim.annotations_mut().insert(SELECTED_NODE.into(), node.to_owned()).as_deref() != Some(node)
@@ -208,7 +214,9 @@ async fn mount(State(orchestrator): State<Orchestrator>, Json(operation): Json<O
         let deadline = deadline(&operation);
         let (target, attachment) = attached(&orchestrator, &operation, deadline, &voice).await?;
         mounts::publish(&orchestrator, &target, &attachment, &path, operation.read_only, deadline).await?;
-        Ok(json!({ "volume": target.volume_id, "node": attachment.spec.node_name, "path": path, "block": target.usage.block }))
+        Ok(
+            json!({ "volume": target.volume_id, "node": attachment.spec.node_name, "path": path, "block": target.usage.block }),
+        )
     })
 }
 

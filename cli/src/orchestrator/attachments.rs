@@ -86,7 +86,10 @@ pub async fn ensure(
                     format!("{} is being detached from `{node}`; try again in a moment", target.label),
                 )),
                 Some(existing) => Ok((existing, false)),
-                None => Err(Failure::new(ErrorKind::Pending, format!("{} was detached a moment ago; try again", target.label))),
+                None => Err(Failure::new(
+                    ErrorKind::Pending,
+                    format!("{} was detached a moment ago; try again", target.label),
+                )),
             }
         }
         Err(error) => Err(error.into()),
@@ -109,7 +112,8 @@ pub async fn reconcile(orchestrator: &Orchestrator, attachment: &VolumeAttachmen
         return Ok(());
     }
     let deleting = is_deleting(&attachment);
-    let result = if deleting { detach(orchestrator, &attachment).await } else { attach(orchestrator, &attachment).await };
+    let result =
+        if deleting { detach(orchestrator, &attachment).await } else { attach(orchestrator, &attachment).await };
     if let Err(failure) = &result {
         let error = VolumeError {
             error_code: Some(kind_code(failure.kind)),
@@ -118,7 +122,11 @@ pub async fn reconcile(orchestrator: &Orchestrator, attachment: &VolumeAttachmen
         };
         objects::update(orchestrator.store(), &attachment, Part::Status, |attachment| {
             let status = attachment.status.get_or_insert_default();
-            if deleting { status.detach_error = Some(error.clone()) } else { status.attach_error = Some(error.clone()) }
+            if deleting {
+                status.detach_error = Some(error.clone())
+            } else {
+                status.attach_error = Some(error.clone())
+            }
             true
         })
         .await?;
@@ -128,7 +136,10 @@ pub async fn reconcile(orchestrator: &Orchestrator, attachment: &VolumeAttachmen
 
 async fn attach(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> Result<(), Failure> {
     let Some(target) = target::of_attachment(orchestrator, attachment).await? else {
-        return Err(Failure::new(ErrorKind::NotFound, format!("the volume of `{}` does not exist", attachment.name_any())));
+        return Err(Failure::new(
+            ErrorKind::NotFound,
+            format!("the volume of `{}` does not exist", attachment.name_any()),
+        ));
     };
     let request = csi::ControllerPublishVolumeRequest {
         volume_id: target.volume_id.clone(),
@@ -157,8 +168,11 @@ async fn detach(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> R
     let volume_id = volume_id(attachment);
     let node_id = attachment.spec.node_name.clone();
     let mut controller = orchestrator.inner.sockets.controller().await?;
-    let request =
-        csi::ControllerUnpublishVolumeRequest { volume_id: volume_id.clone(), node_id: node_id.clone(), ..Default::default() };
+    let request = csi::ControllerUnpublishVolumeRequest {
+        volume_id: volume_id.clone(),
+        node_id: node_id.clone(),
+        ..Default::default()
+    };
     controller.controller_unpublish_volume(clients::attach_request(request)).await.map_err(clients::failure)?;
     let gone = |attachment: &mut VolumeAttachment| objects::remove_finalizer(attachment, FINALIZER);
     objects::update(orchestrator.store(), attachment, Part::Main, gone).await?;
@@ -170,7 +184,8 @@ async fn detach(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> R
 pub fn error_of(attachment: &VolumeAttachment) -> Option<Failure> {
     let status = attachment.status.as_ref()?;
     let error = if is_deleting(attachment) { status.detach_error.as_ref()? } else { status.attach_error.as_ref()? };
-    let kind = ErrorKind::ALL.into_iter().find(|k| Some(kind_code(*k)) == error.error_code).unwrap_or(ErrorKind::Internal);
+    let kind =
+        ErrorKind::ALL.into_iter().find(|k| Some(kind_code(*k)) == error.error_code).unwrap_or(ErrorKind::Internal);
     Some(Failure::new(kind, error.message.clone().unwrap_or_default()))
 }
 

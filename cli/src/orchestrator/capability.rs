@@ -20,7 +20,8 @@ pub struct Usage {
 impl Usage {
     /// One capability for each access mode, as the provisioner asks for.
     pub fn capabilities(&self) -> Result<Vec<VolumeCapability>, Failure> {
-        let modes = if self.access_modes.is_empty() { vec!["ReadWriteOnce".to_owned()] } else { self.access_modes.clone() };
+        let modes =
+            if self.access_modes.is_empty() { vec!["ReadWriteOnce".to_owned()] } else { self.access_modes.clone() };
         modes.iter().map(|mode| Ok(self.capability(access_mode(mode)?))).collect()
     }
 
@@ -53,7 +54,9 @@ fn access_mode(mode: &str) -> Result<Mode, Failure> {
         "ReadWriteMany" => Ok(Mode::MultiNodeMultiWriter),
         other => Err(Failure::new(
             ErrorKind::Invalid,
-            format!("`{other}` is not an access mode; there are ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany, ReadWriteMany"),
+            format!(
+                "`{other}` is not an access mode; there are ReadWriteOnce, ReadWriteOncePod, ReadOnlyMany, ReadWriteMany"
+            ),
         )),
     }
 }

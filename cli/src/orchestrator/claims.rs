@@ -6,8 +6,8 @@ use std::time::Duration;
 use ::api::ErrorKind;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    CSIPersistentVolumeSource, ObjectReference, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimCondition,
-    PersistentVolumeClaimStatus, PersistentVolumeSpec, PersistentVolumeStatus,
+    CSIPersistentVolumeSource, ObjectReference, PersistentVolume, PersistentVolumeClaim,
+    PersistentVolumeClaimCondition, PersistentVolumeClaimStatus, PersistentVolumeSpec, PersistentVolumeStatus,
 };
 use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttachment};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -21,10 +21,10 @@ use super::capability::Usage;
 use super::clients;
 use super::events::{self, Mood};
 use super::objects::{self, Part, is_deleting};
+use super::size;
 use super::target::SELECTED_NODE;
 use super::work::DEFAULT_FS_TYPE;
 use crate::failure::Failure;
-use super::size;
 
 /// Keeps a claim while something of it exists.
 const CLAIM_FINALIZER: &str = "kubernetes.io/pvc-protection";
@@ -51,8 +51,13 @@ pub fn needs_reclaim(volume: &PersistentVolume, claims: &[PersistentVolumeClaim]
 }
 
 /// Brings a claim one step further: provisions its volume and binds it, or releases it.
-pub async fn bind(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim, next_delay: Duration) -> Result<(), Failure> {
-    let result = if is_deleting(claim) { release(orchestrator, claim).await } else { provision(orchestrator, claim).await };
+pub async fn bind(
+    orchestrator: &Orchestrator,
+    claim: &PersistentVolumeClaim,
+    next_delay: Duration,
+) -> Result<(), Failure> {
+    let result =
+        if is_deleting(claim) { release(orchestrator, claim).await } else { provision(orchestrator, claim).await };
     if let Err(failure) = &result {
         let next = Timestamp::now() + next_delay;
         let message = format!("{failure} (next attempt at {})", next.strftime("%H:%M:%SZ"));
@@ -64,7 +69,12 @@ pub async fn bind(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim, ne
 }
 
 /// Says in the status why a claim is not bound, or not gone.
-async fn explain(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim, reason: &str, message: &str) -> Result<(), Failure> {
+async fn explain(
+    orchestrator: &Orchestrator,
+    claim: &PersistentVolumeClaim,
+    reason: &str,
+    message: &str,
+) -> Result<(), Failure> {
     let now = Time(Timestamp::now());
     objects::update(orchestrator.store(), claim, Part::Status, |claim| {
         let status = claim.status.get_or_insert_default();
@@ -102,11 +112,15 @@ async fn provision(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim) -
         return Err(Failure::new(ErrorKind::Unsupported, message));
     }
     if spec.data_source.is_some() || spec.data_source_ref.is_some() {
-        return Err(Failure::new(ErrorKind::Unsupported, "a claim with a data source (snapshot or clone) is not offered yet"));
+        return Err(Failure::new(
+            ErrorKind::Unsupported,
+            "a claim with a data source (snapshot or clone) is not offered yet",
+        ));
     }
     let late = class.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer");
     if late && !claim.annotations().contains_key(SELECTED_NODE) {
-        return explain(orchestrator, claim, "WaitForFirstConsumer", "it is provisioned when it is first attached").await;
+        return explain(orchestrator, claim, "WaitForFirstConsumer", "it is provisioned when it is first attached")
+            .await;
     }
     let marked = objects::update(orchestrator.store(), claim, Part::Main, |claim| {
         let new = claim.annotations_mut().insert(PROVISIONER.into(), driver.into()).is_none();
@@ -134,7 +148,9 @@ async fn class_of(orchestrator: &Orchestrator, name: Option<&str>) -> Result<Sto
         return orchestrator.store().get(name).await?.ok_or_else(|| Failure::new(ErrorKind::NotFound, message));
     }
     let classes: Vec<StorageClass> = orchestrator.store().list(&Selector::default()).await?;
-    let default = |c: &StorageClass| c.annotations().get("storageclass.kubernetes.io/is-default-class").is_some_and(|v| v == "true");
+    let default = |c: &StorageClass| {
+        c.annotations().get("storageclass.kubernetes.io/is-default-class").is_some_and(|v| v == "true")
+    };
     let message = "it names no StorageClass, and none is marked as default; set `spec.storageClassName`";
     classes.into_iter().find(default).ok_or_else(|| Failure::new(ErrorKind::NotFound, message))
 }
@@ -208,7 +224,8 @@ fn persistent_volume(
         fs_type: (!usage.block).then_some(usage.fs_type),
         ..Default::default()
     };
-    let mut metadata = ObjectMeta { name: Some(format!("pvc-{}", claim.uid().unwrap_or_default())), ..Default::default() };
+    let mut metadata =
+        ObjectMeta { name: Some(format!("pvc-{}", claim.uid().unwrap_or_default())), ..Default::default() };
     metadata.annotations = Some([("pv.kubernetes.io/provisioned-by".to_owned(), driver.clone())].into());
     metadata.finalizers = Some(vec![VOLUME_FINALIZER.into()]);
     let spec = PersistentVolumeSpec {
@@ -248,7 +265,10 @@ async fn adopt(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim, name:
         || owner.name.is_some() && (owner.name != claim.metadata.name || owner.namespace != claim.namespace());
     if foreign {
         let claim = format!("{}/{}", owner.namespace.unwrap_or_default(), owner.name.unwrap_or_default());
-        return Err(Failure::new(ErrorKind::NotReady, format!("persistent volume `{name}` belongs to claim `{claim}`")));
+        return Err(Failure::new(
+            ErrorKind::NotReady,
+            format!("persistent volume `{name}` belongs to claim `{claim}`"),
+        ));
     }
     objects::update(store, &volume, Part::Main, |volume| {
         let spec = volume.spec.get_or_insert_default();

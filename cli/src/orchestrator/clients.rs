@@ -37,7 +37,10 @@ impl Sockets {
     pub async fn node(&self, node: &str) -> Result<NodeClient<Channel>, Failure> {
         let path = self.folder.join(format!("{node}.sock"));
         if node.contains('/') || !path.exists() {
-            return Err(Failure::new(ErrorKind::NotFound, format!("node `{node}` does not exist; `get nodes` shows them")));
+            return Err(Failure::new(
+                ErrorKind::NotFound,
+                format!("node `{node}` does not exist; `get nodes` shows them"),
+            ));
         }
         Ok(NodeClient::new(connect(&path).await?))
     }

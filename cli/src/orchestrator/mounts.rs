@@ -189,7 +189,12 @@ pub async fn unpublish(
     if !list.iter().any(|p| p.path == path) {
         let places: Vec<String> = list.iter().map(|p| p.path.display().to_string()).collect();
         let places = if places.is_empty() { "nowhere".into() } else { format!("at {}", places.join(", ")) };
-        let message = format!("{} is not mounted at `{}`; on `{}` it is mounted {places}", target.label, path.display(), attachment.spec.node_name);
+        let message = format!(
+            "{} is not mounted at `{}`; on `{}` it is mounted {places}",
+            target.label,
+            path.display(),
+            attachment.spec.node_name
+        );
         return Err(Failure::new(ErrorKind::NotFound, message));
     }
     undo(orchestrator, attachment, &|p| p.path == path).await
@@ -213,8 +218,7 @@ async fn undo(
     let volume_id = attachments::volume_id(&attachment);
     let mut client = orchestrator.inner.sockets.node(&node).await?;
     for place in published(&attachment).into_iter().filter(|p| which(p)) {
-        let request =
-            csi::NodeUnpublishVolumeRequest { volume_id: volume_id.clone(), target_path: text(&place.path) };
+        let request = csi::NodeUnpublishVolumeRequest { volume_id: volume_id.clone(), target_path: text(&place.path) };
         client.node_unpublish_volume(clients::request(request)).await.map_err(clients::failure)?;
         if place.existed && !place.path.exists() && target_was_folder(&attachment) {
             make_folder(&place.path)?;
@@ -274,7 +278,10 @@ pub async fn detach_all(orchestrator: &Orchestrator, say: &(dyn Fn(String) + Syn
 fn is_detached(volume: &Volume) -> bool {
     let state = volume.status.as_ref().map(|s| s.state).unwrap_or_default();
     volume.spec.node_id.is_empty()
-        && matches!(state, VolumeState::Detached | VolumeState::NotStarted | VolumeState::Creating | VolumeState::Deleting)
+        && matches!(
+            state,
+            VolumeState::Detached | VolumeState::NotStarted | VolumeState::Creating | VolumeState::Deleting
+        )
 }
 
 fn make_folder(path: &Path) -> Result<(), Failure> {

@@ -6,7 +6,9 @@ use crate::failure::Failure;
 
 /// Reads a quantity as a number of bytes, rounded up.
 pub fn parse(text: &str) -> Result<u64, Failure> {
-    let wrong = || Failure::new(ErrorKind::Invalid, format!("`{text}` is not a size; write for example 10Gi, 500Mi or 1073741824"));
+    let wrong = || {
+        Failure::new(ErrorKind::Invalid, format!("`{text}` is not a size; write for example 10Gi, 500Mi or 1073741824"))
+    };
     let text = text.trim();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
@@ -50,7 +52,8 @@ mod tests {
 
     #[test]
     fn reads_what_kubernetes_reads() {
-        let good = [("10Gi", 10 << 30), ("500M", 500_000_000), ("1.5Gi", 3 << 29), ("1e3", 1000), ("42", 42), (".5Ki", 512)];
+        let good =
+            [("10Gi", 10 << 30), ("500M", 500_000_000), ("1.5Gi", 3 << 29), ("1e3", 1000), ("42", 42), (".5Ki", 512)];
         for (text, bytes) in good {
             assert_eq!(parse(text).unwrap(), bytes, "{text}");
         }

@@ -42,7 +42,9 @@ pub async fn find(orchestrator: &Orchestrator, namespace: &str, name: &str) -> R
     }
     Err(Failure::new(
         ErrorKind::NotFound,
-        format!("there is no claim `{name}` in namespace `{namespace}` and no volume of that name; `volume list` shows them"),
+        format!(
+            "there is no claim `{name}` in namespace `{namespace}` and no volume of that name; `volume list` shows them"
+        ),
     ))
 }
 
@@ -107,7 +109,10 @@ fn of_volume(volume: &Volume) -> Target {
 }
 
 /// The target of an attachment, also when its claim is gone.
-pub async fn of_attachment(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> Result<Option<Target>, Failure> {
+pub async fn of_attachment(
+    orchestrator: &Orchestrator,
+    attachment: &VolumeAttachment,
+) -> Result<Option<Target>, Failure> {
     let name = attachment.spec.source.persistent_volume_name.clone().unwrap_or_default();
     if let Some(volume) = orchestrator.store().get::<PersistentVolume>(&name).await? {
         return of_persistent_volume(&volume, format!("persistent volume `{name}`")).map(Some);
@@ -129,8 +134,9 @@ pub async fn unmount_device(orchestrator: &Orchestrator, volume: &str) -> Result
     });
     for place in places.filter_map(|line| line.split(' ').nth(4)) {
         let place = super::mounts::unescape(place);
-        rustix::mount::unmount(place.as_str(), rustix::mount::UnmountFlags::empty())
-            .map_err(|e| Failure::new(ErrorKind::NotReady, format!("cannot unmount `{place}`: {e}; end what uses it")))?;
+        rustix::mount::unmount(place.as_str(), rustix::mount::UnmountFlags::empty()).map_err(|e| {
+            Failure::new(ErrorKind::NotReady, format!("cannot unmount `{place}`: {e}; end what uses it"))
+        })?;
     }
     Ok(())
 }

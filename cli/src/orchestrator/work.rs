@@ -50,9 +50,7 @@ impl Item {
             format!("{uid} {deleting} {}", spec.unwrap_or_default())
         };
         match self {
-            Item::Claim(c) => {
-                of(serde_json::to_string(&(&c.spec, &c.metadata.annotations)), &c.metadata) + classes
-            }
+            Item::Claim(c) => of(serde_json::to_string(&(&c.spec, &c.metadata.annotations)), &c.metadata) + classes,
             Item::Volume(v) => of(serde_json::to_string(&v.spec), &v.metadata),
             Item::Attachment(a) => of(serde_json::to_string(&a.spec), &a.metadata),
         }
@@ -146,7 +144,8 @@ async fn observe(store: &Store) -> Result<(Vec<Item>, String), StoreError> {
     let attachments: Vec<VolumeAttachment> = store.list(&Selector::default()).await?;
     let classes: Vec<StorageClass> = store.list(&Selector::default()).await?;
     let mut stamp = String::new();
-    let versions = classes.iter().map(|c| &c.metadata.resource_version).chain(attachments.iter().map(|a| &a.metadata.uid));
+    let versions =
+        classes.iter().map(|c| &c.metadata.resource_version).chain(attachments.iter().map(|a| &a.metadata.uid));
     for version in versions {
         stamp.push(' ');
         stamp += version.as_deref().unwrap_or_default();
@@ -169,7 +168,9 @@ async fn changes(store: &Store) -> BoxStream<'static, ()> {
     stream::select_all(streams).boxed()
 }
 
-fn ticks<T: Send + 'static>(watch: Result<BoxStream<'static, Result<T, StoreError>>, StoreError>) -> BoxStream<'static, ()> {
+fn ticks<T: Send + 'static>(
+    watch: Result<BoxStream<'static, Result<T, StoreError>>, StoreError>,
+) -> BoxStream<'static, ()> {
     match watch {
         Ok(events) => events.map(drop).boxed(),
         Err(error) => {

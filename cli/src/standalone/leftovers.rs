@@ -51,12 +51,17 @@ fn is_ours(program: &Path) -> bool {
     let name = program.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     let name = name.trim_end_matches(" (deleted)");
     let own = std::env::current_exe().ok().and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()));
-    name == "qemu-storage-daemon" || name == "backing-image-csi" || own.is_some_and(|own| own.trim_end_matches(" (deleted)") == name)
+    name == "qemu-storage-daemon"
+        || name == "backing-image-csi"
+        || own.is_some_and(|own| own.trim_end_matches(" (deleted)") == name)
 }
 
 fn mounts(data: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let places = table.lines().filter_map(|line| line.split(' ').nth(4)).map(|p| PathBuf::from(crate::orchestrator::unescape(p)));
+    let places = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|p| PathBuf::from(crate::orchestrator::unescape(p)));
     places.filter(|place| place.starts_with(data) && place != data).collect()
 }
 

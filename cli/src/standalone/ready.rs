@@ -38,7 +38,8 @@ pub async fn announce(
     if shutdown.is_cancelled() {
         return Ok(());
     }
-    runtime::files::write_durably(&file, format!("{url}\n").as_bytes()).with_context(|| format!("cannot write `{}`", file.display()))?;
+    runtime::files::write_durably(&file, format!("{url}\n").as_bytes())
+        .with_context(|| format!("cannot write `{}`", file.display()))?;
     ready.send_replace(true);
     info!(url, "ready");
     shutdown.cancelled().await;

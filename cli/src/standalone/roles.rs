@@ -112,7 +112,9 @@ impl Roles {
             while let Some(ended) = self.tasks.join_next().await {
                 match ended {
                     Ok((name, Ok(()))) => info!(role = name, "role ended"),
-                    Ok((name, Err(failure))) => error!(role = name, error = format!("{failure:#}"), "role ended with an error"),
+                    Ok((name, Err(failure))) => {
+                        error!(role = name, error = format!("{failure:#}"), "role ended with an error")
+                    }
                     Err(panic) => error!(error = %panic, "a role panicked"),
                 }
             }
