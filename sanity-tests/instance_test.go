@@ -22,7 +22,7 @@ import (
 const (
 	readyWithin = 30 * time.Second
 	// A call of the command line may wait for an image and an attachment.
-	commandWithin = 2 * time.Minute
+	commandWithin = time.Minute
 )
 
 // instance is one standalone daemon and its data directory.

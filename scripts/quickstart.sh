@@ -51,6 +51,7 @@ cleanup() {
   exit "$status"
 }
 trap cleanup EXIT
+trap 'exit 130' INT TERM
 trap 'exit 130' INT
 trap 'exit 143' TERM
 

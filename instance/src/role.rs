@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use api::ids::NodeName;
 use api::error::sentence;
+use api::ids::NodeName;
 use api::{BackingImage, Engine, Node, Replica};
 use futures::StreamExt;
 use futures::stream::BoxStream;

@@ -246,6 +246,8 @@ fn open_ends_the_old_export_and_its_connection() {
     }
     let second = replica.open(2);
     input.write_all(b"write -P 2 0 4k\nquit\n").unwrap();
+    // Its end makes qemu-io look at what it has buffered.
+    drop(input);
     client.wait().unwrap();
     replica.io_ok(&second, &["read -P 1 0 4k"]);
 }
