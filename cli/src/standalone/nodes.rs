@@ -53,12 +53,11 @@ pub async fn ensure(
             let disk_name = format!("disk-{disk}");
             let path = layout.node(&name).join(&disk_name);
             std::fs::create_dir_all(&path).with_context(|| format!("cannot make `{}`", path.display()))?;
-            if !node.spec.disks.contains_key(&disk_name) {
-                let tags = vec![disk_name.clone(), format!("disk{disk}"), EVERY_DISK.into()];
-                let spec = DiskSpec { path: path.display().to_string(), tags, ..Default::default() };
-                node.spec.disks.insert(disk_name, spec);
+            node.spec.disks.entry(disk_name).or_insert_with_key(|disk_name| {
                 changed = true;
-            }
+                let tags = vec![disk_name.clone(), format!("disk{disk}"), EVERY_DISK.into()];
+                DiskSpec { path: path.display().to_string(), tags, ..Default::default() }
+            });
         }
         if node.metadata.uid.is_none() {
             store.create(&node).await.with_context(|| format!("cannot make node `{name}`"))?;
