@@ -167,9 +167,16 @@ fn follow(
         wanted
     };
     let actions = if wanted == source.spec { vec![] } else { vec![Action::SetDataSourceSpec(Box::new(wanted))] };
-    let problem = has_failed.then(|| {
-        let message = format!("the file could not be prepared on {}: {}", o.disks.label(old), seen.message);
-        let mut condition = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", message);
+    // A process that is alive may wait before its next try.
+    let is_trying_again = is_about_this_attempt(source) && !seen.next_retry_time.is_empty();
+    let problem = (has_failed || is_trying_again).then(|| {
+        let (reason, what) = if has_failed {
+            ("DataSourceFailed", "could not be prepared")
+        } else {
+            ("DataSourceRetries", "is not prepared yet")
+        };
+        let message = format!("the file {what} on {}: {}", o.disks.label(old), seen.message);
+        let mut condition = Condition::new(READY, ConditionStatus::False, reason, message);
         condition.next_retry_time.clone_from(&seen.next_retry_time);
         condition.with_hint(crate::data_source::hint(&seen.message))
     });

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use api::data_source::BackingImageDataSourceStatus;
 use api::image::{BackingImageSpec, CopyState, DiskFileSpec, SourceType};
 use api::manager::{BackingImageManagerSpec, BackingImageManagerStatus, FileInfo, ManagerState};
-use api::{BackingImage, BackingImageManager, Replica};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica};
 use expect_test::{Expect, expect};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -196,6 +197,25 @@ fn says_why_no_disk_can_be_had() {
         "wanted=1; a=-:down b=-:silent",
         expect!["nothing\nNoEligibleDisk: no disk can take the first copy: a of node-a: down; b of node-b: silent"],
     );
+}
+
+#[test]
+fn says_when_a_waiting_data_source_tries_again() {
+    let mut o = world("wanted=1; a=-");
+    let mut source = BackingImageDataSource::new("ubuntu", Default::default());
+    source.spec.disk_uuid = "a".into();
+    source.spec.parameters = o.image.spec.source_parameters.clone();
+    source.status = Some(BackingImageDataSourceStatus {
+        current_state: CopyState::Starting,
+        message: "connection refused".into(),
+        next_retry_time: "2026-01-01T00:00:04Z".into(),
+        running_parameters: [("url", "http://x/y"), ("disk-uuid", "a")].map(|(k, v)| (k.into(), v.into())).into(),
+        ..Default::default()
+    });
+    o.data_source = Some(source);
+    let ready = decide(&o).status.conditions.iter().find(|c| c.r#type == READY).cloned().unwrap();
+    assert_eq!((ready.reason.as_str(), ready.next_retry_time.as_str()), ("DataSourceRetries", "2026-01-01T00:00:04Z"));
+    assert!(ready.message.contains("connection refused") && !ready.hint.is_empty(), "{ready:?}");
 }
 
 #[test]
