@@ -1,25 +1,34 @@
-//! House rules that the compiler does not know: file headers, file lengths, unfinished marks, foreign paths, sleeps in tests, arrows between rooms.
+//! House rules that the compiler does not know: file headers, file lengths, unfinished marks, foreign paths, sleeps in tests, arrows between rooms, promises without a test.
 //!
 //! Every rule is a pure function over text, so that its test can break it.
 
 mod arrows;
 mod files;
+mod promises;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, bail};
 
+/// What the product promises.
+const SEMANTICS: &str = "docs/semantics.md";
+
 /// Checks every tracked or new file of the workspace; fails with the list of what is wrong.
 pub fn run(root: &Path) -> anyhow::Result<()> {
-    let mut problems = vec![];
+    let (mut problems, mut tests) = (vec![], BTreeSet::new());
     for path in tracked_files(root)? {
         // A file that is deleted but not yet committed, a link to nowhere, or bytes that are no text.
         let Ok(text) = std::fs::read_to_string(root.join(&path)) else { continue };
         problems.extend(files::check(&path, &text));
+        tests.extend(promises::tests_in(&path, &text));
     }
     let architecture = std::fs::read_to_string(root.join("ARCHITECTURE.md")).context("cannot read ARCHITECTURE.md")?;
     problems.extend(arrows::check(&architecture, &crate::metadata::load(root)?)?);
+    let semantics =
+        std::fs::read_to_string(root.join(SEMANTICS)).with_context(|| format!("cannot read {SEMANTICS}"))?;
+    problems.extend(promises::check(SEMANTICS, &semantics, &tests));
     if !problems.is_empty() {
         for problem in &problems {
             eprintln!("tidy: {problem}");
