@@ -1,6 +1,7 @@
 package sanitytests
 
 import (
+	"bytes"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -8,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -20,47 +22,93 @@ func agents(i *instance, diskPath, diskUUID string) []process {
 	})
 }
 
-// The agent of a disk dies as soon as it begins to receive a copy: another one takes over and the copy becomes ready.
+// The agent of a disk dies in the middle of receiving a copy: another one takes over and the copy becomes ready.
 func TestKilledAgentFinishesItsSync(t *testing.T) {
 	i := sharedInstance(t)
+	const size = 256 * mib
 	large := filepath.Join(t.TempDir(), "large.raw")
-	if err := os.WriteFile(large, randomBytes(11, 192*mib), 0o644); err != nil {
+	if err := os.WriteFile(large, randomBytes(11, size), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	sum := checksumOf(t, large)
-	i.apply(t, imageYAML("resync", serve(t, large)+"/large.raw", sum, 3))
+	url := serve(t, large) + "/large.raw"
+	i.apply(t, imageYAML("resync", url, sum, 1))
 	removeImage(t, i, "resync")
-
-	var killed string
-	eventually(t, 60*time.Second, "an agent receives a copy", func() (bool, string) {
-		found, _ := filepath.Glob(i.path("nodes", "*", "disk-1", "backing-images", "resync-*", "backing.tmp*"))
-		for _, file := range found {
-			disk := strings.SplitAfter(file, "/disk-1")[0]
-			uuid := diskUUID(t, disk)
-			for _, agent := range agents(i, disk, uuid) {
-				killProcess(t, agent.pid)
-				killed = uuid
-				return true, ""
+	uuid := untilImageReady(t, i, "resync").Status.UUID
+	copies := copyPaths(i, "resync", uuid)
+	if len(copies) != 1 {
+		t.Fatalf("want one copy, found %v", copies)
+	}
+	senders := agentsOf(t, i, copies[0])
+	if len(senders) != 1 {
+		t.Fatalf("want one agent of %s, found %v in %v", copies[0], senders, processesOf(i.dir))
+	}
+	// The sender gets a few milliseconds at a time, so that no receiver can be done before it is looked at.
+	sender := senders[0].pid
+	signal := func(s syscall.Signal) {
+		if err := syscall.Kill(sender, s); err != nil {
+			t.Fatalf("cannot signal the sender: %v", err)
+		}
+	}
+	t.Cleanup(func() { syscall.Kill(sender, syscall.SIGCONT) })
+	signal(syscall.SIGSTOP)
+	i.apply(t, imageYAML("resync", url, sum, 3))
+	eventually(t, 60*time.Second, "an agent is killed while it receives a copy", func() (bool, string) {
+		signal(syscall.SIGCONT)
+		time.Sleep(5 * time.Millisecond) // poll
+		signal(syscall.SIGSTOP)
+		partial, _ := filepath.Glob(i.path("nodes", "*", "disk-1", "backing-images", "resync-*", "backing.tmp"))
+		for _, path := range partial {
+			if chunks := chunksIn(path, size); chunks > 0 && chunks < size/mib {
+				for _, agent := range agentsOf(t, i, path) {
+					t.Logf("killing %s with %d of %d MiB", agent, chunks, size/mib)
+					killProcess(t, agent.pid)
+					return true, ""
+				}
 			}
 		}
-		o, _, err := tryGet[imageObject](i, "backingimage", "resync")
-		if len(readyCopies(o)) == 3 {
-			return true, ""
-		}
-		return false, i.why("backingimage", "resync") + errorText(err)
+		return false, i.why("backingimage", "resync")
 	})
-	if killed == "" {
-		t.Log("all copies were ready before an agent could be killed; only their content is checked")
+	if object := get[imageObject](t, i, "backingimage", "resync"); len(readyCopies(object)) > 2 {
+		t.Fatalf("all copies were ready before the agent died: %+v", object.Status)
 	}
-	object := until(t, i, 90*time.Second, "backingimage", "resync", "has three ready copies", func(o imageObject) bool {
+	signal(syscall.SIGCONT)
+	until(t, i, 90*time.Second, "backingimage", "resync", "has three ready copies", func(o imageObject) bool {
 		return len(readyCopies(o)) == 3
 	})
-	for _, path := range copyPaths(i, "resync", object.Status.UUID) {
+	copies = copyPaths(i, "resync", uuid)
+	if len(copies) != 3 {
+		t.Errorf("want three copies, found %v", copies)
+	}
+	for _, path := range copies {
 		if got := checksumOf(t, path); got != sum {
 			t.Errorf("%s: SHA-512 %s, want %s", path, got[:16], sum[:16])
 		}
 	}
 	noTemporaryFiles(t, i, "resync")
+}
+
+// agentsOf finds the agents of the disk on which a file is.
+func agentsOf(t testing.TB, i *instance, file string) []process {
+	t.Helper()
+	disk, _, _ := strings.Cut(file, "/backing-images/")
+	return agents(i, disk, diskUUID(t, disk))
+}
+
+// chunksIn counts the MiB of random content that a file has already.
+func chunksIn(path string, size int64) (chunks int64) {
+	file, err := os.Open(path)
+	if err != nil {
+		return 0
+	}
+	defer file.Close()
+	start, zero := make([]byte, 64), make([]byte, 64)
+	for at := int64(0); at < size; at += mib {
+		if n, _ := file.ReadAt(start, at); n == len(start) && !bytes.Equal(start, zero) {
+			chunks++
+		}
+	}
+	return chunks
 }
 
 // The data source dies in the middle of a download: it goes on with what it has, or begins again, and the image becomes ready.
@@ -109,6 +157,10 @@ func TestKilledDataSourceFinishesItsDownload(t *testing.T) {
 	if len(sources) != 1 {
 		t.Fatalf("want one data source, found %v in %v", sources, processesOf(i.dir))
 	}
+	if partial, _ := filepath.Glob(i.path("nodes", "*", "disk-*", "tmp", "redownload-*")); len(partial) == 0 {
+		t.Error("the download has no file yet")
+	}
+	mentions(t, "why", i.why("backingimage", "redownload"), "redownload", "%")
 	killProcess(t, sources[0].pid)
 	close(release)
 	object := until(t, i, 90*time.Second, "backingimage", "redownload", "is ready", func(o imageObject) bool {
@@ -116,6 +168,10 @@ func TestKilledDataSourceFinishesItsDownload(t *testing.T) {
 	})
 	if object.Status.Checksum != sum {
 		t.Errorf("SHA-512 %s, want %s", object.Status.Checksum, sum)
+	}
+	copies := copyPaths(i, "redownload", object.Status.UUID)
+	if len(copies) != 1 || checksumOf(t, copies[0]) != sum {
+		t.Errorf("the copy is not what was served: %v", copies)
 	}
 	noTemporaryFiles(t, i, "redownload")
 }
@@ -147,11 +203,4 @@ func diskUUID(t testing.TB, disk string) string {
 		t.Fatalf("no diskUUID in %s", content)
 	}
 	return parts[1]
-}
-
-func errorText(err error) string {
-	if err == nil {
-		return ""
-	}
-	return err.Error()
 }

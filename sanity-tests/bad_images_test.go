@@ -62,11 +62,21 @@ func TestBadImagesAreRefusedWithTheReason(t *testing.T) {
 				ready := conditionOf(o.Status.Conditions, "Ready")
 				return ready.Status == "False" && says(ready.Message, c.mentions)
 			})
+			ready := conditionOf(object.Status.Conditions, "Ready")
+			// A connection that is refused is tried again by the data source itself before the attempt counts as failed.
+			if !strings.HasPrefix(ready.Reason, "DataSource") || ready.NextRetryTime == "" || ready.Hint == "" {
+				t.Errorf("want a reason DataSource…, the next attempt and a hint: %+v", ready)
+			}
 			text, _ := json.Marshal(object.Status)
 			if strings.Contains(string(text), `"state":"ready"`) {
 				t.Errorf("a copy is ready: %s", text)
 			}
-			mentions(t, "why", i.why("backingimage", c.name), c.mentions...)
+			mentions(t, "why", i.why("backingimage", c.name), append(c.mentions, c.name, "next attempt")...)
+			_, stderr, code := i.run("", "image", "wait", c.name, "--timeout", "200ms")
+			if code == 0 {
+				t.Error("`image wait` says that it is ready")
+			}
+			mentions(t, "image wait", stderr, c.mentions...)
 			if files, _ := filepath.Glob(i.path("nodes", "*", "*", "backing-images", c.name+"-*", "backing")); len(files) > 0 {
 				t.Errorf("there is a copy: %v", files)
 			}
@@ -76,6 +86,7 @@ func TestBadImagesAreRefusedWithTheReason(t *testing.T) {
 			nothingLeftOf(t, i, c.name, "none-"+c.name)
 		})
 	}
+	noTemporaryFiles(t, i, "bad")
 }
 
 func says(text string, parts []string) bool {

@@ -70,9 +70,7 @@ func createVolume(t *testing.T, i *instance, request *csi.CreateVolumeRequest) *
 // publish attaches a volume, as the attacher does: again while the answer is that it goes on.
 func publish(t testing.TB, i *instance, volume *csi.Volume, node int, capability *csi.VolumeCapability) map[string]string {
 	t.Helper()
-	request := &csi.ControllerPublishVolumeRequest{
-		VolumeId: volume.VolumeId, NodeId: nodeID(t, i, node), VolumeCapability: capability, VolumeContext: volume.VolumeContext,
-	}
+	request := publishRequest(t, i, volume, node, capability)
 	var publishContext map[string]string
 	eventually(t, callWithin, "ControllerPublishVolume "+volume.VolumeId, func() (bool, string) {
 		response, err := i.controller(t).ControllerPublishVolume(call(t), request)
@@ -87,6 +85,13 @@ func publish(t testing.TB, i *instance, volume *csi.Volume, node int, capability
 		return false, ""
 	})
 	return publishContext
+}
+
+func publishRequest(t testing.TB, i *instance, volume *csi.Volume, node int, capability *csi.VolumeCapability) *csi.ControllerPublishVolumeRequest {
+	t.Helper()
+	return &csi.ControllerPublishVolumeRequest{
+		VolumeId: volume.VolumeId, NodeId: nodeID(t, i, node), VolumeCapability: capability, VolumeContext: volume.VolumeContext,
+	}
 }
 
 func nodeID(t testing.TB, i *instance, node int) string {

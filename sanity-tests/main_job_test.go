@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -113,15 +114,35 @@ func nothingLeftOf(t *testing.T, i *instance, image, volume string) {
 	})
 }
 
-// noTemporaryFiles waits until no disk has a file of unfinished work of an image.
+// noTemporaryFiles waits until the disks hold whole copies of an image and nothing else of it.
 func noTemporaryFiles(t *testing.T, i *instance, image string) {
 	t.Helper()
 	eventually(t, 10*time.Second, "temporary files are gone", func() (bool, string) {
-		found, _ := filepath.Glob(i.path("nodes", "*", "*", "tmp", image+"-*"))
-		more, _ := filepath.Glob(i.path("nodes", "*", "*", "backing-images", image+"-*", "*.tmp*"))
-		found = append(found, more...)
+		found := unfinishedFiles(i, image)
 		return len(found) == 0, fmt.Sprint(found)
 	})
+}
+
+// unfinishedFiles lists what lies below the disks' tmp and backing-images and is not part of a whole copy, of one image or of all (an empty name).
+func unfinishedFiles(i *instance, image string) (found []string) {
+	prefix := ""
+	if image != "" {
+		prefix = image + "-"
+	}
+	found, _ = filepath.Glob(i.path("nodes", "*", "disk-*", "tmp", prefix+"*"))
+	copies, _ := filepath.Glob(i.path("nodes", "*", "disk-*", "backing-images", prefix+"*"))
+	for _, dir := range copies {
+		files, _ := filepath.Glob(filepath.Join(dir, "*"))
+		if !slices.Contains(files, filepath.Join(dir, "backing")) {
+			found = append(found, dir)
+		}
+		for _, file := range files {
+			if !slices.Contains([]string{"backing", "backing.cfg", "backing.chunks"}, filepath.Base(file)) {
+				found = append(found, file)
+			}
+		}
+	}
+	return found
 }
 
 // writeSynced writes a file and waits until it is on stable storage.

@@ -6,10 +6,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"sigs.k8s.io/yaml"
 )
 
 // Every parameter wrong in turn: the code is right, the message names the parameter, and nothing is created.
@@ -87,10 +89,33 @@ func TestWrongParametersAreRefused(t *testing.T) {
 			if _, notFound, err := tryGet[volumeObject](i, "volume", name); err != nil || !notFound {
 				t.Errorf("a refused request left a volume behind (%v)", err)
 			}
+			claimSaysWhy(t, i, name, parameters, c.mentions)
 		})
 	}
+	noTemporaryFiles(t, i, "absent")
 	if _, notFound, err := tryGet[imageObject](i, "backingimage", "absent"); err != nil || !notFound {
 		t.Errorf("a refused request left an image behind (%v)", err)
+	}
+}
+
+// claimSaysWhy makes a StorageClass of wrong parameters and a claim on it, which is not bound and says why.
+func claimSaysWhy(t *testing.T, i *instance, name string, parameters map[string]string, parts []string) {
+	t.Helper()
+	class, err := yaml.Marshal(map[string]any{
+		"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": map[string]string{"name": name},
+		"provisioner": "driver.longhorn.io", "parameters": parameters,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.apply(t, string(class)+"---\n"+claimYAML(name, name, 32, "Filesystem"))
+	t.Cleanup(func() { i.run("", "delete", "pvc", name); i.run("", "delete", "storageclass", name) })
+	eventually(t, 10*time.Second, "the claim says why it is not bound", func() (bool, string) {
+		text := i.why("pvc", name)
+		return says(text, append(parts, name)), text
+	})
+	if claim := get[claimObject](t, i, "pvc", name); claim.Status.Phase != "Pending" {
+		t.Errorf("the claim is %s", claim.Status.Phase)
 	}
 }
 
@@ -185,5 +210,41 @@ func TestCreateVolumeTwiceAtOnce(t *testing.T) {
 	changed["numberOfReplicas"] = "2"
 	if _, err := i.controller(t).CreateVolume(call(t), createRequest("twice", 32*mib, changed)); status.Code(err) != codes.AlreadyExists {
 		t.Errorf("the same name with other parameters: want AlreadyExists: %v", err)
+	}
+}
+
+// Two different requests of one name at once: one of them gets the volume, the other is told that it differs.
+func TestCreateVolumeOfOneNameAndTwoSizesAtOnce(t *testing.T) {
+	i := sharedInstance(t)
+	sizes := []int64{32 * mib, 64 * mib, 32 * mib, 64 * mib}
+	parameters := map[string]string{"numberOfReplicas": "1"}
+	errs := make([]error, len(sizes))
+	var wait sync.WaitGroup
+	for n, size := range sizes {
+		wait.Go(func() {
+			_, errs[n] = i.controller(t).CreateVolume(call(t), createRequest("contended", size, parameters))
+		})
+	}
+	wait.Wait()
+	winner := int64(0)
+	for n, err := range errs {
+		switch code := status.Code(err); code {
+		case codes.OK:
+			if winner != 0 && winner != sizes[n] {
+				t.Errorf("a volume of %d bytes and one of %d", winner, sizes[n])
+			}
+			winner = sizes[n]
+		case codes.Aborted:
+		case codes.AlreadyExists:
+			mentions(t, "the error", status.Convert(err).Message(), "size", "33554432", "67108864")
+		default:
+			t.Errorf("%d bytes: %v", sizes[n], err)
+		}
+	}
+	if winner == 0 {
+		t.Fatalf("nobody got the volume: %v", errs)
+	}
+	if volume := createVolume(t, i, createRequest("contended", winner, parameters)); volume.CapacityBytes != winner {
+		t.Errorf("the volume has %d bytes, want %d", volume.CapacityBytes, winner)
 	}
 }

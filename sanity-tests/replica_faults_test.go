@@ -14,6 +14,23 @@ import (
 
 // One replica of three dies under a writer: no error, degraded with the reason, and it never rejoins by itself.
 func TestKilledReplicaDegradesTheVolume(t *testing.T) {
+	testKilledReplica(t, killStorageDaemon)
+}
+
+// The same when our process beside the qemu-storage-daemon dies.
+func TestKilledReplicaProcessDegradesTheVolume(t *testing.T) {
+	testKilledReplica(t, func(t *testing.T, r replicaObject) {
+		for _, p := range processesOf(r.dir()) {
+			if len(p.args) > 1 && p.args[1] == "replica" {
+				killProcess(t, p.pid)
+				return
+			}
+		}
+		t.Fatalf("no replica process has files of %s open; processes there: %v", r.dir(), processesOf(r.dir()))
+	})
+}
+
+func testKilledReplica(t *testing.T, kill func(*testing.T, replicaObject)) {
 	i := sharedInstance(t)
 	image := ext4Image(t, 64)
 	volume := newClaim(t, i, "degraded", image, 96, 3, "Filesystem")
@@ -25,7 +42,7 @@ func TestKilledReplicaDegradesTheVolume(t *testing.T) {
 	w.goesOn(t, 50)
 
 	victim := remoteReplica(t, i, volume, "node-1")
-	killStorageDaemon(t, victim)
+	kill(t, victim)
 	w.goesOn(t, 200)
 	untilRobust(t, i, volume, "degraded")
 	until(t, i, 20*time.Second, "replica", victim.Metadata.Name, "is marked as failed", func(r replicaObject) bool {
@@ -48,6 +65,28 @@ func TestKilledReplicaDegradesTheVolume(t *testing.T) {
 	}
 	i.cli(t, "volume", "unmount", "degraded", "--node", "node-2", second)
 	i.cli(t, "volume", "detach", "degraded")
+	untilState(t, i, volume, "detached")
+	good := slices.DeleteFunc(replicasOf(t, i, volume), func(r replicaObject) bool { return r.Spec.FailedAt != "" })
+	if len(good) != 2 {
+		t.Errorf("want two good replicas, found %+v", good)
+	}
+	replicasAreEqual(t, i, good, get[imageObject](t, i, "backingimage", "degraded"))
+}
+
+// replicasAreEqual compares the content of the replicas of a detached volume, each over the copy on its own disk.
+func replicasAreEqual(t *testing.T, i *instance, replicas []replicaObject, image imageObject) {
+	t.Helper()
+	for _, r := range replicas {
+		until(t, i, 20*time.Second, "replica", r.Metadata.Name, "has stopped", func(r replicaObject) bool { return r.Status.CurrentState == "stopped" })
+	}
+	content := func(r replicaObject) string {
+		base := filepath.Join(r.Spec.DiskPath, "backing-images", image.Metadata.Name+"-"+image.Status.UUID, "backing")
+		return fmt.Sprintf(`json:{"driver":"qcow2","file":{"driver":"file","filename":%q},"backing":{"driver":%q,"read-only":true,"file":{"driver":"file","filename":%q}}}`,
+			filepath.Join(r.dir(), "volume-head.qcow2"), image.Status.Format, base)
+	}
+	for _, other := range replicas[1:] {
+		must(t, "qemu-img", "compare", content(replicas[0]), content(other))
+	}
 }
 
 // remoteReplica is a replica on another node than the engine.

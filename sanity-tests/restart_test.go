@@ -35,6 +35,10 @@ func testRestart(t *testing.T, signal syscall.Signal) {
 
 	i.signal(t, signal)
 	w.goesOn(t, 200)
+	image.verify(t, mount)
+	written := randomBytes(31, 5*mib+3)
+	writeSynced(t, mount+"/during.bin", written)
+	sum := checksumOf(t, mount+"/during.bin")
 	if during := dataPlane(i); !slices.Equal(before, during) {
 		t.Errorf("the data plane changed when the instance ended: %v, then %v", before, during)
 	}
@@ -62,14 +66,19 @@ func testRestart(t *testing.T, signal syscall.Signal) {
 		return ready == 3
 	})
 	w.finish(t)
+	image.verify(t, mount)
 
 	i.cli(t, "volume", "unmount", "survivor", "--node", "node-1", mount)
 	i.cli(t, "volume", "detach", "survivor")
 	untilState(t, i, volume, "detached")
+	replicasAreEqual(t, i, replicasOf(t, i, volume), again)
 	second := i.mountPoint(t)
 	i.cli(t, "volume", "mount", "survivor", "--node", "node-3", second)
 	image.verify(t, second)
 	w.verify(t, second+"/records")
+	if got := checksumOf(t, second+"/during.bin"); got != sum {
+		t.Errorf("what was written while the instance was dead has SHA-512 %s, want %s", got[:16], sum[:16])
+	}
 	i.cli(t, "volume", "unmount", "survivor", "--node", "node-3", second)
 	i.cli(t, "volume", "detach", "survivor")
 }
