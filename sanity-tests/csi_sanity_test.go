@@ -3,6 +3,7 @@ package sanitytests
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,8 +17,12 @@ import (
 	"github.com/onsi/gomega"
 )
 
-// skippedFile lists the specs that do not apply, with the reason; the README shows it.
-const skippedFile = "skipped.md"
+// The README lists the specs that do not apply, with the reason, between these two lines.
+const (
+	readme       = "../README.md"
+	skippedBegin = "<!-- skipped by csi-sanity: written by UPDATE_SKIPPED=1 go test -run TestCSISanity -->\n"
+	skippedEnd   = "<!-- end -->\n"
+)
 
 // csi-sanity against the real sockets, for mount and block, with volumes on a real backing image.
 func TestCSISanity(t *testing.T) {
@@ -61,20 +66,29 @@ func TestCSISanity(t *testing.T) {
 	}
 	table := skippedTable(report)
 	t.Logf("%d specs passed, skipped:\n%s", passed, table)
-	committed, _ := os.ReadFile(skippedFile)
-	if string(committed) == table || t.Failed() {
+	text, err := os.ReadFile(readme)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, begins := strings.Cut(string(text), skippedBegin)
+	committed, after, ends := strings.Cut(rest, skippedEnd)
+	if !begins || !ends {
+		t.Fatalf("%s has no lines `%s` and `%s`", readme, skippedBegin, skippedEnd)
+	}
+	if committed == table || t.Failed() {
 		return
 	}
 	if os.Getenv("UPDATE_SKIPPED") == "" {
-		t.Errorf("%s is not fresh: run this test with UPDATE_SKIPPED=1 and commit it", skippedFile)
-	} else if err := os.WriteFile(skippedFile, []byte(table), 0o644); err != nil {
+		t.Errorf("the list of skipped specs in %s is not fresh: run this test with UPDATE_SKIPPED=1 and commit it", readme)
+	} else if err := os.WriteFile(readme, []byte(before+skippedBegin+table+skippedEnd+after), 0o644); err != nil {
 		t.Error(err)
 	}
 }
 
-// skippedTable is the table of the specs that did not run, the same for both access types.
+// skippedTable is the table of the specs that did not run, the same for both access types: a row for each group of specs and reason.
 func skippedTable(report types.Report) string {
-	rows := map[string]string{}
+	type group struct{ name, reason string }
+	rows := map[group][]string{}
 	for _, spec := range report.SpecReports {
 		if spec.LeafNodeType != types.NodeTypeIt {
 			continue
@@ -89,18 +103,20 @@ func skippedTable(report types.Report) string {
 		}
 		// The first container is the access type.
 		containers := slices.DeleteFunc(slices.Clone(spec.ContainerHierarchyTexts[1:]), func(s string) bool { return s == "" })
-		name := strings.Join(append(containers, spec.LeafNodeText), " / ")
-		rows[name] = cmp.Or(strings.TrimSpace(strings.ReplaceAll(reason, "\n", " ")), "no reason given")
+		key := group{containers[len(containers)-1], cmp.Or(strings.TrimSpace(strings.ReplaceAll(reason, "\n", " ")), "no reason given")}
+		key.name = strings.TrimSuffix(key.name, " [Controller Server]")
+		if !slices.Contains(rows[key], spec.LeafNodeText) {
+			rows[key] = append(rows[key], spec.LeafNodeText)
+		}
 	}
-	names := make([]string, 0, len(rows))
-	for name := range rows {
-		names = append(names, name)
-	}
-	slices.Sort(names)
+	groups := slices.SortedFunc(maps.Keys(rows), func(a, b group) int {
+		return cmp.Or(cmp.Compare(a.name, b.name), cmp.Compare(a.reason, b.reason))
+	})
 	var table strings.Builder
-	table.WriteString("| csi-sanity spec that is skipped | reason |\n| --- | --- |\n")
-	for _, name := range names {
-		fmt.Fprintf(&table, "| %s | %s |\n", name, rows[name])
+	table.WriteString("| group | skipped specs | reason |\n| --- | --- | --- |\n")
+	for _, key := range groups {
+		slices.Sort(rows[key])
+		fmt.Fprintf(&table, "| %s | %s | %s |\n", key.name, strings.Join(rows[key], "; "), key.reason)
 	}
 	return table.String()
 }
