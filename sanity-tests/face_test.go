@@ -5,6 +5,8 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -52,11 +54,22 @@ func TestFaceThatOthersRelyOn(t *testing.T) {
 		}
 		mentions(t, "the table", i.cli(t, "get", "node", "-o", "wide"), "NAME", "node-1", "node-3")
 	})
+	image := ext4Image(t, 16)
+	url := serve(t, image.path) + "/" + filepath.Base(image.path)
+	volume := newClaim(t, i, "face", image, 32, 1, "Block")
+	untilImageReady(t, i, "face")
 	t.Run("exit codes", func(t *testing.T) {
 		for _, c := range []struct {
 			want int
 			args []string
 		}{
+			{0, []string{"image", "wait", "face"}},
+			{0, []string{"why", "volume", volume}},
+			{2, []string{"image", "create", "face-2", "--url", "file:///etc/passwd"}},
+			{3, []string{"image", "wait", "absent"}},
+			{4, []string{"image", "create", "face", "--url", url}},
+			{5, []string{"delete", "backingimage", "face", "--timeout", "2s"}},
+			{7, []string{"--server", "http://" + refusedAddress(t), "get", "nodes"}},
 			{3, []string{"get", "backingimage", "absent"}},
 			{3, []string{"why", "backingimage", "absent"}},
 			{2, []string{"get", "no-such-kind"}},
@@ -64,9 +77,30 @@ func TestFaceThatOthersRelyOn(t *testing.T) {
 			{3, []string{"delete", "backingimage", "absent"}},
 		} {
 			stdout, stderr, code := i.run("", c.args...)
-			if code != c.want || stderr == "" {
+			if code != c.want || code != 0 && stderr == "" {
 				t.Errorf("%v: exit code %d, want %d\n%s%s", c.args, code, c.want, stdout, stderr)
 			}
+		}
+	})
+	t.Run("images and volumes for people", func(t *testing.T) {
+		i.cli(t, "image", "create", "face-3", "--url", url, "--checksum", image.checksum, "--min-copies", "2", "--wait")
+		removeImage(t, i, "face-3")
+		mentions(t, "image list", i.cli(t, "image", "list", "face-3"), "node-", "ready", image.checksum)
+		device := strings.TrimSpace(i.cli(t, "volume", "attach", "face", "--node", "node-1"))
+		if info, err := os.Stat(device); err != nil || info.Mode()&os.ModeDevice == 0 {
+			t.Errorf("`volume attach` printed `%s`, which is no device: %v", device, err)
+		}
+		mentions(t, "volume list", i.cli(t, "volume", "list"), volume, "attached", "node-1", device)
+		i.cli(t, "volume", "detach", "face")
+		if _, err := os.Stat(device); err == nil && len(loopDevices(i.dir)) > 0 {
+			t.Errorf("after the detachment there are %v", loopDevices(i.dir))
+		}
+	})
+	t.Run("the server can be named by a flag", func(t *testing.T) {
+		command := exec.Command(i.binary, "--server", "http://"+i.listen, "get", "nodes", "-o", "name")
+		command.Env = []string{"BACKING_IMAGE_CSI_SERVER=http://" + refusedAddress(t)}
+		if output, err := command.CombinedOutput(); err != nil || !strings.Contains(string(output), "node-1") {
+			t.Errorf("%v\n%s", err, output)
 		}
 	})
 	t.Run("wrong manifests change nothing", func(t *testing.T) {
@@ -97,4 +131,20 @@ func TestFaceThatOthersRelyOn(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Several disks on a node: each has a directory of its own, and the replicas of a volume are on distinct ones.
+func TestDisksPerNode(t *testing.T) {
+	i := ownInstance(t, 1, "--disks-per-node", "2")
+	for _, disk := range []string{"disk-1", "disk-2"} {
+		diskUUID(t, i.path("nodes", "node-1", disk))
+	}
+	volume := newClaim(t, i, "disks", ext4Image(t, 16), 32, 2, "Block")
+	i.cli(t, "volume", "attach", "disks", "--node", "node-1")
+	untilRobust(t, i, volume, "healthy")
+	replicas := replicasOf(t, i, volume)
+	if len(replicas) != 2 || replicas[0].Spec.DiskPath == replicas[1].Spec.DiskPath {
+		t.Errorf("want replicas on both disks: %+v", replicas)
+	}
+	i.cli(t, "volume", "detach", "disks")
 }

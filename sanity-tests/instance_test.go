@@ -32,6 +32,7 @@ type instance struct {
 	root, dir string
 	listen    string
 	nodes     int
+	flags     []string
 	daemon    *exec.Cmd
 	exited    chan struct{}
 	conns     map[string]*grpc.ClientConn
@@ -39,7 +40,7 @@ type instance struct {
 }
 
 // startInstance starts a daemon on a new directory and waits until it is ready.
-func startInstance(nodes int) (*instance, error) {
+func startInstance(nodes int, flags ...string) (*instance, error) {
 	program, err := programUnderTest()
 	if err != nil {
 		return nil, err
@@ -55,7 +56,7 @@ func startInstance(nodes int) (*instance, error) {
 	listen := listener.Addr().String()
 	listener.Close()
 	i := &instance{
-		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes,
+		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes, flags: flags,
 		conns: map[string]*grpc.ClientConn{}, explained: map[testing.TB]bool{},
 	}
 	if err := i.start(); err != nil {
@@ -66,9 +67,9 @@ func startInstance(nodes int) (*instance, error) {
 }
 
 // ownInstance is an instance for one test that may kill it.
-func ownInstance(t *testing.T, nodes int) *instance {
+func ownInstance(t *testing.T, nodes int, flags ...string) *instance {
 	t.Helper()
-	i, err := startInstance(nodes)
+	i, err := startInstance(nodes, flags...)
 	if err != nil {
 		t.Fatalf("cannot start an instance: %v", err)
 	}
@@ -104,7 +105,8 @@ func (i *instance) start() error {
 		return err
 	}
 	defer log.Close()
-	i.daemon = exec.Command(i.binary, "standalone", "--data", i.dir, "--nodes", fmt.Sprint(i.nodes), "--listen", i.listen)
+	args := append([]string{"standalone", "--data", i.dir, "--nodes", fmt.Sprint(i.nodes), "--listen", i.listen}, i.flags...)
+	i.daemon = exec.Command(i.binary, args...)
 	i.daemon.Stdout, i.daemon.Stderr = log, log
 	i.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := i.daemon.Start(); err != nil {
