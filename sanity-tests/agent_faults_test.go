@@ -2,6 +2,7 @@ package sanitytests
 
 import (
 	"bytes"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -67,7 +68,7 @@ func TestKilledAgentFinishesItsSync(t *testing.T) {
 				}
 			}
 		}
-		return false, i.why("backingimage", "resync")
+		return false, fmt.Sprintf("no partial copy among %v", partial)
 	})
 	if object := get[imageObject](t, i, "backingimage", "resync"); len(readyCopies(object)) > 2 {
 		t.Fatalf("all copies were ready before the agent died: %+v", object.Status)

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // One replica of three dies under a writer: no error, degraded with the reason, and it never rejoins by itself.
@@ -124,6 +126,16 @@ func TestLastReplicaKilledFaultsTheVolume(t *testing.T) {
 	mentions(t, "why", i.why("volume", volume.VolumeId), "faulted")
 	withdraw()
 	untilState(t, i, volume.VolumeId, "detached")
+	// Nobody gets it as if nothing had happened.
+	_, err := i.controller(t).ControllerPublishVolume(call(t), publishRequest(t, i, volume, 2, blockCapability()))
+	if status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("want FailedPrecondition: %v", err)
+	}
+	mentions(t, "the error", status.Convert(err).Message(), volume.VolumeId, "faulted", "its data is left as it is")
+	text := i.why("volume", volume.VolumeId)
+	for _, r := range replicas {
+		mentions(t, "why", text, r.Metadata.Name, "You can:")
+	}
 	for _, r := range replicas {
 		head := filepath.Join(r.dir(), "volume-head.qcow2")
 		options := fmt.Sprintf(`json:{"driver":"qcow2","file":{"driver":"file","filename":%q},"backing":null}`, head)
