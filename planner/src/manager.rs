@@ -457,8 +457,9 @@ fn step(
             }
             match sync(file.clone()) {
                 Some(sync) => Some(sync),
-                // No ready copy anywhere: what lies on the disk is the best there is. Not while the first file is still being made.
-                None if source.is_none() => adopt(file),
+                // No ready copy anywhere: what lies on the disk is the best there is. Not before the first file was whole,
+                // also when its data source is still to be created.
+                None if source.is_none() && !known.checksum.is_empty() => adopt(file),
                 None => None,
             }
         }
