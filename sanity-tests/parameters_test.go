@@ -89,7 +89,7 @@ func TestWrongParametersAreRefused(t *testing.T) {
 			if _, notFound, err := tryGet[volumeObject](i, "volume", name); err != nil || !notFound {
 				t.Errorf("a refused request left a volume behind (%v)", err)
 			}
-			claimSaysWhy(t, i, name, parameters, c.mentions)
+			claimSaysWhy(t, i, name, parameters, 32, c.mentions)
 		})
 	}
 	noTemporaryFiles(t, i, "absent")
@@ -98,8 +98,8 @@ func TestWrongParametersAreRefused(t *testing.T) {
 	}
 }
 
-// claimSaysWhy makes a StorageClass of wrong parameters and a claim on it, which is not bound and says why.
-func claimSaysWhy(t *testing.T, i *instance, name string, parameters map[string]string, parts []string) {
+// claimSaysWhy makes a StorageClass and a claim on it that cannot be served, which is not bound and says why.
+func claimSaysWhy(t *testing.T, i *instance, name string, parameters map[string]string, sizeMiB int, parts []string) {
 	t.Helper()
 	class, err := yaml.Marshal(map[string]any{
 		"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": map[string]string{"name": name},
@@ -108,7 +108,7 @@ func claimSaysWhy(t *testing.T, i *instance, name string, parameters map[string]
 	if err != nil {
 		t.Fatal(err)
 	}
-	i.apply(t, string(class)+"---\n"+claimYAML(name, name, 32, "Filesystem"))
+	i.apply(t, string(class)+"---\n"+claimYAML(name, name, sizeMiB, "Filesystem"))
 	t.Cleanup(func() { i.run("", "delete", "pvc", name); i.run("", "delete", "storageclass", name) })
 	eventually(t, 10*time.Second, "the claim says why it is not bound", func() (bool, string) {
 		text := i.why("pvc", name)
@@ -160,6 +160,7 @@ func TestVolumeSmallerThanItsImageIsRefused(t *testing.T) {
 		t.Errorf("want OutOfRange: %v", err)
 	}
 	mentions(t, "the error", status.Convert(err).Message(), "33554432")
+	claimSaysWhy(t, i, "smaller-claim", map[string]string{"backingImage": "larger", "numberOfReplicas": "1"}, 16, []string{"larger", "33554432"})
 
 	unsized := createRequest("unsized", 0, map[string]string{"backingImage": "larger", "numberOfReplicas": "1"})
 	unsized.CapacityRange = nil
