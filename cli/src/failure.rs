@@ -24,7 +24,9 @@ pub fn failed<T>(kind: ErrorKind, message: impl Into<String>) -> anyhow::Result<
 
 /// The exit code for an error: by the kind of the first [`Failure`] in its chain, 1 when there is none.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    match error.chain().find_map(|cause| cause.downcast_ref::<Failure>()) {
+    // A failure that stands before another error is a context, which the chain does not show as itself.
+    let found = error.downcast_ref::<Failure>().or_else(|| error.chain().find_map(|cause| cause.downcast_ref()));
+    match found {
         Some(failure) => code_of(failure.kind),
         None => 1,
     }
@@ -53,6 +55,8 @@ mod tests {
     fn the_exit_code_follows_the_kind_through_any_context() {
         let error = failed::<()>(ErrorKind::NotFound, "no such thing").context("cannot show it").unwrap_err();
         assert_eq!(exit_code(&error), 3);
+        let lost = anyhow::anyhow!("connection refused").context(Failure::new(ErrorKind::Unavailable, "no answer"));
+        assert_eq!(exit_code(&lost.context("cannot show it")), 7);
         assert_eq!(exit_code(&anyhow::anyhow!("anything else")), 1);
         let codes: Vec<u8> = ErrorKind::ALL.into_iter().map(code_of).collect();
         assert_eq!(codes, [2, 3, 4, 5, 2, 6, 7, 7, 2, 8, 70]);

@@ -167,7 +167,8 @@ fn follow(
         wanted
     };
     let actions = if wanted == source.spec { vec![] } else { vec![Action::SetDataSourceSpec(Box::new(wanted))] };
-    let problem = has_failed.then(|| {
+    let is_retrying = is_about_this_attempt(source) && !seen.next_retry_time.is_empty() && !seen.message.is_empty();
+    let problem = (has_failed || is_retrying).then(|| {
         let message = format!("the file could not be prepared on {}: {}", o.disks.label(old), seen.message);
         let mut condition = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", message);
         condition.next_retry_time.clone_from(&seen.next_retry_time);

@@ -150,7 +150,10 @@ impl Story<'_> {
             if engine.spec.node_id.is_empty() { String::new() } else { format!(" on `{}`", engine.spec.node_id) };
         self.say(format!("Engine `{name}` {wished}{place} and is {}.", state_word(status.current_state)));
         self.below(|s| {
-            s.problems(&status.conditions);
+            // An engine that shall run is rightly not detached.
+            let runs = engine.spec.desire_state == DesireState::Running;
+            let relevant = status.conditions.iter().filter(|c| !(runs && c.r#type == types::DETACHED));
+            s.problems(&relevant.cloned().collect::<Vec<_>>());
             for (replica, mode) in &status.replica_mode_map {
                 let text = status.replica_errors.get(replica).map(String::as_str).unwrap_or("no reason is known");
                 match mode {
@@ -181,7 +184,12 @@ impl Story<'_> {
         }
         self.below(|s| {
             if running {
-                s.problems(&status.conditions);
+                // What it waits for is told by the copy itself.
+                let relevant = status
+                    .conditions
+                    .iter()
+                    .filter(|c| c.reason != "WaitForBackingImage" && c.r#type != types::WAIT_FOR_BACKING_IMAGE);
+                s.problems(&relevant.cloned().collect::<Vec<_>>());
             }
             if running && status.current_state != InstanceState::Running && !spec.backing_image.is_empty() {
                 s.copy(&spec.backing_image, &spec.disk_id);
