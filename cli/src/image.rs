@@ -173,7 +173,7 @@ fn copies(images: &[BackingImage], disks: &Disks, now: Timestamp) -> String {
             let last = match (ready, copy.message.is_empty()) {
                 (true, _) => status.checksum.clone(),
                 (false, true) => String::new(),
-                (false, false) => note(&copy, now),
+                (false, false) => note(&copy, Some(now)),
             };
             rows.push(row(disks.label(uuid).to_owned(), state(copy.state).to_owned(), progress, last));
         }
@@ -258,7 +258,7 @@ pub fn show(progress: &Progress, disks: &Disks, image: &BackingImage) -> bool {
             continue;
         }
         let percent = if copy.state == CopyState::Ready { 100 } else { copy.progress };
-        progress.bar(label, u64::from(percent), &note(copy, Timestamp::now()));
+        progress.bar(label, u64::from(percent), &note(copy, None));
     }
     let is_known = condition::find(&status.conditions, READY).is_some();
     if status.disk_file_status_map.is_empty() && is_known {
@@ -267,14 +267,21 @@ pub fn show(progress: &Progress, disks: &Disks, image: &BackingImage) -> bool {
     condition::find(&status.conditions, READY).is_some_and(|c| c.is_true())
 }
 
-/// What a copy does, or why it is not ready and when that is tried again.
-fn note(copy: &DiskFileStatus, now: Timestamp) -> String {
+/// What a copy does, or why it is not ready and when that is tried again: in so long as seen from `now`, else at what time.
+fn note(copy: &DiskFileStatus, now: Option<Timestamp>) -> String {
     if copy.state == CopyState::Ready || copy.message.is_empty() {
         return state(copy.state).to_owned();
     }
-    let next: Option<Timestamp> = copy.next_retry_time.parse().ok().filter(|next| *next > now);
-    let next = next.map(|next| format!("; next attempt in {}", table::span(next.as_second() - now.as_second())));
-    copy.message.clone() + &next.unwrap_or_default()
+    let next: Option<Timestamp> = copy.next_retry_time.parse().ok();
+    let next = match (next, now) {
+        (None, _) => String::new(),
+        (Some(next), None) => format!("; next attempt at {}", next.strftime("%H:%M:%SZ")),
+        (Some(next), Some(now)) if next > now => {
+            format!("; next attempt in {}", table::span(next.as_second() - now.as_second()))
+        }
+        (Some(_), Some(_)) => "; the next attempt is due now".to_owned(),
+    };
+    copy.message.clone() + &next
 }
 
 fn state(state: CopyState) -> &'static str {

@@ -22,7 +22,9 @@ impl Story<'_> {
             let used = |a: &&k8s_openapi::api::storage::v1::VolumeAttachment| {
                 a.spec.source.persistent_volume_name.as_deref() == Some(pv.as_str())
             };
-            if let Some(attachment) = self.world.attachments.iter().find(used) {
+            // The claim's own condition may say it already, with the next attempt.
+            let is_said = status.conditions.iter().flatten().any(|c| c.status == "False");
+            if let Some(attachment) = self.world.attachments.iter().find(used).filter(|_| !is_said) {
                 let node = attachment.spec.node_name.clone();
                 self.below(|s| {
                     s.say(format!(
@@ -69,7 +71,9 @@ impl Story<'_> {
             self.say(format!("StorageClass `{class}` does not exist. You can: apply it."));
             return;
         };
-        if found.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer") {
+        let conditions = claim.status.as_ref().and_then(|s| s.conditions.as_ref());
+        let is_said = conditions.into_iter().flatten().any(|c| c.status == "False");
+        if found.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer") && !is_said {
             self.say("It is bound when it is first attached (volumeBindingMode WaitForFirstConsumer).");
         }
         let parameters = found.parameters.clone().unwrap_or_default();
