@@ -173,7 +173,7 @@ async fn transfer(
         let pause = patience.backoff.delay(tries);
         let next_retry = Timestamp::now().checked_add(pause).unwrap_or(Timestamp::MAX);
         tracing::warn!(url = %what.url, problem, received_bytes = after, "download broke, will be tried again");
-        report(Event::Waiting { problem, next_retry });
+        report(Event::Waiting { problem: format!("cannot download `{}`: {problem}", what.url), next_retry });
         sleep(pause).await;
     }
 }
@@ -199,7 +199,7 @@ async fn attempt(
         Ok(Err(error)) if error.is_redirect() || error.is_builder() => {
             return Err(failed(what, chain(&error.without_url())));
         }
-        Ok(Err(error)) => return Err(Broken::Retry(chain(&error.without_url()))),
+        Ok(Err(error)) => return Err(Broken::Retry(http_client::unsent(&error))),
         Ok(Ok(response)) => response,
     };
     check_status(what, response.status())?;

@@ -27,6 +27,22 @@ pub(crate) fn external(url: &SourceUrl) -> Result<Client, AgentError> {
     }
 }
 
+/// Why a request found no answer, in few words: the innermost cause says what happened, the layers around it only how we are built.
+pub fn unsent(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    let what = if error.is_timeout() {
+        "the server did not answer in time"
+    } else if error.is_connect() {
+        "cannot connect"
+    } else {
+        "the request broke"
+    };
+    format!("{what}: {cause}")
+}
+
 fn builder(url: &SourceUrl) -> ClientBuilder {
     let policy = redirect::Policy::custom(|attempt| {
         if attempt.previous().len() > limits::MAX_REDIRECTS {

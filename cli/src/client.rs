@@ -60,9 +60,17 @@ impl Client {
         let response = match request.send().await {
             Ok(response) => response,
             Err(error) => {
-                let hint = if error.is_connect() { "; is `backing-image-csi standalone` running?" } else { "" };
-                let message = format!("cannot reach the instance at {}{hint}", self.server);
-                return Err(anyhow::Error::new(error).context(Failure::new(ErrorKind::Unavailable, message)));
+                let hint = if error.is_connect() {
+                    "; start it with `backing-image-csi standalone`, or name another by --server or BACKING_IMAGE_CSI_SERVER"
+                } else {
+                    ""
+                };
+                let mut cause: &dyn std::error::Error = &error;
+                while let Some(inner) = cause.source() {
+                    cause = inner;
+                }
+                let message = format!("cannot reach the instance at {}: {cause}{hint}", self.server);
+                return failed(ErrorKind::Unavailable, message);
             }
         };
         if response.status().is_success() {

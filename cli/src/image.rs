@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use api::image::{BackingImageSpec, CopyState, SourceType};
+use api::image::{BackingImageSpec, CopyState, DiskFileStatus, SourceType};
 use api::names::condition::READY;
 use api::{BackingImage, ConditionStatus, ErrorKind, Node, condition};
 use clap::{Args, Subcommand};
 use futures::StreamExt;
+use jiff::Timestamp;
 use kube::ResourceExt;
 use serde::de::DeserializeOwned;
 use store::ResourceType;
@@ -133,13 +134,14 @@ async fn list(client: &Client, name: Option<&str>, namespace: &str) -> anyhow::R
         return Ok(());
     }
     let disks = Disks::fetch(client, namespace).await?;
-    print!("{}", copies(&images, &disks));
+    print!("{}", copies(&images, &disks, Timestamp::now()));
     Ok(())
 }
 
-fn copies(images: &[BackingImage], disks: &Disks) -> String {
-    let header =
-        ["IMAGE", "SIZE", "VIRTUAL", "FORMAT", "DISK", "STATE", "PROGRESS", "SHA-512"].map(str::to_owned).to_vec();
+fn copies(images: &[BackingImage], disks: &Disks, now: Timestamp) -> String {
+    let header = ["IMAGE", "SIZE", "VIRTUAL", "FORMAT", "DISK", "STATE", "PROGRESS", "SHA-512 OR REASON"]
+        .map(str::to_owned)
+        .to_vec();
     let mut rows: Vec<Vec<String>> = vec![];
     for image in images {
         let status = image.status.clone().unwrap_or_default();
@@ -157,7 +159,7 @@ fn copies(images: &[BackingImage], disks: &Disks) -> String {
             ]
         };
         if image.spec.disk_file_spec_map.is_empty() && status.disk_file_status_map.is_empty() {
-            rows.push(row("-".into(), reason(image), String::new(), String::new()));
+            rows.push(row("-".into(), "waiting".into(), String::new(), reason(image)));
             continue;
         }
         let mut uuids: Vec<&String> =
@@ -167,14 +169,13 @@ fn copies(images: &[BackingImage], disks: &Disks) -> String {
         for uuid in uuids {
             let copy = status.disk_file_status_map.get(uuid).cloned().unwrap_or_default();
             let ready = copy.state == CopyState::Ready;
-            let state = match copy.state {
-                CopyState::NotStarted => "waiting".to_owned(),
-                state if copy.message.is_empty() || ready => state.as_str().to_owned(),
-                state => format!("{}: {}", state.as_str(), copy.message),
-            };
             let progress = if ready { "100 %".to_owned() } else { format!("{} %", copy.progress) };
-            let digest = if ready { status.checksum.clone() } else { String::new() };
-            rows.push(row(disks.label(uuid).to_owned(), state, progress, digest));
+            let last = match (ready, copy.message.is_empty()) {
+                (true, _) => status.checksum.clone(),
+                (false, true) => String::new(),
+                (false, false) => note(&copy, Some(now)),
+            };
+            rows.push(row(disks.label(uuid).to_owned(), state(copy.state).to_owned(), progress, last));
         }
     }
     table::text(header, rows.into_iter())
@@ -183,7 +184,23 @@ fn copies(images: &[BackingImage], disks: &Disks) -> String {
 /// Why an image is not ready.
 fn reason(image: &BackingImage) -> String {
     let status = image.status.clone().unwrap_or_default();
-    condition::find(&status.conditions, READY).map_or("waiting".into(), |c| c.message.clone())
+    condition::find(&status.conditions, READY).map_or("it was just created".into(), |c| c.message.clone())
+}
+
+/// The same with the next attempt and what can be done.
+fn waiting_for(image: &BackingImage, now: Timestamp) -> String {
+    let mut text = reason(image);
+    let conditions = image.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+    if let Some(ready) = condition::find(conditions, READY) {
+        let next: Option<Timestamp> = ready.next_retry_time.parse().ok().filter(|next| *next > now);
+        if let Some(next) = next {
+            text += &format!("; next attempt in {}", table::span(next.as_second() - now.as_second()));
+        }
+        if !ready.hint.is_empty() {
+            text += &format!("; you can: {}", ready.hint);
+        }
+    }
+    text
 }
 
 /// Returns when an image is ready; fails at once when it never will be as it is written.
@@ -204,7 +221,7 @@ async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -
                         if show(&progress, &disks, &image) {
                             return Ok(());
                         }
-                        waits_for = reason(&image);
+                        waits_for = waiting_for(&image, Timestamp::now());
                         if let Some(sentence) = hopeless(&image) {
                             return failed(ErrorKind::Invalid, sentence);
                         }
@@ -225,7 +242,7 @@ async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -
         Ok(Err(error)) => Err(error),
         Err(_) => {
             let sentence =
-                format!("image `{name}` is not ready yet: {waits_for}; it goes on, `why image {name}` says more");
+                format!("image `{name}` is not ready yet: {waits_for}. It goes on; `why image {name}` says more");
             failed(ErrorKind::Pending, sentence)
         }
     }
@@ -235,14 +252,40 @@ async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -
 pub fn show(progress: &Progress, disks: &Disks, image: &BackingImage) -> bool {
     let status = image.status.clone().unwrap_or_default();
     for (uuid, copy) in &status.disk_file_status_map {
+        let label = disks.label(uuid);
+        // What was ready before anybody waited for it is no progress.
+        if copy.state == CopyState::Ready && !progress.has_bar(label) {
+            continue;
+        }
         let percent = if copy.state == CopyState::Ready { 100 } else { copy.progress };
-        let note = if copy.message.is_empty() { copy.state.as_str() } else { &copy.message };
-        progress.bar(disks.label(uuid), u64::from(percent), note);
+        progress.bar(label, u64::from(percent), &note(copy, None));
     }
-    if status.disk_file_status_map.is_empty() {
+    let is_known = condition::find(&status.conditions, READY).is_some();
+    if status.disk_file_status_map.is_empty() && is_known {
         progress.say(&reason(image));
     }
     condition::find(&status.conditions, READY).is_some_and(|c| c.is_true())
+}
+
+/// What a copy does, or why it is not ready and when that is tried again: in so long as seen from `now`, else at what time.
+fn note(copy: &DiskFileStatus, now: Option<Timestamp>) -> String {
+    if copy.state == CopyState::Ready || copy.message.is_empty() {
+        return state(copy.state).to_owned();
+    }
+    let next: Option<Timestamp> = copy.next_retry_time.parse().ok();
+    let next = match (next, now) {
+        (None, _) => String::new(),
+        (Some(next), None) => format!("; next attempt at {}", next.strftime("%H:%M:%SZ")),
+        (Some(next), Some(now)) if next > now => {
+            format!("; next attempt in {}", table::span(next.as_second() - now.as_second()))
+        }
+        (Some(_), Some(_)) => "; the next attempt is due now".to_owned(),
+    };
+    copy.message.clone() + &next
+}
+
+fn state(state: CopyState) -> &'static str {
+    if state == CopyState::NotStarted { "waiting" } else { state.as_str() }
 }
 
 /// Why waiting is useless, if it is: what is written can never succeed.
@@ -252,4 +295,60 @@ fn hopeless(image: &BackingImage) -> Option<String> {
     let invalid =
         ready.status == ConditionStatus::False && ready.next_retry_time.is_empty() && ready.reason == "Invalid";
     invalid.then(|| format!("image `{}` cannot become ready: {}", image.name_any(), ready.message))
+}
+
+#[cfg(test)]
+mod tests {
+    use api::Condition;
+    use api::image::BackingImageStatus;
+    use expect_test::expect;
+
+    use super::*;
+
+    fn copy(state: CopyState, progress: u32, message: &str, next_retry_time: &str) -> DiskFileStatus {
+        let (message, next_retry_time) = (message.to_owned(), next_retry_time.to_owned());
+        DiskFileStatus { state, progress, message, next_retry_time, ..Default::default() }
+    }
+
+    fn image(name: &str, copies: &[(&str, DiskFileStatus)], ready: Option<Condition>) -> BackingImage {
+        let mut image = BackingImage::new(name, Default::default());
+        image.status = Some(BackingImageStatus {
+            size: 1 << 20,
+            checksum: "30ea7c".into(),
+            format: "qcow2".into(),
+            disk_file_status_map: copies.iter().map(|(disk, copy)| ((*disk).to_owned(), copy.clone())).collect(),
+            conditions: ready.into_iter().collect(),
+            ..Default::default()
+        });
+        image
+    }
+
+    #[test]
+    fn the_list_says_what_each_copy_is_and_why_it_is_not_ready() {
+        let now = "2026-01-01T00:00:00Z".parse().unwrap();
+        let later = "2026-01-01T00:00:08Z";
+        let disks = Disks(vec![("a".into(), "node-1/disk-1".into()), ("b".into(), "node-2/disk-1".into())]);
+        let problem = "cannot download `http://x/y`: cannot connect: Connection refused (os error 111)";
+        let copies_of_one =
+            [("a", copy(CopyState::Ready, 100, "", "")), ("b", copy(CopyState::Starting, 0, problem, later))];
+        let no_disk =
+            Condition::new(READY, ConditionStatus::False, "NoEligibleDisk", "no disk can take the first copy");
+        let images = [image("one", &copies_of_one, None), image("two", &[], Some(no_disk))];
+        expect![[r#"
+            IMAGE   SIZE      VIRTUAL   FORMAT   DISK            STATE      PROGRESS   SHA-512 OR REASON
+            one     1.0 MiB   -         qcow2    node-1/disk-1   ready      100 %      30ea7c
+            one     1.0 MiB   -         qcow2    node-2/disk-1   starting   0 %        cannot download `http://x/y`: cannot connect: Connection refused (os error 111); next attempt in 8s
+            two     1.0 MiB   -         qcow2    -               waiting               no disk can take the first copy
+        "#]].assert_eq(&copies(&images, &disks, now));
+    }
+
+    #[test]
+    fn a_wait_that_ends_early_says_what_comes_next() {
+        let now = "2026-01-01T00:00:00Z".parse().unwrap();
+        let mut ready = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", "the server answered 404");
+        ready.next_retry_time = "2026-01-01T00:05:00Z".into();
+        let image = image("one", &[], Some(ready.with_hint("correct the address")));
+        expect!["the server answered 404; next attempt in 5m; you can: correct the address"]
+            .assert_eq(&waiting_for(&image, now));
+    }
 }

@@ -76,6 +76,11 @@ impl Progress {
         bar.set_message(note.to_owned());
     }
 
+    /// Whether this one was shown before.
+    pub fn has_bar(&self, name: &str) -> bool {
+        self.state.lock().unwrap_or_else(|e| e.into_inner()).lines.contains_key(name)
+    }
+
     /// Takes everything off the terminal.
     pub fn finish(&self) {
         let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());

@@ -187,6 +187,11 @@ fn short_access_mode(mode: &str) -> &str {
 pub fn age(since: &str, now: Timestamp) -> String {
     let Ok(since) = since.parse::<Timestamp>() else { return since.to_owned() };
     let seconds = (now.as_second() - since.as_second()).max(0);
+    span(seconds)
+}
+
+/// A number of seconds in that form.
+pub fn span(seconds: i64) -> String {
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match seconds {
         0..120 => format!("{seconds}s"),

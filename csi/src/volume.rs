@@ -69,8 +69,19 @@ pub fn unmet(volume: &Volume) -> Option<String> {
         .or_else(|| ill(WAIT_FOR_BACKING_IMAGE, true))
         .or_else(|| ill(DETACHED, false).filter(|_| volume.spec.node_id.is_empty()))
         .or_else(|| ill(READY, false))?;
-    let hint = if condition.hint.is_empty() { String::new() } else { format!(" ({})", condition.hint) };
-    Some(format!("{}{hint}", condition.message))
+    Some(in_words(condition))
+}
+
+/// A condition in one line: its message, the next attempt, what the user can do.
+pub fn in_words(condition: &Condition) -> String {
+    let mut text = condition.message.lines().map(str::trim).collect::<Vec<_>>().join("; ");
+    if !condition.next_retry_time.is_empty() {
+        text += &format!(", next attempt at {}", condition.next_retry_time);
+    }
+    if !condition.hint.is_empty() {
+        text += &format!(" ({})", condition.hint);
+    }
+    text
 }
 
 /// The problems of a volume, none when it is well. A volume that waits for its image is not ill.

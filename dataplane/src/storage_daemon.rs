@@ -224,8 +224,7 @@ impl StorageDaemon {
     /// The daemon's last words, as the end of a sentence.
     fn log_tail(&self) -> String {
         let text = fs::read_to_string(self.directory.join(LOG)).unwrap_or_default();
-        let lines: Vec<&str> = text.trim().lines().collect();
-        let tail = lines[lines.len().saturating_sub(3)..].join("; ");
+        let tail = runtime::words::last(&text);
         if tail.is_empty() { String::new() } else { format!(": {tail}") }
     }
 }

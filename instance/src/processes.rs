@@ -136,9 +136,7 @@ fn tail(path: &Path) -> io::Result<String> {
     file.seek(SeekFrom::Start(size.saturating_sub(LOG_TAIL_BYTES)))?;
     let mut bytes = vec![];
     file.read_to_end(&mut bytes)?;
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    Ok(lines[lines.len().saturating_sub(3)..].join(" | "))
+    Ok(runtime::words::last(&String::from_utf8_lossy(&bytes)))
 }
 
 /// Session leaders whose marker names a directory below `root`.

@@ -79,6 +79,14 @@ pub fn decide(observed: &Observed) -> Decision {
             c.with_hint(hint(&status.message))
         }
         CopyState::Unknown => Condition::new(READY, ConditionStatus::Unknown, "Unknown", status.message.clone()),
+        // The process itself waits for its next attempt.
+        CopyState::NotStarted | CopyState::Pending | CopyState::Starting | CopyState::InProgress
+            if !status.next_retry_time.is_empty() && !status.message.is_empty() =>
+        {
+            let mut c = Condition::new(READY, ConditionStatus::False, "Retrying", status.message.clone());
+            c.next_retry_time.clone_from(&status.next_retry_time);
+            c.with_hint(hint(&status.message))
+        }
         CopyState::InProgress => {
             Condition::new(READY, ConditionStatus::False, "InProgress", format!("{} % prepared", status.progress))
         }

@@ -398,8 +398,13 @@ fn one_file(
         }
         None => decision.recheck_after = sooner(decision.recheck_after, attempt.retry.wait(o.now)),
     }
-    // A refused request left no file; its reason shall be seen all the same.
-    if file.is_none() && !attempt.retry.message.is_empty() {
+    // A refused request left no file; its reason shall be seen all the same. What went wrong before the file is made here is history.
+    let is_history = o.data_sources.get(&name).is_some_and(|source| {
+        let state = source.status.as_ref().map(|s| s.current_state).unwrap_or_default();
+        let is_here = !source.spec.file_transferred && source.spec.disk_uuid == o.disk_id;
+        is_here && !matches!(state, CopyState::ReadyForTransfer | CopyState::Ready)
+    });
+    if file.is_none() && !attempt.retry.message.is_empty() && !is_history {
         file =
             Some(FileInfo { state: CopyState::Failed, message: attempt.retry.message.clone(), ..Default::default() });
     }

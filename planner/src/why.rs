@@ -93,15 +93,20 @@ impl Story<'_> {
 
     /// One sentence for each condition that tells of a problem.
     fn problems(&mut self, conditions: &[Condition]) {
-        let mut said = vec![];
         for condition in conditions.iter().filter(|c| is_problem(c)) {
-            // Several conditions may have one cause.
-            if !said.contains(&&condition.message) {
-                said.push(&condition.message);
+            // Several conditions, of several objects, may have one cause.
+            if condition.message.is_empty() || !self.is_told(&condition.message) {
                 let text = self.sentence(condition);
                 self.say(text);
             }
         }
+    }
+
+    /// Whether a message stands in a sentence already, there perhaps with a small first letter.
+    fn is_told(&self, message: &str) -> bool {
+        let mut rest = message.trim_end().chars();
+        rest.next();
+        self.lines.iter().any(|line| line.text.contains(rest.as_str()))
     }
 
     fn sentence(&self, condition: &Condition) -> String {
@@ -112,7 +117,8 @@ impl Story<'_> {
         }
         text += &self.next_attempt(&condition.next_retry_time);
         if !condition.hint.is_empty() {
-            text += &format!(" You can: {}", sentence_end(&condition.hint));
+            let stop = if condition.hint.ends_with('.') { "" } else { "." };
+            text += &format!(" You can: {}{stop}", condition.hint);
         }
         text
     }
@@ -148,6 +154,11 @@ fn sentence_end(text: &str) -> String {
     let first = chars.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
     let stop = if text.ends_with(['.', '!', '?']) { "" } else { "." };
     format!("{first}{}{stop}", chars.as_str())
+}
+
+/// `1 disk`, `3 disks`.
+fn count(number: usize, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
 }
 
 /// A number of seconds for people.

@@ -12,3 +12,4 @@ pub mod process;
 pub mod queue;
 pub mod shutdown;
 pub mod socket;
+pub mod words;

@@ -79,7 +79,7 @@ impl FileStatus {
                 self.message.clone_from(&self.note);
             }
             Event::Waiting { problem, next_retry } => {
-                self.message = format!("{problem}; will be tried again at {next_retry:.0}");
+                self.message = problem;
                 self.next_retry_time = format!("{next_retry:.0}");
             }
             Event::Restarted { reason } => {

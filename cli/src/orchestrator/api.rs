@@ -5,7 +5,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ::api::{Engine, ErrorKind, names};
+use ::api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
+use ::api::{Engine, ErrorKind, Volume, names};
 use axum::Json;
 use axum::Router;
 use axum::body::Body;
@@ -145,7 +146,7 @@ async fn bound(
 ) -> Result<Target, Failure> {
     let mut events = orchestrator.store().watch::<PersistentVolumeClaim>().await?;
     loop {
-        let failure = match target::find(orchestrator, &operation.namespace, &operation.name).await {
+        let failure = match target::find_to_attach(orchestrator, &operation.namespace, &operation.name).await {
             Err(failure) if failure.kind == ErrorKind::Pending => failure,
             result => return result,
         };
@@ -172,7 +173,7 @@ async fn attachment_done(
     voice: &Voice,
 ) -> Result<Option<VolumeAttachment>, Failure> {
     let mut events = orchestrator.store().watch::<VolumeAttachment>().await?;
-    let mut last = Failure::new(ErrorKind::Pending, "nothing has answered yet");
+    let mut last = None;
     // An error from before this call must not end it: it is judged when it was seen to change.
     let stale = attachments::error_of(attachment);
     let stale_time = error_time(attachment);
@@ -191,12 +192,30 @@ async fn attachment_done(
                 return Err(failure);
             }
             voice.say(&failure.message);
-            last = failure;
+            last = Some(failure);
         }
         if timeout_at(deadline, events.next()).await.is_err() {
-            return Err(last);
+            return Err(match last {
+                Some(failure) => failure,
+                None => unanswered(orchestrator, &current).await?,
+            });
         }
     }
+}
+
+/// What a volume waits for whose call has not been answered yet.
+async fn unanswered(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> Result<Failure, Failure> {
+    let name = attachments::volume_id(attachment);
+    let volume: Option<Volume> = orchestrator.store().get(&name).await?;
+    let conditions = volume.and_then(|v| v.status).unwrap_or_default().conditions;
+    let waits = conditions.iter().find(|c| c.r#type == WAIT_FOR_BACKING_IMAGE && c.is_true());
+    let waits = waits.or_else(|| conditions.iter().find(|c| c.r#type == READY && !c.is_true()));
+    let sentence = match waits.filter(|c| !c.message.is_empty()) {
+        None => "nothing has answered yet".to_owned(),
+        Some(c) if c.hint.is_empty() => format!("volume `{name}` waits: {}", c.message),
+        Some(c) => format!("volume `{name}` waits: {} (you can: {})", c.message, c.hint),
+    };
+    Ok(Failure::new(ErrorKind::Pending, sentence))
 }
 
 fn error_time(attachment: &VolumeAttachment) -> Option<String> {

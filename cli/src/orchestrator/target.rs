@@ -28,6 +28,15 @@ pub struct Target {
 /// The annotation by which `WaitForFirstConsumer` learns of the consumer.
 pub const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 
+/// Finds a volume to be attached. `Pending` when it is a claim that is not bound yet; `NotReady` when that is being deleted.
+pub async fn find_to_attach(orchestrator: &Orchestrator, namespace: &str, name: &str) -> Result<Target, Failure> {
+    let claim = orchestrator.store().get_in::<PersistentVolumeClaim>(namespace, name).await?;
+    if claim.is_some_and(|claim| is_deleting(&claim)) {
+        return Err(Failure::new(ErrorKind::NotReady, format!("claim `{name}` is being deleted")));
+    }
+    find(orchestrator, namespace, name).await
+}
+
 /// Finds a volume by name. `Pending` when it is a claim that is not bound yet.
 pub async fn find(orchestrator: &Orchestrator, namespace: &str, name: &str) -> Result<Target, Failure> {
     let store = orchestrator.store();
@@ -50,9 +59,6 @@ pub async fn find(orchestrator: &Orchestrator, namespace: &str, name: &str) -> R
 
 async fn of_claim(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim) -> Result<Target, Failure> {
     let name = claim.name_any();
-    if is_deleting(claim) {
-        return Err(Failure::new(ErrorKind::NotReady, format!("claim `{name}` is being deleted")));
-    }
     let bound = claim.spec.as_ref().and_then(|s| s.volume_name.clone()).filter(|v| !v.is_empty());
     let Some(bound) = bound else {
         let conditions = claim.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default();

@@ -7,10 +7,10 @@ use kube::ResourceExt;
 use tracing::info;
 
 use super::{Context, settings};
-use crate::CsiError;
 use crate::deadline::Deadline;
 use crate::parameters::{ImageWish, image_differences};
 use crate::wait::{self, Outcome};
+use crate::{CsiError, volume};
 
 /// Makes sure that the image exists and is the one that the parameters describe. Does not wait for its file.
 pub async fn ensure(context: &Context, wish: &ImageWish) -> Result<BackingImage, CsiError> {
@@ -116,19 +116,9 @@ pub async fn virtual_size(
 /// How far an image is: "image ubuntu: 2 of 3 copies ready, disk d3 at 61 %".
 pub fn progress(image: &BackingImage) -> String {
     let status = image.status.clone().unwrap_or_default();
-    let copies = &status.disk_file_status_map;
-    let ready = copies.values().filter(|c| c.state == api::image::CopyState::Ready).count();
-    let all = image.spec.disk_file_spec_map.len().max(copies.len());
-    let mut text = format!("image {}: {ready} of {all} copies ready", image.name_any());
-    for (disk, copy) in copies.iter().filter(|(_, c)| c.state != api::image::CopyState::Ready) {
-        text.push_str(&format!(", disk {disk} {} at {} %", copy.state.as_str(), copy.progress));
-        if !copy.message.is_empty() {
-            text.push_str(&format!(" ({})", copy.message));
-        }
+    let ready = api::condition::find(&status.conditions, names::condition::READY);
+    match ready.filter(|c| !c.message.is_empty()) {
+        Some(ready) => format!("image {}: {}", image.name_any(), volume::in_words(ready)),
+        None => format!("image {} was just created", image.name_any()),
     }
-    let ready = api::condition::find(&status.conditions, names::condition::READY).filter(|c| !c.is_true());
-    if let Some(condition) = ready.filter(|c| !c.message.is_empty()) {
-        text.push_str(&format!("; {}", condition.message));
-    }
-    text
 }

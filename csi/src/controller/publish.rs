@@ -136,28 +136,20 @@ async fn attached(
 
 /// Why a volume is not attached yet, for the caller who will ask again.
 async fn progress(context: &Context, volume: Option<&Volume>, node_id: &str) -> String {
-    let mut reasons = vec![];
-    if let Some(volume) = volume {
-        reasons.extend(volume::unmet(volume));
+    // The volume says itself what it waits for, its image included.
+    let mut reason = volume.and_then(volume::unmet);
+    if reason.is_none()
+        && let Some(volume) = volume.filter(|v| !v.spec.backing_image.is_empty())
         // Only a nicety of the message: a store that does not answer now says nothing about the volume.
-        if !volume.spec.backing_image.is_empty()
-            && let Ok(image) = context.store.get::<BackingImage>(&volume.spec.backing_image).await
-        {
-            match image {
-                Some(image)
-                    if volume::true_condition(volume, names::condition::WAIT_FOR_BACKING_IMAGE).is_some()
-                        || reasons.is_empty() =>
-                {
-                    reasons.push(image::progress(&image));
-                }
-                Some(_) => {}
-                None => reasons.push(format!("image {} does not exist", volume.spec.backing_image)),
-            }
-        }
+        && let Ok(image) = context.store.get::<BackingImage>(&volume.spec.backing_image).await
+    {
+        reason = match image {
+            Some(image) => Some(image::progress(&image)),
+            None => Some(format!("image {} does not exist", volume.spec.backing_image)),
+        };
     }
-    let reasons =
-        if reasons.is_empty() { "its replicas and engine are being started".into() } else { reasons.join("; ") };
-    format!("is not attached to node `{node_id}` yet: {reasons}")
+    let reason = reason.unwrap_or_else(|| "its replicas and engine are being started".into());
+    format!("is not attached to node `{node_id}` yet: {reason}")
 }
 
 /// Detaches a volume: from one node, or (without `node_id`) from wherever it is.

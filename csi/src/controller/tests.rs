@@ -360,18 +360,39 @@ async fn a_slow_attachment_answers_before_the_deadline_with_its_progress() {
         image.spec.disk_file_spec_map =
             [("d1", DiskFileSpec::default()), ("d3", DiskFileSpec::default())].map(|(k, v)| (k.to_owned(), v)).into();
         let copy = |state, progress| DiskFileStatus { state, progress, ..Default::default() };
-        image.status.as_mut().unwrap().disk_file_status_map =
-            [("d1", copy(CopyState::Ready, 100)), ("d3", copy(CopyState::InProgress, 61))]
-                .map(|(k, v)| (k.to_owned(), v))
-                .into();
+        let status = image.status.as_mut().unwrap();
+        status.disk_file_status_map = [("d1", copy(CopyState::Ready, 100)), ("d3", copy(CopyState::InProgress, 61))]
+            .map(|(k, v)| (k.to_owned(), v))
+            .into();
+        let text = "1 of 2 copies ready, disk-1 of node-3 at 61 %";
+        status.conditions = vec![Condition::new(names::condition::READY, ConditionStatus::True, "Ready", text)];
     })
     .await;
     create(&context, "v", &[("backingImage", "ubuntu")]).await.unwrap();
     let (kind, text) = error(publish(&context, "v", "node-1", 50).await);
     assert_eq!(kind, ErrorKind::Pending);
-    assert!(text.contains("image ubuntu: 1 of 2 copies ready, disk d3 in-progress at 61 %"), "{text}");
+    assert!(text.contains("image ubuntu: 1 of 2 copies ready, disk-1 of node-3 at 61 %"), "{text}");
     // The wish stays: the work goes on while the caller waits to ask again.
     assert_eq!(context.store.get::<Volume>("v").await.unwrap().unwrap().spec.node_id, "node-1");
+}
+
+#[tokio::test]
+async fn a_pending_attachment_tells_each_fact_once_in_one_line() {
+    let context = context();
+    node(&context, "node-1").await;
+    let problem = |r#type: &str, status, message: &str| {
+        let mut condition = Condition::new(r#type, status, "Failed", message).with_hint("correct the address");
+        condition.next_retry_time = "2026-01-01T00:00:00Z".into();
+        condition
+    };
+    let broken = problem(names::condition::READY, ConditionStatus::False, "the server answered 404");
+    image(&context, |image| image.status.as_mut().unwrap().conditions = vec![broken.clone()]).await;
+    create(&context, "v", &[("backingImage", "ubuntu")]).await.unwrap();
+    let message = "image ubuntu: the server answered 404\nand more";
+    let waits = problem(names::condition::WAIT_FOR_BACKING_IMAGE, ConditionStatus::True, message);
+    set_status(&context, "v", |status| status.conditions = vec![waits.clone()]).await;
+    let (_, text) = error(publish(&context, "v", "node-1", 50).await);
+    expect_test::expect!["volume `v` is not attached to node `node-1` yet: image ubuntu: the server answered 404; and more, next attempt at 2026-01-01T00:00:00Z (correct the address)"].assert_eq(&text);
 }
 
 #[tokio::test]

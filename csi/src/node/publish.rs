@@ -117,7 +117,7 @@ pub async fn unpublish(
     Ok(csi::NodeUnpublishVolumeResponse {})
 }
 
-/// Removes an empty folder or an empty file; never anything that holds data.
+/// Removes an empty folder or an empty file; never anything that holds data. A folder that holds some is left as it is.
 fn remove(target: &Path) -> Result<(), CsiError> {
     let fail = |source| CsiError::Path { what: "remove", path: target.to_owned(), source };
     let meta = match std::fs::symlink_metadata(target) {
@@ -125,7 +125,11 @@ fn remove(target: &Path) -> Result<(), CsiError> {
         other => other.map_err(fail)?,
     };
     if meta.is_dir() {
-        std::fs::remove_dir(target).map_err(fail)
+        match std::fs::remove_dir(target) {
+            // Made for us it would be empty: it is somebody's own, in which the volume was mounted. The volume is off it.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            other => other.map_err(fail),
+        }
     } else if meta.is_file() && meta.len() == 0 {
         std::fs::remove_file(target).map_err(fail)
     } else {

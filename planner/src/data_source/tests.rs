@@ -227,3 +227,20 @@ fn refuses_other_source_types() {
         failed 0 % 0 failures, next `` sourceType clone is not offered by this version; use download"#]],
     );
 }
+
+#[test]
+fn a_source_that_waits_says_why_until_when_and_what_can_be_done() {
+    let mut o = observed();
+    let message =
+        "cannot download `http://x/ubuntu.qcow2`: cannot connect: Connection refused (os error 111)".to_owned();
+    let next_retry_time = "2026-01-01T00:00:04Z".to_owned();
+    for state in [CopyState::Pending, CopyState::Starting, CopyState::InProgress] {
+        let report =
+            Report { state, message: message.clone(), next_retry_time: next_retry_time.clone(), ..Default::default() };
+        running(&mut o, State::Running, Some(report));
+        let conditions = decide(&o).status.conditions;
+        let ready = condition::find(&conditions, READY).unwrap();
+        let said = format!("{}: {}; {}; {}", ready.reason, ready.message, ready.next_retry_time, ready.hint);
+        expect!["Retrying: cannot download `http://x/ubuntu.qcow2`: cannot connect: Connection refused (os error 111); 2026-01-01T00:00:04Z; check that the address of the source can be reached from the node of the disk"].assert_eq(&said);
+    }
+}

@@ -63,6 +63,7 @@ fn world(text: &str) -> Observed {
                 });
                 o.images.push(image);
             }
+            // Its first file was never whole.
             "new" => o.images[0].status.as_mut().unwrap().checksum.clear(),
             "object" | "held" => {
                 let images: BTreeMap<String, String> =
@@ -179,8 +180,11 @@ fn removes_files_before_it_forgets_them() {
 
 #[test]
 fn takes_the_first_file_over() {
-    check("wanted; new; held; process=running", expect!["nothing | Running "]);
     check("wanted; held; process=running; source=in-progress", expect!["nothing | Running "]);
+    // Its data source is about to be made: there is nothing to look for on the disk yet.
+    check("wanted; new; held; process=running", expect!["nothing | Running "]);
+    // What went wrong before says nothing of the file that is being made now.
+    check("wanted; new; held; process=running; source=starting; due", expect!["nothing | Running "]);
     check("wanted; held; process=running; source=ready-for-transfer", expect!["fetch from 9.9.9.9:8000 | Running "]);
 }
 

@@ -210,9 +210,13 @@ impl Pass<'_> {
             }
         }
         if !coming.is_empty() {
-            let image = self.image_progress();
-            let message = image.unwrap_or_else(|| format!("waits for replica {}", coming.join("; ")));
-            self.wait("Attaching", message);
+            match self.image_progress() {
+                Some(image) => {
+                    let (r#type, reason) = (READY.to_owned(), "Attaching".to_owned());
+                    self.wait_for(Condition { r#type, status: ConditionStatus::False, reason, ..image });
+                }
+                None => self.wait("Attaching", format!("waits for replica {}", coming.join("; "))),
+            }
             return;
         }
         if !self.restart.is_due(self.o.now) {
@@ -302,8 +306,8 @@ impl Pass<'_> {
         }
     }
 
-    /// "image ubuntu: 2 of 3 copies ready, disk-1 of node-3 at 61 %", when not all replicas have their copy.
-    pub(super) fn image_progress(&self) -> Option<String> {
+    /// "image ubuntu: 2 of 3 copies ready, disk-1 of node-3 at 61 %", when not all replicas have their copy; each fact once.
+    pub(super) fn image_progress(&self) -> Option<Condition> {
         let image = self.o.image.as_ref()?;
         let status = image.status.clone().unwrap_or_default();
         let disks: BTreeSet<&str> = self
@@ -317,17 +321,21 @@ impl Pass<'_> {
         if disks.is_empty() || disks.iter().all(is_ready) {
             return None;
         }
-        let mut text = format!(
-            "image {}: {}",
-            self.o.volume.spec.backing_image,
-            crate::image::progress(&status, disks.into_iter(), &self.o.disks)
+        // While there is no copy at all, the image itself says best what it waits for.
+        let said = condition::find(&status.conditions, READY).filter(|c| !c.is_true() && !c.message.is_empty());
+        let text = match said {
+            Some(why) => why.message.clone(),
+            None => crate::image::progress(&status, disks.into_iter(), &self.o.disks),
+        };
+        let wait = Condition::new(
+            WAIT_FOR_BACKING_IMAGE,
+            ConditionStatus::True,
+            "Waiting",
+            format!("image {}: {text}", self.o.volume.spec.backing_image),
         );
-        if crate::image::ready_disks(&status).next().is_none()
-            && let Some(why) =
-                condition::find(&status.conditions, READY).filter(|c| !c.is_true() && !c.message.is_empty())
-        {
-            text += &format!(" ({})", why.message);
-        }
-        Some(text)
+        Some(match said {
+            Some(why) => Condition { next_retry_time: why.next_retry_time.clone(), hint: why.hint.clone(), ..wait },
+            None => wait,
+        })
     }
 }

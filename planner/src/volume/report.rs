@@ -98,7 +98,7 @@ impl Pass<'_> {
         }
         if !o.volume.spec.backing_image.is_empty() && !deleting {
             set(match self.image_progress() {
-                Some(text) => Condition::new(WAIT_FOR_BACKING_IMAGE, ConditionStatus::True, "Waiting", text),
+                Some(wait) => wait,
                 None if o.image.is_none() => {
                     let text = format!("there is no image {}", o.volume.spec.backing_image);
                     Condition::new(WAIT_FOR_BACKING_IMAGE, ConditionStatus::True, "GetBackingImageFailed", text)

@@ -33,18 +33,26 @@ impl Story<'_> {
             (false, true) => "is ready",
             (false, false) => "is not ready",
         };
-        self.say(format!("Image `{name}` {word}: {ready} of {} copies are ready.", disks.len()));
+        let copies = match disks.len() {
+            0 => "it has no copy yet".to_owned(),
+            all => format!("{ready} of {} ready", super::count(all, "copy is", "copies are")),
+        };
+        self.say(format!("Image `{name}` {word}: {copies}."));
         self.below(|s| {
             s.problems(&status.conditions);
             let prepared = s
                 .world
                 .data_sources
                 .iter()
-                .any(|d| d.metadata.name.as_deref() == Some(name) && !d.spec.file_transferred);
-            if prepared && ready == 0 {
+                .find(|d| d.metadata.name.as_deref() == Some(name) && !d.spec.file_transferred && ready == 0);
+            if prepared.is_some() {
                 s.data_source(name);
             }
-            for disk in disks.iter().filter(|d| state(d) != CopyState::Ready) {
+            // The copy on the disk of the data source is what that prepares.
+            let is_told = |disk: &String| {
+                prepared.is_some_and(|d| d.spec.disk_uuid == *disk) && state(disk) != CopyState::ReadyForTransfer
+            };
+            for disk in disks.iter().filter(|d| state(d) != CopyState::Ready && !is_told(d)) {
                 s.copy(name, disk);
             }
         });
@@ -66,6 +74,9 @@ impl Story<'_> {
             state => format!("The copy of image `{image}` on {place} is {}.", state.as_str()),
         };
         let text = text + &self.details(&copy);
+        if self.is_told(&text) {
+            return;
+        }
         self.say(text);
         if copy.state != CopyState::Ready {
             self.below(|s| {
@@ -78,6 +89,9 @@ impl Story<'_> {
     fn details(&self, copy: &DiskFileStatus) -> String {
         let mut text = String::new();
         if !copy.message.is_empty() && copy.state != CopyState::Ready {
+            if self.is_told(&copy.message) {
+                return text;
+            }
             text += &format!(" {}", sentence_end(&copy.message));
         }
         if copy.state == CopyState::Failed
@@ -98,20 +112,28 @@ impl Story<'_> {
             self.say(format!("The {kind} of image `{name}` is done."));
             return true;
         }
+        let waits = !status.message.is_empty() && !status.next_retry_time.is_empty();
         let mut text = match status.current_state {
+            CopyState::NotStarted | CopyState::Pending | CopyState::Starting if waits => {
+                format!("The {kind} of image `{name}` to {place} waits for its next attempt.")
+            }
             CopyState::NotStarted | CopyState::Pending => {
                 format!("The {kind} of image `{name}` to {place} has not begun.")
             }
             CopyState::InProgress => format!("The {kind} of image `{name}` to {place} is at {} %.", status.progress),
+            CopyState::Failed | CopyState::FailedAndCleanup => {
+                let times = super::count(status.failures.max(1) as usize, "time", "times");
+                format!("The {kind} of image `{name}` to {place} failed {times}.")
+            }
             state => format!("The {kind} of image `{name}` to {place} is {}.", state.as_str()),
         };
-        if !status.message.is_empty() {
+        let is_told = !status.message.is_empty() && self.is_told(&status.message);
+        // The condition says it below, with what can be done.
+        let is_said_below = status.conditions.iter().any(|c| super::is_problem(c) && c.message == status.message);
+        if !status.message.is_empty() && !is_told && !is_said_below {
             text += &format!(" {}", sentence_end(&status.message));
+            text += &self.next_attempt(&status.next_retry_time);
         }
-        if status.failures > 0 {
-            text += &format!(" It failed {} times.", status.failures);
-        }
-        text += &self.next_attempt(&status.next_retry_time);
         self.say(text);
         self.below(|s| {
             s.problems(&status.conditions);

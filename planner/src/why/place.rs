@@ -65,8 +65,8 @@ impl Story<'_> {
         };
         let place = self.place_of(&manager.spec.disk_uuid);
         self.say(format!(
-            "The manager of {place} (`{name}`) is {word}, with {} images.",
-            manager.spec.backing_images.len()
+            "The manager of {place} (`{name}`) is {word}, with {}.",
+            super::count(manager.spec.backing_images.len(), "image", "images")
         ));
         self.below(|s| {
             s.problems(&status.conditions);
@@ -74,7 +74,7 @@ impl Story<'_> {
                 if !file.message.is_empty() && file.state != api::image::CopyState::Ready {
                     let retry = s.next_attempt(&file.next_retry_time);
                     s.say(format!(
-                        "Image `{image}` is {} there: {}{retry}",
+                        "Image `{image}` is {} there. {}{retry}",
                         file.state.as_str(),
                         super::sentence_end(&file.message)
                     ));
@@ -100,7 +100,8 @@ impl Story<'_> {
         } else {
             ", closed for new replicas and copies (allowScheduling is false)"
         };
-        self.say(format!("Node `{name}` is {word}{closed}, with {} disks.", status.disk_status.len()));
+        let disks = super::count(status.disk_status.len(), "disk", "disks");
+        self.say(format!("Node `{name}` is {word}{closed}, with {disks}."));
         self.below(|s| {
             s.problems(&status.conditions);
             for (disk, spec) in &node.spec.disks {

@@ -77,15 +77,15 @@ fn what_is_healthy_is_said_in_one_line() {
         &world,
         Subject::Image("ubuntu".into()),
         expect![[r#"
-        Image `ubuntu` is ready: 1 of 1 copies are ready.
-    "#]],
+            Image `ubuntu` is ready: 1 of 1 copy is ready.
+        "#]],
     );
     check(
         &world,
         Subject::Node("node-1".into()),
         expect![[r#"
-        Node `node-1` is ready, with 1 disks.
-    "#]],
+            Node `node-1` is ready, with 1 disk.
+        "#]],
     );
 }
 
@@ -124,14 +124,13 @@ fn a_claim_leads_to_the_copy_that_is_missing() {
         &world,
         subject,
         expect![[r#"
-        Claim `default/data` is bound to `pvc-1`.
-          Volume `pvc-1` is being attached to `node-1`: 1 of 2 replicas are good.
-            Waits for copies of image ubuntu. Since 30s.
-            Replica `pvc-1-r-1` on `disk-1` of `node-2` is not started yet.
-              The copy of image `ubuntu` on `disk-1` of `node-2` is failed. No space left on the disk. Next attempt in 20s.
-            Image `ubuntu` is ready: 1 of 2 copies are ready.
-              The copy of image `ubuntu` on `disk-1` of `node-2` is failed. No space left on the disk. Next attempt in 20s.
-    "#]],
+            Claim `default/data` is bound to `pvc-1`.
+              Volume `pvc-1` is being attached to `node-1`: 1 of 2 replicas are good.
+                Waits for copies of image ubuntu. Since 30s.
+                Replica `pvc-1-r-1` on `disk-1` of `node-2` is not started yet.
+                  The copy of image `ubuntu` on `disk-1` of `node-2` is failed. No space left on the disk. Next attempt in 20s.
+                Image `ubuntu` is ready: 1 of 2 copies are ready.
+        "#]],
     );
 }
 
@@ -149,9 +148,52 @@ fn says_what_the_user_can_do() {
         &world,
         Subject::Image("ubuntu".into()),
         expect![[r#"
-        Image `ubuntu` is not ready: 0 of 0 copies are ready.
-          The URL answered 404. Since 10m. The next attempt is due now. You can: Correct `spec.sourceParameters.url`.
-    "#]],
+            Image `ubuntu` is not ready: it has no copy yet.
+              The URL answered 404. Since 10m. The next attempt is due now. You can: correct `spec.sourceParameters.url`.
+        "#]],
     );
     assert_eq!(explain(&world, &Subject::Image("other".into()), now()), None);
+}
+
+#[test]
+fn a_download_between_two_attempts_is_told_once() {
+    let problem = "cannot download `http://x/y`: cannot connect: Connection refused (os error 111)";
+    let next = "2026-01-01T00:10:08Z";
+    let condition = |message: String| {
+        let mut condition = Condition::new(types::READY, ConditionStatus::False, "Retrying", message);
+        condition.next_retry_time = next.into();
+        condition.with_hint("check that the address can be reached")
+    };
+    let mut source = BackingImageDataSource::new("ubuntu", Default::default());
+    source.spec.disk_uuid = "d1".into();
+    let status = source.status.get_or_insert_default();
+    (status.current_state, status.message) = (CopyState::Starting, problem.into());
+    status.next_retry_time = next.into();
+    status.conditions.push(condition(problem.into()));
+    let mut waiting = image("ubuntu", &[("d1", CopyState::Starting, problem)]);
+    let text = format!("the file could not be prepared on disk-1 of node-1: {problem}");
+    waiting.status.as_mut().unwrap().conditions.push(condition(text));
+    let world = World {
+        images: vec![waiting],
+        data_sources: vec![source],
+        nodes: vec![node("node-1", "d1")],
+        ..Default::default()
+    };
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+        Image `ubuntu` is not ready: 0 of 1 copy is ready.
+          The file could not be prepared on disk-1 of node-1: cannot download `http://x/y`: cannot connect: Connection refused (os error 111). Next attempt in 8s. You can: check that the address can be reached.
+          The download of image `ubuntu` to `disk-1` of `node-1` waits for its next attempt.
+    "#]],
+    );
+    check(
+        &world,
+        Subject::DataSource("ubuntu".into()),
+        expect![[r#"
+        The download of image `ubuntu` to `disk-1` of `node-1` waits for its next attempt.
+          Cannot download `http://x/y`: cannot connect: Connection refused (os error 111). Next attempt in 8s. You can: check that the address can be reached.
+    "#]],
+    );
 }

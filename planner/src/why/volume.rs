@@ -22,7 +22,9 @@ impl Story<'_> {
             let used = |a: &&k8s_openapi::api::storage::v1::VolumeAttachment| {
                 a.spec.source.persistent_volume_name.as_deref() == Some(pv.as_str())
             };
-            if let Some(attachment) = self.world.attachments.iter().find(used) {
+            // The claim's own condition may say it already, with the next attempt.
+            let is_said = status.conditions.iter().flatten().any(|c| c.status == "False");
+            if let Some(attachment) = self.world.attachments.iter().find(used).filter(|_| !is_said) {
                 let node = attachment.spec.node_name.clone();
                 self.below(|s| {
                     s.say(format!(
@@ -69,7 +71,9 @@ impl Story<'_> {
             self.say(format!("StorageClass `{class}` does not exist. You can: apply it."));
             return;
         };
-        if found.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer") {
+        let conditions = claim.status.as_ref().and_then(|s| s.conditions.as_ref());
+        let is_said = conditions.into_iter().flatten().any(|c| c.status == "False");
+        if found.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer") && !is_said {
             self.say("It is bound when it is first attached (volumeBindingMode WaitForFirstConsumer).");
         }
         let parameters = found.parameters.clone().unwrap_or_default();
@@ -150,7 +154,10 @@ impl Story<'_> {
             if engine.spec.node_id.is_empty() { String::new() } else { format!(" on `{}`", engine.spec.node_id) };
         self.say(format!("Engine `{name}` {wished}{place} and is {}.", state_word(status.current_state)));
         self.below(|s| {
-            s.problems(&status.conditions);
+            // An engine that shall run is rightly not detached.
+            let runs = engine.spec.desire_state == DesireState::Running;
+            let relevant = status.conditions.iter().filter(|c| !(runs && c.r#type == types::DETACHED));
+            s.problems(&relevant.cloned().collect::<Vec<_>>());
             for (replica, mode) in &status.replica_mode_map {
                 let text = status.replica_errors.get(replica).map(String::as_str).unwrap_or("no reason is known");
                 match mode {
@@ -181,7 +188,12 @@ impl Story<'_> {
         }
         self.below(|s| {
             if running {
-                s.problems(&status.conditions);
+                // What it waits for is told by the copy itself.
+                let relevant = status
+                    .conditions
+                    .iter()
+                    .filter(|c| c.reason != "WaitForBackingImage" && c.r#type != types::WAIT_FOR_BACKING_IMAGE);
+                s.problems(&relevant.cloned().collect::<Vec<_>>());
             }
             if running && status.current_state != InstanceState::Running && !spec.backing_image.is_empty() {
                 s.copy(&spec.backing_image, &spec.disk_id);

@@ -29,10 +29,7 @@ pub const LOG_KEPT_BYTES: u64 = 1 << 20;
 /// How often sizes of log files are looked at.
 pub const LOG_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Lines of the log that a failure shows.
-pub const MESSAGE_LINES: usize = 8;
-
-/// Bytes of the log that a failure shows. The sentence goes into the status of an object.
+/// Bytes at the end of the log in which a failure looks for its last words.
 pub const MESSAGE_BYTES: u64 = 2048;
 
 /// State changes that a slow listener may be behind; beyond that it is told the name of every workload.

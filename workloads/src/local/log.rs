@@ -6,12 +6,10 @@ use std::path::Path;
 
 use super::limits;
 
-/// The last lines, or the empty string when there are none.
+/// The last lines as one, or the empty string when there are none.
 pub fn tail(path: &Path) -> String {
     let Ok(bytes) = read_end(path, limits::MESSAGE_BYTES) else { return String::new() };
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    lines[lines.len().saturating_sub(limits::MESSAGE_LINES)..].join("\n")
+    runtime::words::last(&String::from_utf8_lossy(&bytes))
 }
 
 fn read_end(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
@@ -53,7 +51,7 @@ mod tests {
         assert_eq!(tail(&path), "");
         std::fs::write(&path, (0..100).map(|n| format!("line {n}\n\n")).collect::<String>()).unwrap();
         let tail = tail(&path);
-        assert!(tail.starts_with("line 92\nline 93") && tail.ends_with("line 99"), "{tail}");
+        assert!(tail.contains("line 92 | line 93") && tail.ends_with("line 99") && tail.len() <= 200, "{tail}");
     }
 
     #[test]

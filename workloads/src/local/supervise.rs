@@ -118,7 +118,7 @@ impl Inner {
         }
         let log = self.records.log(&record.spec.name);
         match blocking(move || Ok(log::tail(&log))).await {
-            Ok(tail) if !tail.is_empty() => format!("{reason}; its log ends with:\n{tail}"),
+            Ok(tail) if !tail.is_empty() => format!("{reason}; its log ends with: {tail}"),
             _ => reason.to_owned(),
         }
     }

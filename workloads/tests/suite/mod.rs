@@ -106,7 +106,7 @@ pub async fn notices_the_end_of_a_process_and_says_why(workloads: Any) {
     let running = wait_until_running(&workloads, "a").await;
     ask(&running, "exit").await;
     let message = wait_until_failed(&workloads, "a").await;
-    assert!(message.starts_with("it ended with exit code 7; its log ends with:\n"), "{message}");
+    assert!(message.starts_with("it ended with exit code 7; its log ends with: "), "{message}");
     assert!(message.contains("as I was told"), "{message}");
     // It stays failed until somebody removes it.
     let again = workloads.ensure(&spec("a", "serve")).await.unwrap();
