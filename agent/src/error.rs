@@ -1,11 +1,11 @@
 //! What can go wrong with image files.
 
-use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use api::ErrorKind;
+pub use api::error::sentence as chain;
 
 use crate::manifest::ManifestError;
 use crate::qcow2::Qcow2Error;
@@ -111,17 +111,6 @@ impl AgentError {
         let path = path.into();
         move |source| AgentError::Io { doing, path, source }
     }
-}
-
-/// An error with its sources, separated by colons.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let _ = write!(text, ": {inner}");
-        source = inner.source();
-    }
-    text
 }
 
 /// Runs file work of unknown length away from the async threads. A panic in it goes on here.

@@ -1,8 +1,7 @@
 //! What can go wrong with a pass.
 
-use std::error::Error;
-
 use api::ErrorKind;
+pub(crate) use api::error::sentence as chain;
 use store::StoreError;
 use workloads::WorkloadError;
 
@@ -52,17 +51,6 @@ impl ReconcileError {
     pub fn chain(&self) -> String {
         chain(self)
     }
-}
-
-/// An error and its causes, in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Why the controller as a whole ended.

@@ -1,8 +1,7 @@
 //! The only place that knows gRPC codes.
 
-use std::error::Error;
-
 use api::ErrorKind;
+pub use api::error::sentence;
 use tonic::{Code, Status};
 
 use crate::CsiError;
@@ -40,18 +39,6 @@ pub fn bug(call: &str) -> Status {
         code(ErrorKind::Internal),
         format!("{call} failed by a bug of ours; see the log of the driver, then repeat the call"),
     )
-}
-
-/// An error and its causes in one line.
-pub fn sentence(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

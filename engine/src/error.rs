@@ -62,13 +62,6 @@ impl EngineError {
 
     /// The error with its causes, in one line.
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        api::error::sentence(self)
     }
 }

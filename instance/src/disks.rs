@@ -47,6 +47,20 @@ struct Unusable {
     hint: &'static str,
 }
 
+/// Whether the disk of this UUID is what lies at `path` now. An empty directory below which a disk was mounted is not it.
+pub fn is_there(path: &Path, uuid: &str) -> Result<(), String> {
+    let file = path.join(CONFIG_FILE);
+    let text = fs::read(&file)
+        .map_err(|e| format!("disk {uuid} is not at `{}`: cannot read `{}`: {e}", path.display(), file.display()))?;
+    let found: DiskFile =
+        serde_json::from_slice(&text).map_err(|e| format!("`{}` is not understood: {e}", file.display()))?;
+    if found.disk_uuid == uuid {
+        Ok(())
+    } else {
+        Err(format!("`{}` holds disk {}, not disk {uuid}", path.display(), found.disk_uuid))
+    }
+}
+
 /// Reports the disks of this node; makes what is missing where that is allowed.
 pub async fn reconcile(config: &Config) -> Result<Option<Duration>, InstanceError> {
     let Some(node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };

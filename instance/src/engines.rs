@@ -101,7 +101,14 @@ async fn observe(role: &Arc<Role>, name: &str, place: &Place) -> Result<Observed
             follow(role, name, &place.control, &record.identity);
             Process::Running(role.state().engine_status.get(name).cloned())
         }
-        Some(_) => Process::Ended(role.engines.last_words(name)),
+        // An engine goes on without its holder; it only cannot be replaced any more.
+        Some(record) => match control::ask::<Reply>(&place.control, &Request::Status).await {
+            Ok(Reply::Status(status)) => {
+                follow(role, name, &place.control, &record.identity);
+                Process::Running(Some(status))
+            }
+            _ => Process::Ended(role.engines.last_words(name)),
+        },
     };
     let file = place.mount_file.clone();
     let needs_users = !matches!(process, Process::Running(_)) || is_wished_stopped(role, name).await?;
@@ -140,9 +147,14 @@ fn follow(role: &Arc<Role>, name: &str, socket: &Path, holder: &ProcessIdentity)
     role.tasks.clone().spawn(async move {
         let followed = async {
             let mut attempt = 0;
-            while holder.is_alive() {
-                if let Err(error) = listen(&role, &name, &socket, &mut attempt).await {
+            loop {
+                let had_holder = holder.is_alive();
+                let listened = listen(&role, &name, &socket, &mut attempt).await;
+                if let Err(error) = &listened {
                     debug!(engine = name, %error, "engine does not answer");
+                }
+                if !had_holder {
+                    return;
                 }
                 // Between two engines of one holder there is nobody to ask.
                 if let Some(status) = role.state().engine_status.get_mut(&name) {

@@ -9,6 +9,8 @@ use proto::replica::ImageFile;
 /// The process of a replica, as it was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Process {
+    /// There is none, and its disk is away; why.
+    DiskAway(String),
     /// There is none.
     None,
     /// It runs and answers.
@@ -28,6 +30,8 @@ pub enum Step {
     End,
     /// End the process, remove the data, release the object.
     Remove,
+    /// Its data lies on a disk that is away: wait for the disk, or for the user to take it off the node.
+    AwaitDisk,
     Nothing,
 }
 
@@ -43,9 +47,19 @@ pub struct Decision {
 pub fn decide(replica: &Replica, image: Option<&BackingImage>, process: &Process) -> Decision {
     let is_wished = replica.spec.desire_state == DesireState::Running;
     if replica.metadata.deletion_timestamp.is_some() {
-        return Decision { step: Step::Remove, state: InstanceState::Stopping, conditions: vec![] };
+        return match process {
+            Process::DiskAway(why) => {
+                let message = format!("its data cannot be removed: {why}");
+                let hint = "bring the disk back, or remove it from the node";
+                let waits = not_ready("DiskAway", &message).with_hint(hint);
+                Decision { step: Step::AwaitDisk, state: InstanceState::Stopping, conditions: vec![waits] }
+            }
+            _ => Decision { step: Step::Remove, state: InstanceState::Stopping, conditions: vec![] },
+        };
     }
     let (state, step, ready) = match (is_wished, process) {
+        (true, Process::DiskAway(why)) => (InstanceState::Error, Step::Nothing, not_ready("DiskAway", why)),
+        (false, Process::DiskAway(why)) => (InstanceState::Stopped, Step::Nothing, not_ready("DiskAway", why)),
         (false, Process::None) => (InstanceState::Stopped, Step::Nothing, not_ready("Stopped", "it is not wanted now")),
         (false, _) => (InstanceState::Stopping, Step::End, not_ready("Stopping", "it is being ended")),
         (true, Process::Serving) => {
@@ -200,6 +214,14 @@ mod tests {
     #[test]
     fn keeps_a_serving_process_although_its_copy_is_gone() {
         check("running", Some(image(CopyState::Failed)), Process::Serving, expect!["Nothing; Running; "]);
+    }
+
+    #[test]
+    fn data_on_a_disk_that_is_away_is_not_taken_for_removed() {
+        let away = || Process::DiskAway("disk 7 is not at `/disk`".into());
+        let expected = expect!["AwaitDisk; Stopping; its data cannot be removed: disk 7 is not at `/disk`"];
+        check("deleted", None, away(), expected);
+        check("running", None, away(), expect!["Nothing; Error; disk 7 is not at `/disk`"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use api::engine::InstanceState;
 use api::names::FINALIZER;
 use api::replica::ReplicaStatus;
-use api::{BackingImage, Replica, condition};
+use api::{BackingImage, Node, Replica, condition};
 use jiff::Timestamp;
 use proto::replica::{Config, ImageFile, Record, Reply, Request, file};
 use runtime::process::Launch;
@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use tracing::info;
 
 use crate::control;
+use crate::disks;
 use crate::error::InstanceError;
 use crate::limits::{CONNECT, CONTROL_TIMEOUT, FIRST_PORT, LAST_PORT, REPLICA_GRACE};
 use crate::replica_decision::{Decision, Process, Step, decide};
@@ -26,7 +27,8 @@ use crate::role::{Key, Role};
 /// What was seen of a replica.
 struct Observed {
     process: Process,
-    record: Record,
+    /// `None`: it cannot be read now, so what was known of it stays.
+    record: Option<Record>,
     port: u16,
     actual_size_bytes: u64,
 }
@@ -59,6 +61,13 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
             Ok(None)
         }
         Step::Remove => remove(role, name, &replica).await.map(|()| None),
+        Step::AwaitDisk if is_disk_given_up(role, &replica).await? => {
+            release(role, name, &replica).await.map(|()| None)
+        }
+        Step::AwaitDisk => {
+            report(role, &replica, &decision, &observed).await?;
+            Ok(None)
+        }
         Step::Nothing => {
             report(role, &replica, &decision, &observed).await?;
             Ok(retry_of(&observed))
@@ -89,35 +98,25 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     let path = role.replicas.directory(name);
     let record = role.replicas.record(name).map_err(|source| InstanceError::File { action: "read", path, source })?;
     let port = record.as_ref().and_then(|r| r.port).unwrap_or(0);
-    let Some(process) = record else {
-        return Ok(Observed {
-            process: Process::None,
-            record: read_record(&directory)?,
-            port,
-            actual_size_bytes: size_on_disk(&directory),
-        });
+    let seen = |process, record| Observed { process, record, port, actual_size_bytes: size_on_disk(&directory) };
+    let alive = record.as_ref().filter(|r| r.identity.is_alive());
+    let Some(process) = alive else {
+        let is_wanted = replica.metadata.deletion_timestamp.is_none();
+        if let Err(why) = disks::is_there(Path::new(&replica.spec.disk_path), &replica.spec.disk_id)
+            && (record.is_none() || !is_wanted)
+        {
+            return Ok(seen(Process::DiskAway(why), None));
+        }
+        let process = if record.is_some() { Process::Ended(role.replicas.last_words(name)) } else { Process::None };
+        return Ok(seen(process, read_record(&directory).map(Some)?));
     };
-    if !process.identity.is_alive() {
-        let process = Process::Ended(role.replicas.last_words(name));
-        return Ok(Observed {
-            process,
-            record: read_record(&directory)?,
-            port,
-            actual_size_bytes: size_on_disk(&directory),
-        });
-    }
     role.watch_end(&process.identity, Key::Replica(name.to_owned()));
     let socket = directory.join(file::CONTROL_SOCKET);
     match control::ask::<Reply>(&socket, &Request::Status).await {
         Ok(Reply::Status { record, actual_size_bytes, .. }) => {
-            Ok(Observed { process: Process::Serving, record, port, actual_size_bytes })
+            Ok(Observed { process: Process::Serving, record: Some(record), port, actual_size_bytes })
         }
-        _ => Ok(Observed {
-            process: Process::Silent,
-            record: read_record(&directory)?,
-            port,
-            actual_size_bytes: size_on_disk(&directory),
-        }),
+        _ => Ok(seen(Process::Silent, read_record(&directory).map(Some)?)),
     }
 }
 
@@ -215,6 +214,17 @@ async fn remove(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), I
         }
         _ => info!(replica = name, "replica data removed"),
     }
+    release(role, name, replica).await
+}
+
+/// Whether the user took the disk of a replica off this node, so that nobody can remove its data any more.
+async fn is_disk_given_up(role: &Role, replica: &Replica) -> Result<bool, InstanceError> {
+    let node = role.config.store.get::<Node>(role.config.node.as_str()).await?;
+    Ok(node.is_some_and(|n| n.spec.disks.values().all(|disk| disk.path != replica.spec.disk_path)))
+}
+
+async fn release(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), InstanceError> {
+    end(role, name).await?;
     let mut released = replica.clone();
     released.metadata.finalizers.get_or_insert_default().retain(|f| f != FINALIZER);
     match role.config.store.replace(&released).await {
@@ -234,9 +244,9 @@ async fn report(role: &Role, replica: &Replica, decision: &Decision, observed: &
         ip: if is_up { role.config.ip.to_string() } else { String::new() },
         port: if is_up { observed.port } else { 0 },
         started: is_up,
-        generation: observed.record.generation,
-        generation_members: observed.record.members.clone(),
-        clean: observed.record.clean,
+        generation: observed.record.as_ref().map_or(status.generation, |r| r.generation),
+        generation_members: observed.record.as_ref().map_or(status.generation_members, |r| r.members.clone()),
+        clean: observed.record.as_ref().map_or(status.clean, |r| r.clean),
         actual_size_bytes: observed.actual_size_bytes,
         conditions: conditions.fold(status.conditions, |mut list, c| {
             condition::set(&mut list, c, now);

@@ -59,7 +59,7 @@ impl Writer {
 
     fn serve(&mut self, requests: Vec<Request>) {
         if let Err(error) = self.recover() {
-            let reason = chain(&error);
+            let reason = api::error::sentence(&error);
             error!(reason, "store file cannot be opened again");
             for request in requests {
                 let source = reason.clone().into();
@@ -80,7 +80,7 @@ impl Writer {
             // A refusal may rest on what another request of this commit did, so it is unsure as well when the commit failed.
             let result = match &committed {
                 Ok(()) => result,
-                Err(error) => Err(StoreError::Unavailable { source: chain(error).into() }),
+                Err(error) => Err(StoreError::Unavailable { source: api::error::sentence(error).into() }),
             };
             let _ = answer.send(result); // The caller may have gone.
         }
@@ -119,14 +119,4 @@ impl Writer {
         info!(version = found, "store file opened again");
         Ok(())
     }
-}
-
-fn chain(error: &StoreError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
