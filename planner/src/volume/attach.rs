@@ -52,6 +52,10 @@ impl Pass<'_> {
             e.desire_state = DesireState::Stopped;
             e.active = false;
         }
+        if engine.desire_state == DesireState::Running {
+            // This makes their nodes look at them anew: what they recorded while an engine served is not reported by itself.
+            self.replicas.values_mut().for_each(|spec| spec.active = false);
+        }
         if let Err(why) = self.engine_ended() {
             let is_move = engine.node_id != node;
             self.wait(
