@@ -108,7 +108,7 @@ fn forge(disk: &TestDisk) {
     let files = disk.disk().copy(&key());
     let mut manifest = Manifest::read(&files.manifest).unwrap().unwrap();
     let bytes = std::fs::read(&files.file).unwrap();
-    manifest.chunks = bytes.chunks(MIB as usize).map(hash_chunk).collect();
+    manifest.chunks = bytes.chunks(MIB).map(hash_chunk).collect();
     manifest.write(&files.manifest).unwrap();
 }
 
