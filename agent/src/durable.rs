@@ -24,11 +24,7 @@ pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), AgentError> {
 
 /// Makes a directory with its parents, durably.
 pub(crate) fn create_dir(path: &Path) -> Result<(), AgentError> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir_all(path).map_err(AgentError::io("create directory", path))?;
-    sync_parent(path)
+    files::create_dir_durably(path).map_err(AgentError::io("create directory", path))
 }
 
 /// Removes a file and what an interrupted [`write`] left of it; it is fine when there is none.

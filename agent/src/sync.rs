@@ -9,6 +9,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
+use api::ErrorKind;
 use api::ids::Sha512Digest;
 use tokio_util::sync::CancellationToken;
 
@@ -21,7 +22,7 @@ use crate::manifest::{Manifest, ManifestError};
 use crate::peer::Peer;
 use crate::seal::seal;
 use crate::sparse;
-use crate::verify::read_chunk;
+use crate::verify::{make_manifest, read_chunk};
 
 mod fetch;
 
@@ -54,17 +55,43 @@ pub(crate) type Report = Arc<dyn Fn(Step) + Send + Sync>;
 pub(crate) async fn pull(what: Pull, report: Report, cancel: CancellationToken) -> Result<FileConfig, AgentError> {
     let mut what = what;
     what.peers.truncate(MAX_PEERS);
-    let (manifest, peers) = tokio::select! {
-        found = agree(&what) => found?,
+    let offers = tokio::select! {
+        found = offers(&what) => found?,
         () = cancel.cancelled() => return Err(AgentError::Cancelled),
     };
+    // When peers contradict each other one of them is wrong, and only the SHA-512 tells which.
+    let is_disputed = offers.len() > 1;
+    let mut reasons = vec![];
+    for (manifest, peers) in offers {
+        let addresses = peers.iter().map(|peer| peer.address().to_string()).collect::<Vec<_>>().join(",");
+        match receive(&what, manifest, peers, is_disputed, &report, &cancel).await {
+            Err(error)
+                if is_disputed && !matches!(error, AgentError::Cancelled) && error.kind() != ErrorKind::Exhausted =>
+            {
+                tracing::warn!(image = %what.key, peers = addresses, error = error.chain(), "peers cannot help");
+                reasons.push(format!("{addresses}: {}", error.chain()));
+            }
+            done => return done,
+        }
+    }
+    Err(AgentError::NoPeer { reasons: reasons.join("; ") })
+}
+
+/// Receives the file that a manifest describes, from peers that have this manifest.
+async fn receive(
+    what: &Pull,
+    manifest: Manifest,
+    peers: Vec<Peer>,
+    is_disputed: bool,
+    report: &Report,
+    cancel: &CancellationToken,
+) -> Result<FileConfig, AgentError> {
     let manifest = Arc::new(manifest);
     report(Step::Begun(manifest.clone()));
-
     let (files, wanted, stop) = (what.files.clone(), manifest.clone(), cancel.clone());
     let prepared = blocking(move || prepare(&files, &wanted, &stop)).await;
     let (file, missing) = match prepared {
-        Err(error) if error.kind() == api::ErrorKind::Exhausted => {
+        Err(error) if error.kind() == ErrorKind::Exhausted => {
             durable::remove_file(&what.files.partial)?;
             return Err(error);
         }
@@ -74,37 +101,51 @@ pub(crate) async fn pull(what: Pull, report: Report, cancel: CancellationToken) 
     if !missing.is_empty() {
         let bytes: u64 = missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum();
         tracing::info!(image = %what.key, peers = peers.len(), missing_bytes = bytes, "fetching chunks");
-        fetch::all(&what, peers, &manifest, &file, missing, &report, &cancel).await?;
+        fetch::all(what, peers, &manifest, &file, missing, report, cancel).await?;
     }
-    blocking(move || seal(&file, &what.files.partial, &what.files, &manifest, &what.expected_checksum)).await
+    let (files, expected, stop) = (what.files.clone(), what.expected_checksum.clone(), cancel.clone());
+    blocking(move || {
+        if is_disputed {
+            let made = make_manifest(&file, &files.partial, &manifest.uuid, Some(manifest.format), &stop, &|_| ())?;
+            if made.sha512 != manifest.sha512 {
+                return Err(AgentError::Checksum {
+                    expected: manifest.sha512.to_string(),
+                    actual: made.sha512.to_string(),
+                    note: ": the manifest of these peers does not describe the file that it names".into(),
+                });
+            }
+        }
+        seal(&file, &files.partial, &files, &manifest, &expected)
+    })
+    .await
 }
 
-/// Asks all peers for the manifest. The first one that fits the request rules; peers with the same one can help.
-async fn agree(what: &Pull) -> Result<(Manifest, Vec<Peer>), AgentError> {
+/// Asks all peers for the manifest: those that fit the request, in the order of the peers, each with the peers that have it.
+async fn offers(what: &Pull) -> Result<Vec<(Manifest, Vec<Peer>)>, AgentError> {
     let answers = futures::future::join_all(what.peers.iter().map(|peer| peer.manifest(&what.key))).await;
-    let mut agreed: Option<Manifest> = None;
-    let mut peers = vec![];
+    let mut offers: Vec<(Manifest, Vec<Peer>)> = vec![];
     let mut reasons = vec![];
     for (peer, answer) in what.peers.iter().zip(answers) {
-        let problem = match answer {
-            Err(error) => chain(&error),
-            Ok(manifest) => match (check(what, &manifest), &agreed) {
-                (Err(error), _) => error.to_string(),
-                (Ok(()), Some(first)) if *first != manifest => "its manifest differs from that of another peer".into(),
-                (Ok(()), _) => {
-                    agreed = Some(manifest);
-                    peers.push(peer.clone());
-                    continue;
-                }
+        let fitting = answer.map_err(|error| chain(&error));
+        match fitting.and_then(|manifest| check(what, &manifest).map(|()| manifest).map_err(|error| error.to_string()))
+        {
+            Ok(manifest) => match offers.iter_mut().find(|(other, _)| *other == manifest) {
+                Some((_, peers)) => peers.push(peer.clone()),
+                None => offers.push((manifest, vec![peer.clone()])),
             },
-        };
-        tracing::warn!(image = %what.key, peer = %peer.address(), problem, "peer cannot help");
-        reasons.push(format!("{}: {problem}", peer.address()));
+            Err(problem) => {
+                tracing::warn!(image = %what.key, peer = %peer.address(), problem, "peer cannot help");
+                reasons.push(format!("{}: {problem}", peer.address()));
+            }
+        }
     }
-    match agreed {
-        Some(manifest) => Ok((manifest, peers)),
-        None => Err(AgentError::NoPeer { reasons: reasons.join("; ") }),
+    if offers.is_empty() {
+        return Err(AgentError::NoPeer { reasons: reasons.join("; ") });
     }
+    if offers.len() > 1 {
+        tracing::warn!(image = %what.key, manifests = offers.len(), "peers contradict each other; the SHA-512 will tell");
+    }
+    Ok(offers)
 }
 
 fn check(what: &Pull, manifest: &Manifest) -> Result<(), ManifestError> {

@@ -101,6 +101,35 @@ impl FakePeer {
     }
 }
 
+/// Changes a sealed copy and describes it anew, under the SHA-512 that it had.
+fn forge(disk: &TestDisk) {
+    use backing_image_agent::manifest::{Manifest, hash_chunk};
+    damage(disk, 1);
+    let files = disk.disk().copy(&key());
+    let mut manifest = Manifest::read(&files.manifest).unwrap().unwrap();
+    let bytes = std::fs::read(&files.file).unwrap();
+    manifest.chunks = bytes.chunks(MIB).map(hash_chunk).collect();
+    manifest.write(&files.manifest).unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_whose_manifest_is_not_that_of_the_image_is_found_out() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let good = RunningManager::start(&disk).await;
+    prepare(&disk, &good, &bytes).await;
+    let (bad_disk, _bad) = second(&good).await;
+    forge(&bad_disk);
+    let bad = FakePeer::new(&bad_disk, usize::MAX).await;
+
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start(&target_disk).await;
+    let wanted = BackingImageSpec { checksum: sha512(&bytes), size: bytes.len() as i64, ..spec() };
+    target.sync(wanted, &[bad.address, good.address]).await.unwrap();
+    target.reaches("ready").await;
+    assert!(!bad.ranges().is_empty(), "it was asked first");
+    assert_copied(&target_disk, &bytes);
+}
+
 #[tokio::test]
 async fn a_bad_chunk_is_taken_from_another_peer() {
     let (disk, bytes) = (TestDisk::new(), image());

@@ -197,11 +197,16 @@ fn the_engine_goes_on_without_its_holder() {
     holder.kill().unwrap();
     holder.wait().unwrap();
     run(&mut fio(&volume, &["--rw=write", "--size=4M"]));
+    let socket = &volume.config.control_socket;
+    assert!(engine::process::is_served(socket).unwrap(), "whoever cleans up must not take it for dead");
+    assert_eq!(engine::process::last_generation(socket).unwrap(), Some(volume.replicas[0].record().generation));
     volume.detach_loop();
     let limit = Duration::from_secs(10);
     wait_until("the engine ends", || engine::control_client::shutdown(&volume.config.control_socket, limit).is_ok());
     wait_until("it is unmounted", || !volume.is_mounted());
     assert!(volume.replicas[0].record().clean);
+    wait_until("it is gone", || !engine::process::is_served(&volume.config.control_socket).unwrap());
+    assert_eq!(engine::process::last_generation(&volume.config.control_socket).unwrap(), None);
 }
 
 #[test]

@@ -107,6 +107,7 @@ async fn observe(role: &Arc<Role>, name: &str, place: &Place) -> Result<Observed
                 follow(role, name, &place.control, &record.identity);
                 Process::Running(Some(status))
             }
+            _ if is_served(place)? => Process::Running(None),
             _ => Process::Ended(role.engines.last_words(name)),
         },
     };
@@ -279,8 +280,19 @@ async fn shutdown(role: &Arc<Role>, name: &str, place: &Place) -> Result<(), Ins
     clean_up(role, name, place).await
 }
 
+/// Whether a holder or an engine lives, whoever started it: both inherit a lock beside the control socket.
+fn is_served(place: &Place) -> Result<bool, InstanceError> {
+    let unknown = |source| InstanceError::File { action: "try the lock in", path: place.directory.clone(), source };
+    engine::process::is_served(&place.control).map_err(unknown)
+}
+
 async fn clean_up(role: &Arc<Role>, name: &str, place: &Place) -> Result<(), InstanceError> {
+    // An engine without its holder notices this, and ends when it has finished. Until then the volume may not go elsewhere (invariant 4).
     unmount(place).await?;
+    if is_served(place)? {
+        let source = std::io::Error::other("it still runs without its holder; it ends when it has finished");
+        return Err(InstanceError::End { what: format!("engine {name}"), source });
+    }
     info!(engine = name, "engine ended");
     role.engines.forget(name).map_err(|source| InstanceError::File {
         action: "remove",
@@ -316,6 +328,12 @@ async fn report(
         _ => String::new(),
     };
     let is_gone = decision.state == InstanceState::Stopped;
+    // A fence that a dead engine could not report stands beside its socket, written before anything was acknowledged under it.
+    let left = engine::process::last_generation(&place.control).map_err(|source| InstanceError::File {
+        action: "read the generation in",
+        path: place.directory.clone(),
+        source,
+    })?;
     let status = EngineStatus {
         owner_id: role.config.node.to_string(),
         current_state: decision.state,
@@ -331,7 +349,7 @@ async fn report(
         endpoint,
         started: is_up,
         // It is never lowered: the controller learns from it what a stale replica is.
-        generation: seen.map_or(0, |s| s.generation).max(old.generation),
+        generation: seen.map_or(0, |s| s.generation).max(left.unwrap_or(0)).max(old.generation),
         replica_errors: match seen {
             Some(status) => status.replica_errors.clone(),
             None if is_gone => BTreeMap::new(),

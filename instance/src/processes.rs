@@ -69,7 +69,8 @@ impl Processes {
     /// What is recorded of a process.
     pub fn record(&self, name: &str) -> io::Result<Option<ProcessRecord>> {
         match fs::read(self.directory(name).join(RECORD)) {
-            Ok(text) => Ok(serde_json::from_slice(&text).ok()),
+            // Unknown is not absent: a record that cannot be read may be of a process that runs.
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(io::Error::other),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
         }

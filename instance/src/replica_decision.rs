@@ -11,6 +11,8 @@ use proto::replica::ImageFile;
 pub enum Process {
     /// There is none, and its disk is away; why.
     DiskAway(String),
+    /// There is none, and its disk no longer has the data that it had; why. A blank one must not take its place.
+    DataGone(String),
     /// There is none.
     None,
     /// It runs and answers.
@@ -60,6 +62,8 @@ pub fn decide(replica: &Replica, image: Option<&BackingImage>, process: &Process
     let (state, step, ready) = match (is_wished, process) {
         (true, Process::DiskAway(why)) => (InstanceState::Error, Step::Nothing, not_ready("DiskAway", why)),
         (false, Process::DiskAway(why)) => (InstanceState::Stopped, Step::Nothing, not_ready("DiskAway", why)),
+        (true, Process::DataGone(why)) => (InstanceState::Error, Step::Nothing, not_ready("DataGone", why)),
+        (false, Process::DataGone(why)) => (InstanceState::Stopped, Step::Nothing, not_ready("DataGone", why)),
         (false, Process::None) => (InstanceState::Stopped, Step::Nothing, not_ready("Stopped", "it is not wanted now")),
         (false, _) => (InstanceState::Stopping, Step::End, not_ready("Stopping", "it is being ended")),
         (true, Process::Serving) => {
@@ -222,6 +226,13 @@ mod tests {
         let expected = expect!["AwaitDisk; Stopping; its data cannot be removed: disk 7 is not at `/disk`"];
         check("deleted", None, away(), expected);
         check("running", None, away(), expect!["Nothing; Error; disk 7 is not at `/disk`"]);
+    }
+
+    #[test]
+    fn a_blank_replica_never_takes_the_place_of_one_whose_data_is_gone() {
+        let gone = || Process::DataGone("its data is gone".into());
+        check("running", None, gone(), expect!["Nothing; Error; its data is gone"]);
+        check("deleted", None, gone(), expect!["Remove; Stopping; "]);
     }
 
     #[test]

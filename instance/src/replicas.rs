@@ -107,8 +107,20 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
         {
             return Ok(seen(Process::DiskAway(why), None));
         }
-        let process = if record.is_some() { Process::Ended(role.replicas.last_words(name)) } else { Process::None };
-        return Ok(seen(process, read_record(&directory).map(Some)?));
+        let stored = read_record(&directory)?;
+        let known = replica.status.as_ref().map_or(0, |s| s.generation);
+        let process = match record {
+            Some(_) => Process::Ended(role.replicas.last_words(name)),
+            None if stored.is_none() && known > 0 => Process::DataGone(format!(
+                "`{}` holds no {} any more, though the replica had reached generation {known}; delete the replica",
+                directory.display(),
+                file::RECORD
+            )),
+            None => Process::None,
+        };
+        // A replica that never had data has nothing to differ in.
+        let stored = stored.or((known == 0).then(|| Record { clean: true, ..Record::default() }));
+        return Ok(seen(process, stored));
     };
     role.watch_end(&process.identity, Key::Replica(name.to_owned()));
     let socket = directory.join(file::CONTROL_SOCKET);
@@ -116,16 +128,16 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
         Ok(Reply::Status { record, actual_size_bytes, .. }) => {
             Ok(Observed { process: Process::Serving, record: Some(record), port, actual_size_bytes })
         }
-        _ => Ok(seen(Process::Silent, read_record(&directory).map(Some)?)),
+        _ => Ok(seen(Process::Silent, read_record(&directory)?)),
     }
 }
 
-fn read_record(directory: &Path) -> Result<Record, InstanceError> {
+/// `None`: it never had data, or has it no more.
+fn read_record(directory: &Path) -> Result<Option<Record>, InstanceError> {
     let path = directory.join(file::RECORD);
     match fs::read(&path) {
-        Ok(text) => serde_json::from_slice(&text).map_err(|source| InstanceError::Parse { path, source }),
-        // Never attached: nothing to differ in.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Record { clean: true, ..Record::default() }),
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|source| InstanceError::Parse { path, source }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(InstanceError::File { action: "read", path, source }),
     }
 }

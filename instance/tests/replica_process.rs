@@ -206,13 +206,18 @@ fn generations_only_rise_and_are_durable() {
     let mut replica = Replica::new(|_| None);
     replica.start();
     let members = vec!["r1".to_owned()];
-    assert!(replica.refused(Request::Fence { generation: 1, members: members.clone() }).contains("no open export"));
-    replica.open(5);
+    let fence = |generation, members: &[String], export: &str| Request::Fence {
+        generation,
+        members: members.to_vec(),
+        export: export.to_owned(),
+    };
+    assert!(replica.refused(fence(1, &members, "")).contains("no open export"));
+    let export = replica.open(5);
     assert!(replica.refused(Request::Open { generation: 5, members: members.clone() }).contains("not above"));
-    assert!(replica.refused(Request::Fence { generation: 4, members: members.clone() }).contains("not above"));
-    assert!(replica.refused(Request::Fence { generation: 6, members: vec!["r2".into()] }).contains("not a member"));
+    assert!(replica.refused(fence(4, &members, &export)).contains("not above"));
+    assert!(replica.refused(fence(6, &["r2".to_owned()], &export)).contains("not a member"));
     assert!(replica.refused(Request::Close { generation: 4 }).contains("cannot end generation 4"));
-    assert_eq!(replica.ask(Request::Fence { generation: 6, members: members.clone() }), Reply::Done);
+    assert_eq!(replica.ask(fence(6, &members, &export)), Reply::Done);
     replica.signal(rustix::process::Signal::KILL);
     replica.child.take().unwrap().wait().unwrap();
     // The daemon ends by its death signal; the next process waits for its lock.
@@ -250,6 +255,19 @@ fn open_ends_the_old_export_and_its_connection() {
     drop(input);
     client.wait().unwrap();
     replica.io_ok(&second, &["read -P 1 0 4k"]);
+}
+
+#[test]
+fn an_engine_that_lost_the_replica_to_another_one_cannot_fence_it() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let old = replica.open(1);
+    let new = replica.open(2);
+    let fence =
+        |generation, export: &str| Request::Fence { generation, members: vec!["r1".into()], export: export.to_owned() };
+    assert!(replica.refused(fence(3, &old)).contains("for another engine"));
+    assert_eq!(replica.record().generation, 2);
+    assert_eq!(replica.ask(fence(3, &new)), Reply::Done);
 }
 
 #[test]

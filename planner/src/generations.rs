@@ -8,7 +8,8 @@ pub enum Sight {
     /// Its record can be read now.
     Seen(Record),
     /// It cannot be asked; the sentence says why. Unknown is not absent.
-    Unseen(String),
+    /// The generation that it had recorded when it was read last still counts: it can only have gone on from there.
+    Unseen { why: String, generation: u64 },
 }
 
 /// A replica's durable record.
@@ -42,21 +43,25 @@ pub struct Judgement {
 pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
     let mut judgement = Judgement::default();
     let mut seen: BTreeMap<&str, &Record> = BTreeMap::new();
+    let mut reached = recorded;
     for (name, sight) in replicas {
         match sight {
             Sight::Seen(record) => drop(seen.insert(name, record)),
-            Sight::Unseen(why) => drop(judgement.unknown.insert(name.clone(), why.clone())),
+            Sight::Unseen { why, generation } => {
+                judgement.unknown.insert(name.clone(), why.clone());
+                reached = reached.max(*generation);
+            }
         }
     }
-    judgement.highest = seen.values().map(|r| r.generation).max().unwrap_or(0);
-    let highest = judgement.highest;
+    let highest = seen.values().map(|r| r.generation).max().unwrap_or(0);
+    judgement.highest = highest;
     if seen.is_empty() {
         return judgement;
     }
-    if highest < recorded {
+    if highest < reached {
         // Rule 4: a lone stale replica, or several.
         judgement.refused = Some(format!(
-            "the newest replica in sight is of generation {highest}, but the volume has reached generation {recorded}: newer writes are on replicas that are not in sight"
+            "the newest replica in sight is of generation {highest}, but the volume has reached generation {reached}: newer writes are on replicas that are not in sight"
         ));
         return judgement;
     }
@@ -65,13 +70,10 @@ pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
         judgement.current = seen.keys().map(|n| (*n).to_owned()).collect();
         return judgement;
     }
-    let newest: Vec<&Record> = seen.values().filter(|r| r.generation == highest).copied().collect();
+    let newest = seen.values().filter(|r| r.generation == highest);
     // Members agree; should they ever not, only what all records name is safe.
-    let members: BTreeSet<String> = newest
-        .iter()
-        .map(|r| r.members.clone())
-        .reduce(|a, b| a.intersection(&b).cloned().collect())
-        .unwrap_or_default();
+    let members: BTreeSet<String> =
+        newest.map(|r| r.members.clone()).reduce(|a, b| a.intersection(&b).cloned().collect()).unwrap_or_default();
     for (name, record) in &seen {
         if members.contains(*name) {
             // Also one that has not recorded this generation yet (rule 3).
@@ -101,7 +103,7 @@ mod tests {
 
     use super::*;
 
-    /// `recorded=5; a=5{a,b}clean b=5{a,b} c=? d=4{a,b,c}`
+    /// `recorded=5; a=5{a,b}clean b=5{a,b} c=? d=4{a,b,c} e=?4{e}`
     fn check(world: &str, expected: Expect) {
         let (recorded, replicas) = world.split_once(';').unwrap();
         let recorded = recorded.trim().strip_prefix("recorded=").unwrap().parse().unwrap();
@@ -110,15 +112,22 @@ mod tests {
             .map(|text| {
                 let (name, rest) = text.split_once('=').unwrap();
                 let sight = match rest.split_once('{') {
-                    None if rest == "?" => Sight::Unseen("silent".into()),
+                    None if rest == "?" => Sight::Unseen { why: "silent".into(), generation: 0 },
                     None => Sight::Seen(Record { generation: rest.parse().unwrap(), ..Default::default() }),
                     Some((generation, rest)) => {
                         let (members, clean) = rest.split_once('}').unwrap();
-                        Sight::Seen(Record {
+                        let (generation, is_silent) =
+                            generation.strip_prefix('?').map_or((generation, false), |g| (g, true));
+                        let record = Record {
                             generation: generation.parse().unwrap(),
                             members: members.split(',').map(str::to_owned).collect(),
                             clean: clean == "clean",
-                        })
+                        };
+                        if is_silent {
+                            Sight::Unseen { why: "silent".into(), generation: record.generation }
+                        } else {
+                            Sight::Seen(record)
+                        }
                     }
                 };
                 (name.to_owned(), sight)
@@ -194,6 +203,19 @@ mod tests {
     #[test]
     fn records_that_contradict_each_other_leave_what_all_name() {
         check("recorded=2; a=3{a,b} b=3{b,c} c=3{b,c}", expect!["current=b stale=a,c"]);
+    }
+
+    #[test]
+    fn what_was_read_of_an_unseen_replica_still_counts() {
+        // `a` and `b` went on without `c`; nobody told the controller, but the record of `a` was read before it went away.
+        check(
+            "recorded=1; a=?2{a,b} b=? c=1{a,b,c}",
+            expect![
+                "current= unknown=a,b refused: the newest replica in sight is of generation 1, but the volume has reached generation 2: newer writes are on replicas that are not in sight"
+            ],
+        );
+        check("recorded=1; a=?2{a,b} b=2{a,b} c=1{a,b,c}", expect!["current=b stale=c unknown=a"]);
+        check("recorded=3; a=?1{a,b,c} b=3{b,c}clean c=3{b,c}clean", expect!["current=b,c unknown=a"]);
     }
 
     #[test]

@@ -320,9 +320,11 @@ fn files(
             left.remove(image);
         }
     }
-    // Files that nobody recorded here, such as one whose entry was edited away.
-    let strays =
-        agent.files.iter().filter(|(image, file)| spec.backing_images.get(*image).is_none_or(|u| *u != file.uuid));
+    // Files that nobody recorded here, such as one whose entry was edited away. Of an image that nobody knows it stays: objects may
+    // have been lost, and replicas may lie over it (invariant 6).
+    let is_known = |image: &String| o.images.iter().any(|i| i.metadata.name.as_ref() == Some(image));
+    let is_stray = |image: &String, uuid: &String| spec.backing_images.get(image).is_none_or(|known| known != uuid);
+    let strays = agent.files.iter().filter(|(image, file)| is_stray(image, &file.uuid) && is_known(image));
     for (image, file) in strays {
         decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: file.uuid.clone() });
     }

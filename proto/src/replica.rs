@@ -73,8 +73,9 @@ pub enum Request {
     /// Refused unless `generation` is above the recorded one.
     Open { generation: u64, members: Vec<String> },
     /// A replica was dropped: record the new generation and the remaining members durably; the export stays.
-    /// Refused unless `generation` is above the recorded one.
-    Fence { generation: u64, members: Vec<String> },
+    /// Refused unless `generation` is above the recorded one and `export` is the one that `Open` gave and that still serves:
+    /// an engine whose replica was opened by another one must not change the members of that one's generation.
+    Fence { generation: u64, members: Vec<String>, export: String },
     /// The attachment of this generation ended cleanly: end the export (everything is flushed), record it as clean.
     Close { generation: u64 },
 }

@@ -29,6 +29,22 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Makes a directory with its parents; every name that is new is durable then, not only the last one.
+pub fn create_dir_durably(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        create_dir_durably(parent)?;
+    }
+    match fs::create_dir(path) {
+        // Somebody else was faster.
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        other => other?,
+    }
+    sync_parent(path)
+}
+
 /// Removes a file; no error when there is none.
 pub fn remove_if_present(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
@@ -40,6 +56,17 @@ pub fn remove_if_present(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn makes_a_directory_with_its_parents_again_and_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b/c");
+        create_dir_durably(&path).unwrap();
+        create_dir_durably(&path).unwrap();
+        assert!(path.is_dir());
+        fs::write(folder.path().join("file"), b"").unwrap();
+        assert!(create_dir_durably(&folder.path().join("file/below")).is_err());
+    }
 
     #[test]
     fn leaves_one_whole_file_and_no_temporary_one() {

@@ -211,6 +211,8 @@ impl World {
         self.silent.clear();
         // A user who wants an image that is being deleted would wait for ever, and rightly so.
         let missing: BTreeSet<String> = self.volumes.values().map(|v| v.spec.backing_image.clone()).collect();
+        // A report that comes late in one round is acted on in the next.
+        let mut quiet_rounds = 0;
         for _ in 0..rounds {
             // Long steps: some back-offs and intervals are minutes.
             self.now = planner::retry::after(self.now, Duration::from_secs(5));
@@ -220,7 +222,9 @@ impl World {
             }
             let before = self.summary.actions;
             self.round(random);
-            if self.summary.actions == before && self.unmet().is_none() {
+            let is_quiet = self.summary.actions == before && self.unmet().is_none();
+            quiet_rounds = if is_quiet { quiet_rounds + 1 } else { 0 };
+            if quiet_rounds == 2 {
                 break;
             }
         }

@@ -110,6 +110,7 @@ impl Core {
         fence.waiting_for = fence.waiting_for.without(Set::only(replica));
         if fence.waiting_for.is_empty() {
             self.fence = None;
+            self.recorded_generation = generation;
             self.outputs.push(Output::Record { generation, members: self.members });
             self.outputs.push(Output::StatusChanged);
             self.ready.extend(self.held.drain(..));

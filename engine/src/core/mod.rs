@@ -49,6 +49,8 @@ pub struct Core {
     /// Changes that are stored but must not be acknowledged before the fence under way is over.
     held: Vec<usize>,
     generation: u64,
+    /// The highest generation that all of its members recorded. Nothing was ever acknowledged under a higher one.
+    recorded_generation: u64,
     members: Set,
     /// Members that may serve reads; the other members are being compared.
     in_sync: Set,
@@ -77,6 +79,7 @@ impl Core {
             ready: VecDeque::new(),
             held: Vec::new(),
             generation: options.generation,
+            recorded_generation: options.generation,
             members: options.members,
             in_sync: options.members,
             errors: vec![None; options.replicas],
@@ -149,8 +152,9 @@ impl Core {
         }
     }
 
-    pub fn generation(&self) -> u64 {
-        self.generation
+    /// The generation that the controller is told: one that a fence did not reach is none that anybody must have.
+    pub fn recorded_generation(&self) -> u64 {
+        self.recorded_generation
     }
 
     pub fn members(&self) -> Set {

@@ -91,7 +91,9 @@ fn acknowledges_nothing_before_the_survivors_recorded_the_fence() {
     let request = ControlRequest::Fence { generation: 11, members };
     assert_eq!(outputs[1..], [0, 1].map(|replica| Output::Control { replica, request }));
     assert_eq!(story.done(0), []);
+    assert_eq!(story.core.recorded_generation(), 10, "a fence that ends here is none that anybody must have");
     let outputs = story.done(1);
+    assert_eq!(story.core.recorded_generation(), 11);
     assert_eq!(outputs[0], Output::Record { generation: 11, members });
     assert_eq!(completed(&outputs), [(1, Ok(()))]);
 }

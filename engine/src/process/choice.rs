@@ -5,15 +5,23 @@ use proto::replica::Record;
 use super::life::Known;
 use crate::core::Set;
 
+/// What a replica said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub record: Record,
+    /// An export is open: its process was not started anew since an engine opened it.
+    pub serves: bool,
+}
+
 /// What is known before the choice.
 pub struct Situation<'a> {
     /// The highest generation that the controller ever saw.
     pub config_generation: u64,
     /// The controller says that replicas may differ.
     pub config_compare: bool,
-    /// The configuration's replicas, in order, and the records of those that answered.
+    /// The configuration's replicas, in order, and the answers of those that gave one.
     pub names: &'a [String],
-    pub records: &'a [Option<Record>],
+    pub answers: &'a [Option<Answer>],
     /// The first engine of this attachment.
     pub first_life: bool,
     /// What the last life acknowledged under.
@@ -30,41 +38,55 @@ pub struct Choice {
     pub compare: bool,
 }
 
-/// Chooses the members.
+/// Chooses the members: those of the highest record, or of what the last life left, whichever is higher.
 ///
-/// The configuration names the replicas that the controller takes for current. It is believed as long as no replica has a
-/// record above the controller's: the attachment of a record above it went on without the controller, so its members count.
+/// The configuration only names candidates. What the controller read of them may be older than what they say now.
 ///
 /// # Errors
 /// A sentence when there is nobody to begin with.
 pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
-    let answered: Vec<usize> = (0..situation.names.len()).filter(|r| situation.records[*r].is_some()).collect();
-    if answered.is_empty() {
-        return Err("none of them answers".into());
-    }
-    let record = |replica: usize| situation.records[replica].as_ref().expect("it answered");
-    let highest = answered.iter().map(|r| record(*r)).max_by_key(|record| record.generation).expect("some answered");
-    let (mut generation, mut current) = (highest.generation, &highest.members);
-    if let Some(known) = situation.known.filter(|known| known.generation >= generation) {
-        (generation, current) = (known.generation, &known.members);
-    }
-    let believe_all = generation == 0 || situation.first_life && generation <= situation.config_generation;
-    let chosen: Vec<usize> =
-        answered.iter().copied().filter(|r| believe_all || current.contains(&situation.names[*r])).collect();
-    if chosen.is_empty() {
+    let answered: Vec<usize> = (0..situation.names.len()).filter(|r| situation.answers[*r].is_some()).collect();
+    let answer = |replica: usize| situation.answers[replica].as_ref().expect("it answered");
+    let record = |replica: usize| &answer(replica).record;
+    let highest = answered.iter().map(|r| record(*r).generation).max().ok_or("none of them answers")?;
+    let known = situation.known.filter(|known| known.generation >= highest);
+    let generation = known.map_or(highest, |known| known.generation);
+    if generation < situation.config_generation {
+        // Rule 4: whoever wrote newer data does not answer.
         return Err(format!(
-            "those that answer missed writes; the replicas that hold everything (generation {generation}: {}) do not answer",
-            current.join(", ")
+            "the newest replica that answers is of generation {generation}, but the volume has reached generation {}: newer writes are on replicas that do not answer",
+            situation.config_generation
         ));
     }
-    // As long as no engine of this attachment served, nothing is known beyond what the controller and the records say.
-    let compare = if situation.first_life || situation.known.is_none() {
-        situation.config_compare || ended_uncleanly(&chosen, &record)
-    } else {
-        situation.known_to_differ
+    let newest = || answered.iter().map(|r| record(*r)).filter(|record| record.generation == highest);
+    let is_member = |name: &String| match known {
+        Some(known) => known.members.contains(name),
+        // Should records ever contradict each other, only what all of them name is safe.
+        None => newest().all(|record| record.members.contains(name)),
     };
+    // One without a generation is blank: it was made anew after its disk was lost, or never took part.
+    let holds_all = |r: &usize| generation == 0 || record(*r).generation > 0 && is_member(&situation.names[*r]);
+    let current: Vec<usize> = answered.iter().copied().filter(holds_all).collect();
+    if current.is_empty() {
+        let wanted = known.map(|known| &known.members).or_else(|| newest().next().map(|record| &record.members));
+        let wanted = wanted.map(|names| names.join(", ")).unwrap_or_default();
+        return Err(format!(
+            "those that answer missed writes; the replicas that hold everything (generation {generation}: {wanted}) do not answer"
+        ));
+    }
+    // The users of this attachment go on as if nothing had happened, so a replica must still have what was acknowledged and not
+    // flushed. One whose process was started anew may have lost it.
+    let goes_on = !situation.first_life && situation.known.is_some();
+    let kept = |r: &usize| !goes_on || answer(*r).serves || record(*r).clean;
+    let chosen: Vec<usize> = current.into_iter().filter(kept).collect();
+    if chosen.is_empty() {
+        return Err("those that answer were all started anew and may have lost writes that were not flushed; detach the volume and attach it again".into());
+    }
+    // As long as no engine of this attachment served, nothing is known beyond what the controller and the records say.
+    let compare =
+        if goes_on { situation.known_to_differ } else { situation.config_compare || ended_uncleanly(&chosen, &record) };
     Ok(Choice {
-        generation: generation.max(situation.config_generation) + 1,
+        generation: generation + 1,
         members: chosen.iter().fold(Set::EMPTY, |set, replica| set.with(Set::only(*replica))),
         compare: compare && chosen.len() > 1,
     })
@@ -82,12 +104,16 @@ fn ended_uncleanly<'a>(chosen: &[usize], record: &impl Fn(usize) -> &'a Record) 
 mod tests {
     use super::*;
 
-    fn record(generation: u64, members: &str, clean: bool) -> Option<Record> {
+    fn record(generation: u64, members: &str, clean: bool) -> Option<Answer> {
         let members = members.chars().map(String::from).collect();
-        Some(Record { generation, members, clean, ..Record::default() })
+        Some(Answer { record: Record { generation, members, clean, ..Record::default() }, serves: !clean })
     }
 
-    fn check(first_life: bool, config: u64, known: Option<(u64, &str)>, records: [Option<Record>; 3], expected: &str) {
+    fn restarted(answer: Option<Answer>) -> Option<Answer> {
+        answer.map(|answer| Answer { serves: false, ..answer })
+    }
+
+    fn check(first_life: bool, config: u64, known: Option<(u64, &str)>, answers: [Option<Answer>; 3], expected: &str) {
         let names = ["a", "b", "c"].map(String::from);
         let known = known
             .map(|(generation, members)| Known { generation, members: members.chars().map(String::from).collect() });
@@ -95,7 +121,7 @@ mod tests {
             config_generation: config,
             config_compare: false,
             names: &names,
-            records: &records,
+            answers: &answers,
             first_life,
             known: known.as_ref(),
             known_to_differ: false,
@@ -111,12 +137,32 @@ mod tests {
     }
 
     #[test]
-    fn a_first_life_believes_the_controller() {
-        check(true, 0, None, [record(0, "", false), record(0, "", false), record(0, "", false)], "abc 1");
+    fn a_first_life_takes_the_members_of_the_highest_record() {
+        check(true, 0, None, [record(0, "", true), record(0, "", true), record(0, "", true)], "abc 1");
         check(true, 8, None, [record(8, "abc", true), record(8, "abc", true), record(8, "abc", true)], "abc 9");
         check(true, 8, None, [record(8, "abc", true), None, record(8, "abc", false)], "ac 9");
-        check(true, 8, None, [None, record(7, "abc", false), None], "b 9");
         check(true, 8, None, [None, None, None], "none of them answers");
+        check(true, 8, None, [record(8, "ac", true), record(7, "abc", true), record(8, "ac", true)], "ac 9");
+        check(true, 8, None, [record(8, "ab", true), record(8, "bc", true), record(8, "bc", true)], "b 9");
+    }
+
+    #[test]
+    fn a_blank_replica_beside_a_written_one_is_never_a_member() {
+        check(true, 8, None, [record(8, "abc", true), record(0, "", true), record(8, "abc", true)], "ac 9");
+        check(true, 0, None, [record(1, "abc", false), record(1, "abc", false), record(0, "", true)], "ab 2 compare");
+        check(true, 0, None, [record(0, "", true), record(1, "c", false), None], "those that answer missed writes");
+    }
+
+    #[test]
+    fn a_record_below_the_controllers_is_refused() {
+        check(
+            true,
+            8,
+            None,
+            [None, record(7, "abc", false), None],
+            "the newest replica that answers is of generation 7",
+        );
+        check(true, 8, None, [record(0, "", true), None, None], "the newest replica that answers is of generation 0");
     }
 
     #[test]
@@ -124,6 +170,8 @@ mod tests {
         check(true, 8, None, [record(8, "abc", false), record(8, "abc", false), None], "ab 9 compare");
         check(true, 8, None, [record(8, "ab", false), record(7, "abc", false), None], "ab 9 compare");
         check(true, 8, None, [record(8, "abc", false), None, None], "a 9");
+        let ended = restarted(record(8, "abc", false));
+        check(true, 8, None, [ended.clone(), ended, record(8, "abc", false)], "abc 9 compare");
     }
 
     #[test]
@@ -148,12 +196,27 @@ mod tests {
             "bc 10",
         );
         check(false, 8, Some((9, "bc")), [record(8, "abc", false), record(9, "bc", false), None], "b 10");
-        check(false, 8, None, [record(0, "", false), record(0, "", false), None], "ab 9");
+        check(false, 0, None, [record(0, "", true), record(0, "", true), None], "ab 1");
     }
 
     #[test]
     fn a_later_life_never_begins_with_replicas_that_were_dropped_before() {
         // `b` and `c` went on without `a`; only `a` is left, and its record does not know.
         check(false, 8, Some((9, "bc")), [record(8, "abc", false), None, None], "those that answer missed writes");
+    }
+
+    #[test]
+    fn a_later_life_never_begins_with_replicas_that_were_started_anew() {
+        let (kept, anew) = (record(8, "abc", false), restarted(record(8, "abc", false)));
+        check(false, 8, Some((8, "abc")), [kept.clone(), anew.clone(), kept], "ac 9");
+        check(
+            false,
+            8,
+            Some((8, "abc")),
+            [anew.clone(), anew.clone(), anew],
+            "those that answer were all started anew",
+        );
+        // The last life was about to end cleanly.
+        check(false, 8, Some((8, "abc")), [record(8, "abc", true), record(8, "abc", false), None], "ab 9");
     }
 }

@@ -103,6 +103,8 @@ pub(super) struct Engine {
     pub(super) fuse: Option<OwnedFd>,
     links: Vec<Option<Link>>,
     controls: Vec<Option<ReplicaControl>>,
+    /// What each replica opened for this engine; empty for one that was no member at the start.
+    exports: Vec<String>,
     pub(super) origins: Vec<Option<Origin>>,
     pub(super) free_tags: Vec<usize>,
     pub(super) control_listener: UnixListener,
@@ -154,16 +156,17 @@ impl Engine {
             let listener = listener.and_then(|listener| listener.set_nonblocking(true).map(|()| listener));
             listener.map_err(|source| EngineError::Listen { path: path.to_owned(), source })
         };
-        let (mut links, mut controls) = (Vec::new(), Vec::new());
+        let (mut links, mut controls, mut exports) = (Vec::new(), Vec::new(), Vec::new());
         for (name, connection) in names.iter().zip(connections) {
-            let (link, control) = match connection {
+            let (link, control, export) = match connection {
                 Some(member) => {
                     let address = config.replicas[name].clone();
                     let control = ReplicaControl::new(address, member.control).map_err(events)?;
-                    (Some(Link::new(member.data.into_socket()).map_err(events)?), Some(control))
+                    (Some(Link::new(member.data.into_socket()).map_err(events)?), Some(control), member.export)
                 }
-                None => (None, None),
+                None => (None, None, String::new()),
             };
+            exports.push(export);
             links.push(link);
             controls.push(control);
         }
@@ -182,6 +185,7 @@ impl Engine {
             fuse: Some(fuse),
             links,
             controls,
+            exports,
             origins: Vec::new(),
             free_tags: Vec::new(),
             control_clients: Vec::new(),
@@ -375,7 +379,7 @@ impl Engine {
         let request = match request {
             ControlRequest::Fence { generation, members } => {
                 let members = members.iter().map(|member| self.names[member].clone()).collect();
-                Request::Fence { generation, members }
+                Request::Fence { generation, members, export: self.exports[replica].clone() }
             }
             ControlRequest::Close { generation } => Request::Close { generation },
         };
@@ -433,7 +437,7 @@ impl Engine {
         Status {
             volume: self.config.volume.clone(),
             pid: std::process::id(),
-            generation: self.core.generation(),
+            generation: self.core.recorded_generation(),
             serving: self.ended.is_none(),
             replicas: self.names.iter().enumerate().map(|(replica, name)| (name.clone(), state(replica))).collect(),
             replica_errors: (0..self.names.len()).filter_map(error).collect::<BTreeMap<_, _>>(),

@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 /// The generation under which an engine acknowledged last. It is written before the first acknowledgement under it.
@@ -86,6 +87,20 @@ impl LifeFiles {
 
     pub fn lock_path(&self) -> &Path {
         &self.lock
+    }
+
+    /// Whether a holder or an engine has the lock.
+    pub fn is_locked(&self) -> io::Result<bool> {
+        let lock = match std::fs::File::open(&self.lock) {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(false),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(true),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ mod nbd_frontend;
 mod replica_control;
 mod start;
 
+use std::io;
 use std::os::fd::RawFd;
 use std::path::Path;
 
@@ -49,6 +50,22 @@ pub fn read_config(path: &Path) -> Result<Config, EngineError> {
         return Ok(config);
     };
     Err(EngineError::Config { problem: problem.to_owned() })
+}
+
+/// The generation under which the last engine acknowledged, from what it left beside its control socket; none after a clean end.
+///
+/// Whoever finds an engine dead learns from it which generation nobody may fall behind, also when that engine told nobody.
+/// # Errors
+/// When it cannot be read.
+pub fn last_generation(control_socket: &Path) -> io::Result<Option<u64>> {
+    Ok(LifeFiles::of(control_socket).known()?.map(|known| known.generation))
+}
+
+/// Whether a holder or an engine of that control socket lives: an engine may outlive its holder, and be too busy to answer.
+/// # Errors
+/// When its lock cannot be tried.
+pub fn is_served(control_socket: &Path) -> io::Result<bool> {
+    LifeFiles::of(control_socket).is_locked()
 }
 
 /// Serves a volume on a FUSE connection until it is shut down or unmounted.

@@ -1,14 +1,15 @@
 //! The start of an engine: ask every replica, choose the members, raise the generation, open the exports. It blocks.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use proto::engine::{Config, ReplicaAddress};
-use proto::replica::{Record, Reply, Request};
+use proto::replica::{Reply, Request};
 use tracing::{info, warn};
 
-use super::choice::{Choice, Situation, choose};
+use super::choice::{Answer, Choice, Situation, choose};
 use super::life::LifeFiles;
 use crate::core::Set;
 use crate::error::EngineError;
@@ -19,6 +20,8 @@ use crate::stream::{Service, Stream};
 pub struct Member {
     pub control: Stream,
     pub data: Stream,
+    /// What the replica opened for this engine.
+    pub export: String,
 }
 
 /// All members have recorded `generation` and their exports are open.
@@ -60,13 +63,13 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         controls: names.iter().map(|_| None).collect(),
         errors: vec![None; names.len()],
     };
-    let records = starting.ask_status();
+    let answers = starting.ask_status();
     let known = life.known().map_err(|error| nobody(format!("what the last engine left cannot be read: {error}")))?;
     let situation = Situation {
         config_generation: config.generation,
         config_compare: config.compare_replicas,
         names,
-        records: &records,
+        answers: &answers,
         first_life: lives == 0,
         known: known.as_ref(),
         known_to_differ: life.may_differ(),
@@ -77,7 +80,10 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         starting.errors[replica].get_or_insert("it is not a member of the latest generation; it missed writes".into());
     }
     info!(volume = %config.volume, generation, members = ?starting.named(members), compare, "members chosen");
-    let exports = starting.open(generation, members);
+    let (exports, has_rival) = starting.open(generation, members);
+    if has_rival {
+        return Err(nobody(starting.with_errors("another engine raised the generation at the same time")));
+    }
     let opened = starting.answered(&exports);
     let data = starting.connect(&exports);
     let connected = starting.answered(&data);
@@ -90,16 +96,18 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
     while recorded != remaining && !remaining.is_empty() {
         generation += 1;
         recorded = remaining;
-        remaining = starting.fence(generation, remaining);
+        remaining = starting.fence(generation, remaining, &exports);
     }
     if remaining.is_empty() {
         return Err(nobody(starting.with_errors("none of them could be opened")));
     }
     let mut members = Vec::new();
-    for (replica, data) in data.into_iter().enumerate() {
+    for (replica, (data, export)) in data.into_iter().zip(exports).enumerate() {
         let control = starting.controls[replica].take();
-        members.push(match (control, data) {
-            (Some(control), Some(data)) if remaining.contains(replica) => Some(Member { control, data }),
+        members.push(match (control, data, export) {
+            (Some(control), Some(data), Some(export)) if remaining.contains(replica) => {
+                Some(Member { control, data, export })
+            }
             _ => None,
         });
     }
@@ -148,12 +156,12 @@ impl Starting<'_> {
         results.into_iter().enumerate().map(keep).collect()
     }
 
-    fn ask_status(&mut self) -> Vec<Option<Record>> {
+    fn ask_status(&mut self) -> Vec<Option<Answer>> {
         let (config, addresses) = (self.config, self.addresses.clone());
         self.each(Set::first(self.names.len()), move |replica, control, deadline| {
             let mut stream = Stream::connect(addresses[replica], Service::Control, deadline)?;
-            let record = match stream.ask(&Request::Status, deadline)? {
-                Reply::Status { record, .. } => record,
+            let (record, serves) = match stream.ask(&Request::Status, deadline)? {
+                Reply::Status { record, export, .. } => (record, export.is_some()),
                 other => return Err(unexpected(&other)),
             };
             if !record.volume.is_empty() && record.volume != config.volume {
@@ -166,19 +174,31 @@ impl Starting<'_> {
                 )));
             }
             *control = Some(stream);
-            Ok(record)
+            Ok(Answer { record, serves })
         })
     }
 
-    fn open(&mut self, generation: u64, members: Set) -> Vec<Option<String>> {
+    /// Opens the exports; tells too whether somebody else raised the generation since the replicas were asked for it. Then
+    /// nobody knows which of both engines the others follow, so this one begins anew rather than goes on without that replica.
+    fn open(&mut self, generation: u64, members: Set) -> (Vec<Option<String>>, bool) {
         let names: Vec<String> = self.named(members).into_iter().map(String::from).collect();
-        self.each(members, move |_, control, deadline| {
+        let rival = AtomicBool::new(false);
+        let exports = self.each(members, |_, control, deadline| {
             let control = control.as_mut().ok_or_else(|| io::Error::other("it is not connected"))?;
             match control.ask(&Request::Open { generation, members: names.clone() }, deadline)? {
                 Reply::Opened { export } => Ok(export),
-                other => Err(unexpected(&other)),
+                other => {
+                    if let Reply::Status { record, .. } = control.ask(&Request::Status, deadline)?
+                        && (record.generation > generation
+                            || record.generation == generation && record.members != names)
+                    {
+                        rival.store(true, Ordering::Relaxed);
+                    }
+                    Err(unexpected(&other))
+                }
             }
-        })
+        });
+        (exports, rival.into_inner())
     }
 
     fn connect(&mut self, exports: &[Option<String>]) -> Vec<Option<Stream>> {
@@ -196,11 +216,12 @@ impl Starting<'_> {
         })
     }
 
-    fn fence(&mut self, generation: u64, members: Set) -> Set {
+    fn fence(&mut self, generation: u64, members: Set, exports: &[Option<String>]) -> Set {
         let names: Vec<String> = self.named(members).into_iter().map(String::from).collect();
-        let done = self.each(members, move |_, control, deadline| {
+        let done = self.each(members, move |replica, control, deadline| {
+            let export = exports[replica].clone().unwrap_or_default();
             let control = control.as_mut().ok_or_else(|| io::Error::other("it is not connected"))?;
-            match control.ask(&Request::Fence { generation, members: names.clone() }, deadline)? {
+            match control.ask(&Request::Fence { generation, members: names.clone(), export }, deadline)? {
                 Reply::Done => Ok(()),
                 other => Err(unexpected(&other)),
             }

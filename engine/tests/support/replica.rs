@@ -192,7 +192,10 @@ impl State {
         let mut record = self.record.lock().unwrap();
         let refuse = |message: String| Reply::Refused { message };
         match request {
-            Request::Status => Reply::Status { record: record.clone(), export: None, actual_size_bytes: 0 },
+            Request::Status => {
+                let export = self.monitor.lock().unwrap().export.clone();
+                Reply::Status { record: record.clone(), export, actual_size_bytes: 0 }
+            }
             Request::Open { generation, .. } | Request::Fence { generation, .. } if generation <= record.generation => {
                 refuse(format!("generation {generation} is not above {}", record.generation))
             }
@@ -212,7 +215,10 @@ impl State {
                     Err(error) => refuse(error),
                 }
             }
-            Request::Fence { generation, members } => {
+            Request::Fence { export, .. } if self.monitor.lock().unwrap().export.as_ref() != Some(&export) => {
+                refuse(format!("`{export}` is not the export that serves"))
+            }
+            Request::Fence { generation, members, .. } => {
                 (record.generation, record.members, record.clean) = (generation, members, false);
                 Reply::Done
             }

@@ -65,7 +65,9 @@ impl Replica {
             match request {
                 Request::Status => Ok(replica.status(&state)),
                 Request::Open { generation, members } => replica.open(&mut state, generation, members).await,
-                Request::Fence { generation, members } => replica.fence(&mut state, generation, members),
+                Request::Fence { generation, members, export } => {
+                    replica.fence(&mut state, generation, members, &export)
+                }
                 Request::Close { generation } => replica.close(&mut state, generation).await,
             }
         })
@@ -100,11 +102,19 @@ impl Replica {
         Ok(Reply::Opened { export })
     }
 
-    fn fence(&self, state: &mut State, generation: u64, members: Vec<String>) -> Result<Reply, Refusal> {
+    fn fence(&self, state: &mut State, generation: u64, members: Vec<String>, export: &str) -> Result<Reply, Refusal> {
         check_raise(&state.record, generation, &members)?;
-        if state.export.is_none() {
+        let replica = &state.record.replica;
+        match &state.export {
             // It missed writes since its export ended, so it must not count as a member.
-            return Err(format!("replica `{}` has no open export and cannot stay in sync", state.record.replica));
+            None => return Err(format!("replica `{replica}` has no open export and cannot stay in sync")),
+            // An engine that lost this replica to another one knows nothing of the writes since.
+            Some(open) if open != export => {
+                return Err(format!(
+                    "replica `{replica}` serves export `{open}` now, for another engine than that of `{export}`"
+                ));
+            }
+            Some(_) => {}
         }
         self.raise(state, generation, members)?;
         tracing::info!(replica = %state.record.replica, generation, "generation raised by a fence");

@@ -18,8 +18,7 @@ const CLAIM_INTERVAL: Duration = Duration::from_millis(20);
 /// Takes the directory for this process and its daemon; makes it when absent.
 pub(super) async fn claim(directory: &Path) -> Result<File, ReplicaError> {
     let failed = |e| ReplicaError::io(format!("use the directory `{}`", directory.display()), e);
-    fs::create_dir_all(directory).map_err(failed)?;
-    runtime::files::sync_parent(directory).map_err(failed)?;
+    runtime::files::create_dir_durably(directory).map_err(failed)?;
     let lock =
         OpenOptions::new().create(true).truncate(false).write(true).open(directory.join(LOCK)).map_err(failed)?;
     let started = tokio::time::Instant::now();

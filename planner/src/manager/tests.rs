@@ -65,6 +65,17 @@ fn world(text: &str) -> Observed {
             }
             // Its first file was never whole.
             "new" => o.images[0].status.as_mut().unwrap().checksum.clear(),
+            "image" => o.images.push(BackingImage::new("ubuntu", BackingImageSpec::default())),
+            "elsewhere" => {
+                let mut spec = o.manager.take().unwrap().spec;
+                spec.backing_images.insert("debian".into(), "87654321".into());
+                o.manager = Some(BackingImageManager::new("bim-d", spec));
+                let on_disk = [("d".to_owned(), DiskFileSpec::default())].into();
+                let spec = BackingImageSpec { disk_file_spec_map: on_disk, ..Default::default() };
+                let mut image = BackingImage::new("debian", spec);
+                image.status = Some(BackingImageStatus { uuid: "87654321".into(), ..Default::default() });
+                o.images.push(image);
+            }
             "object" | "held" => {
                 let images: BTreeMap<String, String> =
                     if key == "held" { [("ubuntu".to_owned(), "12345678".to_owned())].into() } else { BTreeMap::new() };
@@ -176,6 +187,12 @@ fn removes_files_before_it_forgets_them() {
             "start backing-image-manager daemon --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --disk-uuid d --disk-path /d | Starting unknown the agent of the disk is starting"
         ],
     );
+}
+
+#[test]
+fn a_file_that_nobody_recorded_goes_only_when_its_image_is_known() {
+    check("object; elsewhere; process=running; file=ready; image", expect!["delete ubuntu; adopt | Running "]);
+    check("object; elsewhere; process=running; file=ready", expect!["adopt | Running "]);
 }
 
 #[test]

@@ -24,6 +24,16 @@ enum Way {
     Away(String),
 }
 
+/// The record that was reported last.
+fn record_of(replica: &Replica) -> Record {
+    let status = replica.status.clone().unwrap_or_default();
+    Record {
+        generation: status.generation,
+        members: status.generation_members.iter().cloned().collect(),
+        clean: status.clean,
+    }
+}
+
 impl Pass<'_> {
     pub(super) fn attach(&mut self) {
         let node = self.o.volume.spec.node_id.clone();
@@ -41,6 +51,10 @@ impl Pass<'_> {
         if let Some(e) = &mut self.engine {
             e.desire_state = DesireState::Stopped;
             e.active = false;
+        }
+        if engine.desire_state == DesireState::Running {
+            // This makes their nodes look at them anew: what they recorded while an engine served is not reported by itself.
+            self.replicas.values_mut().for_each(|spec| spec.active = false);
         }
         if let Err(why) = self.engine_ended() {
             let is_move = engine.node_id != node;
@@ -172,11 +186,7 @@ impl Pass<'_> {
         }
         let status = replica.status.clone().unwrap_or_default();
         match status.current_state {
-            InstanceState::Running => Way::Up(Record {
-                generation: status.generation,
-                members: status.generation_members.iter().cloned().collect(),
-                clean: status.clean,
-            }),
+            InstanceState::Running => Way::Up(record_of(replica)),
             InstanceState::Error => {
                 let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
                 Way::Away(said.map_or_else(|| "its process could not be started".to_owned(), |c| c.message.clone()))
@@ -205,7 +215,10 @@ impl Pass<'_> {
             }
             match self.way(&replica) {
                 Way::Up(record) => drop(sights.insert(name, Sight::Seen(record))),
-                Way::Away(why) => drop(sights.insert(name, Sight::Unseen(why))),
+                Way::Away(why) => {
+                    let generation = record_of(&replica).generation;
+                    sights.insert(name, Sight::Unseen { why, generation });
+                }
                 Way::Coming(why) => coming.push(format!("{name} on node {}: {why}", replica.spec.node_id)),
             }
         }
@@ -234,8 +247,7 @@ impl Pass<'_> {
         if let Some(why) = &judgement.refused {
             let unseen = judgement.unknown.iter().map(|(n, why)| format!("{n}: {why}")).collect::<Vec<_>>().join("; ");
             let message = if unseen.is_empty() { why.clone() } else { format!("{why} ({unseen})") };
-            let hint =
-                "bring the missing replicas back, or lower generation in the Engine's spec to salvage what is there";
+            let hint = "bring the missing replicas back, or lower generation in the Engine's spec and status and set failedAt of those that are lost, to salvage what is there";
             self.wait_for(Condition::new(READY, ConditionStatus::False, "StaleReplica", message).with_hint(hint));
             return;
         }

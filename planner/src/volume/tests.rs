@@ -280,8 +280,11 @@ fn never_attaches_elsewhere_while_an_engine_may_still_write() {
     check(
         "on=n2; wish=; silent=n1; engine=running:4@n1; map=r1,r2,r3; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
         expect![[r#"
-        engine Stopped at n1 with r1,r2,r3 above 4
-        Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer; the engine on node n1 may still write"#]],
+            r1 Running
+            r2 Running
+            r3 Running
+            engine Stopped at n1 with r1,r2,r3 above 4
+            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer; the engine on node n1 may still write"#]],
     );
     check(
         "on=n2; engine=stopping:4@n1; map=r1,r2,r3; recorded=4; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
@@ -319,4 +322,15 @@ fn starts_replicas_again_whose_process_ended() {
             r3 Stopped
             Attaching Unknown Attaching: waits for replica r1 on node n1: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r2 on node n2: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r3 on node n3: its process ended; it is started again, not before 2026-01-01T00:00:01Z"#]],
     );
+}
+
+#[test]
+fn replicas_are_looked_at_anew_when_an_engine_ended_by_surprise() {
+    let o = world("on=n1; wish=; engine=error:3@n1; recorded=3; map=r1,r2; r1=running:0 r2=running:0");
+    let told: Vec<bool> = decide(&o)
+        .actions
+        .iter()
+        .filter_map(|a| if let Action::SetReplicaSpec { spec, .. } = a { Some(spec.active) } else { None })
+        .collect();
+    assert_eq!(told, [false, false]);
 }
