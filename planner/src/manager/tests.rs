@@ -73,7 +73,8 @@ fn world(text: &str) -> Observed {
                 let on_disk = [("d".to_owned(), DiskFileSpec::default())].into();
                 let spec = BackingImageSpec { disk_file_spec_map: on_disk, ..Default::default() };
                 let mut image = BackingImage::new("debian", spec);
-                image.status = Some(BackingImageStatus { uuid: "87654321".into(), ..Default::default() });
+                let checksum = "c".repeat(128);
+                image.status = Some(BackingImageStatus { uuid: "87654321".into(), checksum, ..Default::default() });
                 o.images.push(image);
             }
             "object" | "held" => {
