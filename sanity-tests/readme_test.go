@@ -1,63 +1,55 @@
 package sanitytests
 
 import (
+	"context"
 	"os"
+	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
+	"time"
 )
 
-// The commands of the README's tour, in their order, do what it says.
+// The tour of the README, run as the script that it is: only the image's address and the mount point are ours.
 func TestTourOfTheReadme(t *testing.T) {
 	i := ownInstance(t, 3)
 	image := ext4Image(t, 16).compressedQcow2(t)
 	url := serve(t, image.path) + "/" + filepath.Base(image.path)
-	dir := t.TempDir()
-	example := func(name string, replacements ...string) string {
-		content := strings.NewReplacer(replacements...).Replace(string(readAll(t, "../deploy/examples/"+name)))
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		return path
+	dir, mount := t.TempDir(), i.mountPoint(t)
+	if err := os.Symlink(absolute(t, i.binary), filepath.Join(dir, "backing-image-csi")); err != nil {
+		t.Fatal(err)
 	}
-	class := example("storage-class.yaml", "https://backing-image-example.s3-region.amazonaws.com/test-backing-image", url, "SHA512 checksum of the backing image", image.checksum)
-	claim := example("pvc.yaml", "name: longhorn-backing-image-example\n  namespace", "name: my-claim\n  namespace")
-	mount := i.mountPoint(t)
 
 	_, tour, _ := strings.Cut(string(readAll(t, readme)), "\n## A tour\n")
-	tour, _, _ = strings.Cut(tour, "\n## ")
-	ran := 0
-	for _, line := range regexp.MustCompile(`(?m)^backing-image-csi (.*)$`).FindAllStringSubmatch(tour, -1) {
-		command, _, _ := strings.Cut(line[1], "#")
-		args := strings.Fields(command)
-		if args[0] == "standalone" {
-			continue
-		}
-		for n, arg := range args {
-			switch arg {
-			case "https://example.com/alpine.qcow2":
-				args[n] = url
-			case "storage-class.yaml":
-				args[n] = class
-			case "pvc.yaml":
-				args[n] = claim
-			case "/mnt":
-				args[n] = mount
-			}
-		}
-		stdout, stderr, code := i.run("", args...)
-		if code != 0 {
-			t.Fatalf("%s: exit code %d\n%s%s", command, code, stdout, stderr)
-		}
-		t.Logf("$ %s\n%s", command, stdout)
-		if args[0] == "volume" && args[1] == "mount" {
-			image.verify(t, mount)
-		}
-		ran++
+	_, tour, _ = strings.Cut(tour, "\n# An image.")
+	tour, _, found := strings.Cut(tour, "\n```\n")
+	mounting := "volume mount my-claim --node node-1 /tmp/my-claim\n"
+	if !found || !strings.Contains(tour, mounting) || strings.Count(tour, "\nbacking-image-csi ") < 12 {
+		t.Fatalf("is that the tour?\n%s", tour)
 	}
-	if ran < 11 {
-		t.Errorf("only %d commands: is that the tour?", ran)
+	seen := filepath.Join(dir, "seen")
+	script := strings.NewReplacer(
+		"https://example.com/alpine.qcow2", url,
+		mounting, "volume mount my-claim --node node-1 "+mount+"\ncp -r "+mount+" "+seen+"\n",
+		"/tmp/my-claim", mount,
+	).Replace(tour)
+
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	command := exec.CommandContext(ctx, "bash", "-euxo", "pipefail", "-c", "#"+script)
+	command.Env = append(os.Environ(), "BACKING_IMAGE_CSI_SERVER=http://"+i.listen, "PATH="+dir+":"+os.Getenv("PATH"))
+	output, err := command.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, output)
 	}
+	image.verify(t, seen)
+}
+
+func absolute(t testing.TB, path string) string {
+	t.Helper()
+	whole, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return whole
 }
