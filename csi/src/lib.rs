@@ -18,7 +18,7 @@ mod server;
 #[cfg(test)]
 mod server_tests;
 mod size;
-mod status;
+pub mod status;
 mod volume;
 mod wait;
 

@@ -191,21 +191,7 @@ pub fn error_of(attachment: &VolumeAttachment) -> Option<Failure> {
 
 /// The gRPC code that stands for a kind in `errorCode`.
 fn kind_code(kind: ErrorKind) -> i32 {
-    use tonic::Code;
-    let code = match kind {
-        ErrorKind::Invalid => Code::InvalidArgument,
-        ErrorKind::NotFound => Code::NotFound,
-        ErrorKind::Incompatible => Code::AlreadyExists,
-        ErrorKind::NotReady => Code::FailedPrecondition,
-        ErrorKind::OutOfRange => Code::OutOfRange,
-        ErrorKind::Exhausted => Code::ResourceExhausted,
-        ErrorKind::Pending => Code::Aborted,
-        ErrorKind::Unavailable => Code::Unavailable,
-        ErrorKind::Unsupported => Code::Unimplemented,
-        ErrorKind::Corrupt => Code::DataLoss,
-        ErrorKind::Internal => Code::Internal,
-    };
-    code as i32
+    ::csi::status::code(kind) as i32
 }
 
 /// Detaches volumes that somebody else attached (a CSI client that is not this orchestrator).
