@@ -55,12 +55,17 @@ pub struct Decision {
     pub conditions: Vec<Condition>,
 }
 
+/// Whether an engine shall run.
+pub fn is_wished(engine: &Engine) -> bool {
+    engine.spec.desire_state == DesireState::Running && engine.metadata.deletion_timestamp.is_none()
+}
+
 /// Decides about one engine of this node.
 pub fn decide(engine: &Engine, process: &Process, device: &Device) -> Decision {
-    let is_deleted = engine.metadata.deletion_timestamp.is_some();
-    if engine.spec.desire_state == DesireState::Running && !is_deleted {
+    if is_wished(engine) {
         return run(process, device);
     }
+    let is_deleted = engine.metadata.deletion_timestamp.is_some();
     let busy = match device {
         Device::Attached { path, users } if !users.is_empty() => {
             Some(format!("{path} is in use by {}", users.join(", ")))

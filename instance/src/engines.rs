@@ -18,7 +18,7 @@ use runtime::process::{Launch, ProcessIdentity};
 use tracing::{debug, info};
 
 use crate::control::{self, Connection};
-use crate::engine_decision::{Decision, Device, Process, Step, decide, modes};
+use crate::engine_decision::{Decision, Device, Process, Step, decide, is_wished, modes};
 use crate::error::InstanceError;
 use crate::limits::{CONNECT, HOLDER_GRACE, HOLDER_LIMIT, NO_REPLICA_HOLD, REPLICA_TIMEOUT};
 use crate::role::{Key, Role};
@@ -60,7 +60,7 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
     // An engine that nobody wishes for is ended like one that is wished stopped.
     let wished = engine.clone().unwrap_or_default();
     let place = Place::of(role, name);
-    let observed = observe(role, name, &place).await?;
+    let observed = observe(role, name, &wished, &place).await?;
     let decision = decide(&wished, &observed.process, &observed.device);
     if let Some(engine) = &engine {
         report(role, engine, &decision, &observed, &place).await?;
@@ -92,7 +92,7 @@ fn device_error(action: &str) -> impl FnOnce(DataplaneError) -> InstanceError {
     move |source| InstanceError::Device { action: action.to_owned(), source }
 }
 
-async fn observe(role: &Arc<Role>, name: &str, place: &Place) -> Result<Observed, InstanceError> {
+async fn observe(role: &Arc<Role>, name: &str, wished: &Engine, place: &Place) -> Result<Observed, InstanceError> {
     let read = |source| InstanceError::File { action: "read", path: place.directory.clone(), source };
     let process = match role.engines.record(name).map_err(read)? {
         None => Process::None,
@@ -112,7 +112,8 @@ async fn observe(role: &Arc<Role>, name: &str, place: &Place) -> Result<Observed
         },
     };
     let file = place.mount_file.clone();
-    let needs_users = !matches!(process, Process::Running(_)) || is_wished_stopped(role, name).await?;
+    // Looking for users goes through every process, so only where the decision asks for them.
+    let needs_users = !matches!(process, Process::Running(_)) || !is_wished(wished);
     let looked = tokio::task::spawn_blocking(move || -> Result<_, DataplaneError> {
         let Some(device) = loop_device::find(&file)? else { return Ok(None) };
         let users = if needs_users { loop_device::users(&device)? } else { vec![] };
@@ -128,15 +129,6 @@ async fn observe(role: &Arc<Role>, name: &str, place: &Place) -> Result<Observed
         }
     };
     Ok(Observed { process, device, loop_device })
-}
-
-async fn is_wished_stopped(role: &Role, name: &str) -> Result<bool, InstanceError> {
-    let engine = role.config.store.get::<Engine>(name).await?;
-    Ok(engine.is_none_or(|e| {
-        e.spec.node_id != role.config.node.as_str()
-            || e.metadata.deletion_timestamp.is_some()
-            || e.spec.desire_state == api::engine::DesireState::Stopped
-    }))
 }
 
 /// Keeps the last status of an engine, from its own words, for as long as its holder lives.
