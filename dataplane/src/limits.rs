@@ -8,8 +8,17 @@ pub const QMP_TIMEOUT: Duration = Duration::from_secs(60);
 pub const DAEMON_START_TIMEOUT: Duration = Duration::from_secs(20);
 /// From `quit` to the end of `qemu-storage-daemon`: it flushes what it holds.
 pub const DAEMON_QUIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Free memory that a `qemu-storage-daemon` keeps for its next requests: four of the largest that an engine sends.
+pub const DAEMON_SPARE_MEMORY: u64 = 4 << 20;
 /// Events that a slow reader may be behind before it loses some.
 pub const QMP_EVENT_QUEUE: usize = 256;
+
+/// NBD connections of a daemon at a time. An export serves one engine; the rest is room for old ones and for tools. More wait.
+pub const NBD_CONNECTIONS: u32 = 64;
+/// How long an NBD connection is silent before its peer is asked for a sign of life, and between two questions.
+pub const NBD_KEEPALIVE: Duration = Duration::from_secs(20);
+/// Questions without an answer after which a connection is given up: a minute and a half in all.
+pub const NBD_KEEPALIVE_PROBES: u32 = 3;
 
 /// `blkid` and the like: they read a few blocks.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -200,16 +200,10 @@ async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> 
     let mut read_from = None;
     for (replica, address) in &engine.spec.replica_address_map {
         let local = role.config.store.get::<Replica>(replica).await?;
-        let local = local.filter(|r| r.spec.node_id == role.config.node.as_str());
-        let address = match local {
-            Some(r) => {
-                read_from = Some(replica.clone());
-                let directory = Path::new(&r.spec.disk_path).join("replicas").join(&r.spec.data_directory_name);
-                ReplicaAddress::Directory(directory)
-            }
-            None => ReplicaAddress::Tcp(address.clone()),
-        };
-        replicas.insert(replica.clone(), address);
+        if local.is_some_and(|r| r.spec.node_id == role.config.node.as_str()) {
+            read_from = Some(replica.clone());
+        }
+        replicas.insert(replica.clone(), ReplicaAddress::Tcp(address.clone()));
     }
     let config = Config {
         volume: engine.spec.volume_name.clone(),
