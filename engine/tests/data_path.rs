@@ -371,3 +371,20 @@ fn the_nbd_export_serves_the_usual_tools() {
     assert!(volume.shutdown());
     volume.assert_equal(0, 1);
 }
+
+#[test]
+fn memory_of_large_requests_is_given_back() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.attach();
+    // 16 requests of 1 MiB in flight.
+    run(&mut fio(&volume, &["--rw=write", "--bs=1M", "--size=48M"]));
+    let engine = volume.engine_pid();
+    let anonymous_kib = || -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{engine}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    wait_until("the engine has given its buffers back", || anonymous_kib() < 4096);
+    volume.detach_loop();
+    assert!(volume.shutdown());
+}

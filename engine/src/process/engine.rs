@@ -248,6 +248,7 @@ impl Engine {
     pub(super) fn run(&mut self) -> Result<bool, EngineError> {
         let mut events = Vec::with_capacity(32);
         let mut ticked = Instant::now();
+        let mut trimmed = Instant::now();
         loop {
             self.obey();
             self.send_all();
@@ -258,10 +259,10 @@ impl Engine {
             if self.core.has_outputs() {
                 continue;
             }
-            let timeout = self
-                .core
-                .next_tick()
-                .map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
+            let tick = self.core.next_tick().into_iter();
+            let due = tick.chain(self.buffers.has_unused().then_some(limits::TRIM_INTERVAL)).min();
+            let timeout =
+                due.map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) => {}
@@ -278,6 +279,10 @@ impl Engine {
             if events.is_empty() || ticked.elapsed() >= limits::TICK {
                 ticked = Instant::now();
                 self.core.handle(self.started.elapsed(), Event::Tick);
+                if trimmed.elapsed() >= limits::TRIM_INTERVAL {
+                    trimmed = ticked;
+                    self.buffers.trim();
+                }
             }
         }
     }

@@ -86,6 +86,7 @@ pub fn run(config_path: &Path, fuse_fd: RawFd, lives: u32) -> Result<(), EngineE
 }
 
 fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result<(), EngineError> {
+    sys::map_large_allocations();
     let fuse_device = sys::inherit(fuse_fd).map_err(|source| EngineError::Fuse { source })?;
     let signals = sys::termination_events().map_err(|source| EngineError::Events { source })?;
     // Memory that this process needs must not wait for writes that need this process. Best effort: it takes a capability.
