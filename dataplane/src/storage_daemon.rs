@@ -316,6 +316,7 @@ fn head_options(has_base: bool, direct: bool) -> Value {
         "file": NODE_FILE,
         "backing": if has_base { Value::from(NODE_BASE) } else { Value::Null },
         "cache": { "direct": direct },
+        "l2-cache-size": limits::HEAD_TABLE_CACHE,
         "discard": "unmap",
     })
 }
