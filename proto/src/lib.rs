@@ -15,4 +15,5 @@ pub mod csi {
 }
 
 pub mod engine;
+pub mod generation;
 pub mod replica;

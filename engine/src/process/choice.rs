@@ -2,7 +2,7 @@
 
 use proto::replica::Record;
 
-use super::life::Known;
+pub use super::life::Known;
 use crate::core::Set;
 
 /// What a replica said.

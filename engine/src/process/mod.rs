@@ -2,7 +2,8 @@
 //!
 //! One thread was measured to be the fastest layout: it needs the fewest wake-ups, and there is no lock order to think about.
 
-mod choice;
+pub mod beginning;
+pub mod choice;
 mod control;
 mod ending;
 mod engine;

@@ -9,6 +9,7 @@ use proto::engine::{Config, ReplicaAddress};
 use proto::replica::{Reply, Request};
 use tracing::{info, warn};
 
+use super::beginning::{Beginning, Next, Round, is_rival};
 use super::choice::{Answer, Choice, Situation, choose};
 use super::life::LifeFiles;
 use crate::core::Set;
@@ -74,33 +75,36 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         known: known.as_ref(),
         known_to_differ: life.may_differ(),
     };
-    let Choice { mut generation, members, compare } =
-        choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
-    for replica in (0..names.len()).filter(|replica| !members.contains(*replica)) {
+    let choice = choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
+    for replica in (0..names.len()).filter(|replica| !choice.members.contains(*replica)) {
         starting.errors[replica].get_or_insert("it is not a member of the latest generation; it missed writes".into());
     }
+    let Choice { generation, members, compare } = choice;
     info!(volume = %config.volume, generation, members = ?starting.named(members), compare, "members chosen");
-    let (exports, has_rival) = starting.open(generation, members);
-    if has_rival {
-        return Err(nobody(starting.with_errors("another engine raised the generation at the same time")));
-    }
-    let opened = starting.answered(&exports);
-    let data = starting.connect(&exports);
-    let connected = starting.answered(&data);
-    let mut remaining = connected;
-    if remaining != members {
-        warn!(opened = ?starting.named(opened), remaining = ?starting.named(remaining), "going on without some replicas");
-    }
-    // Those that are gone are fenced out before anything is acknowledged.
-    let mut recorded = members;
-    while recorded != remaining && !remaining.is_empty() {
-        generation += 1;
-        recorded = remaining;
-        remaining = starting.fence(generation, remaining, &exports);
-    }
-    if remaining.is_empty() {
-        return Err(nobody(starting.with_errors("none of them could be opened")));
-    }
+    let mut beginning = Beginning::new(choice);
+    let (mut exports, mut data) = (Vec::new(), Vec::new());
+    let Choice { generation, members: remaining, compare } = loop {
+        let mut rival = false;
+        let answered = match beginning.round() {
+            Round::Open { generation, members } => {
+                (exports, rival) = starting.open(generation, members);
+                starting.answered(&exports)
+            }
+            Round::Connect { .. } => {
+                data = starting.connect(&exports);
+                starting.answered(&data)
+            }
+            Round::Fence { generation, members } => {
+                warn!(generation, remaining = ?starting.named(members), "going on without some replicas");
+                starting.fence(generation, members, &exports)
+            }
+        };
+        match beginning.next(answered, rival) {
+            Next::Ask(_) => {}
+            Next::Serve(choice) => break choice,
+            Next::Fail(reason) => return Err(nobody(starting.with_errors(reason))),
+        }
+    };
     let mut members = Vec::new();
     for (replica, (data, export)) in data.into_iter().zip(exports).enumerate() {
         let control = starting.controls[replica].take();
@@ -111,7 +115,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
             _ => None,
         });
     }
-    Ok(Started { generation, members, errors: starting.errors, compare: compare && remaining.len() > 1 })
+    Ok(Started { generation, members, errors: starting.errors, compare })
 }
 
 impl Starting<'_> {
@@ -189,8 +193,7 @@ impl Starting<'_> {
                 Reply::Opened { export } => Ok(export),
                 other => {
                     if let Reply::Status { record, .. } = control.ask(&Request::Status, deadline)?
-                        && (record.generation > generation
-                            || record.generation == generation && record.members != names)
+                        && is_rival(&record, generation, &names)
                     {
                         rival.store(true, Ordering::Relaxed);
                     }
