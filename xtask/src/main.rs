@@ -2,6 +2,7 @@
 
 mod bench;
 mod ci;
+mod fuzz;
 mod generate;
 mod metadata;
 mod supply;
@@ -32,6 +33,8 @@ enum Task {
     Tidy,
     /// Checks licenses, bans, sources and duplicates of dependencies by deny.toml.
     Supply,
+    /// Runs the fuzz targets of fuzz/, a bounded time each.
+    Fuzz(fuzz::Fuzz),
     /// Measures the released binary and prints the table of docs/performance.md.
     Bench(bench::Bench),
     /// Runs all that CI runs, or the named steps.
@@ -42,6 +45,9 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = fuzz::wrap_compiler() {
+        return code;
+    }
     match run(Arguments::parse().task) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -57,6 +63,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Generate { check } => generate::run(check),
         Task::Tidy => tidy::run(root),
         Task::Supply => supply::run(root),
+        Task::Fuzz(options) => fuzz::run(root, &options),
         Task::Bench(options) => bench::run(root, options),
         Task::Ci { steps } => ci::run(root, &steps),
     }

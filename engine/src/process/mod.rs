@@ -9,7 +9,7 @@ mod ending;
 mod engine;
 mod frontends;
 pub(crate) mod life;
-mod nbd_frontend;
+pub mod nbd_frontend;
 mod replica_control;
 mod start;
 
