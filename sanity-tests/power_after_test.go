@@ -19,12 +19,12 @@ func TestPowerAfter(t *testing.T) {
 	m := thisMachine(t)
 	made := m.promisesAt(t)
 	began := time.Now()
-	for n, point := range m.mountPoints() {
+	for n, point := range m.Points {
 		mountDisk(t, m.Disks[n], point)
 	}
 	t.Logf("mounted after %.2f s", time.Since(began).Seconds())
 	m.checkFiles(t, made)
-	if t.Failed() {
+	if t.Failed() || !m.Whole {
 		return
 	}
 	downloads := m.offer(t)
@@ -48,16 +48,10 @@ func TestPowerAfter(t *testing.T) {
 	t.Logf("done after %.2f s", time.Since(began).Seconds())
 }
 
-func (m machine) promisesAt(t *testing.T) (made []promise) {
+// promisesAt lists what must hold after the cut.
+func (m machine) promisesAt(t *testing.T) []promise {
 	t.Helper()
-	text, err := os.ReadFile(m.path("promises.json"))
-	if err == nil {
-		err = json.Unmarshal(text, &made)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return slices.DeleteFunc(made, func(p promise) bool { return !p.holdsAt(m.Cut) })
+	return slices.DeleteFunc(m.promises(t), func(p promise) bool { return !p.holdsAt(m.Cut) })
 }
 
 // replicaRecord is a replica.json.
@@ -69,7 +63,7 @@ type replicaRecord struct {
 // checkFiles looks at the disks before anything runs: what has its final name is whole.
 func (m machine) checkFiles(t *testing.T, made []promise) {
 	t.Helper()
-	data := m.mountPoints()[0]
+	data := m.Points[0]
 	whole := func(pattern string, into func() any) {
 		paths, _ := filepath.Glob(filepath.Join(data, pattern))
 		for _, path := range paths {
@@ -105,24 +99,34 @@ func (m machine) checkFiles(t *testing.T, made []promise) {
 		}
 	}
 	for _, p := range made {
-		switch p.Kind {
-		case imageReady:
-			for _, disk := range p.Paths {
-				found, _ := filepath.Glob(filepath.Join(disk, "backing-images", p.Name+"-*", "backing"))
-				if len(found) != 1 || checksumOf(t, found[0]) != m.Sources[p.Name].Checksum {
-					t.Errorf("%s: the copy on %s is not there and whole: %v", p, disk, found)
-				}
+		if p.Kind != imageReady {
+			continue
+		}
+		for _, disk := range p.Paths {
+			found, _ := filepath.Glob(filepath.Join(disk, "backing-images", p.Name+"-*", "backing"))
+			if len(found) != 1 || checksumOf(t, found[0]) != m.Sources[p.Name].Checksum {
+				t.Errorf("%s: the copy on %s is not there and whole: %v", p, disk, found)
 			}
-		case replicaReached, detachedClean:
-			for _, path := range p.Paths {
-				var record replicaRecord
-				text, err := os.ReadFile(path)
-				if err == nil {
-					err = json.Unmarshal(text, &record)
-				}
-				if err != nil || record.Generation < p.Count || p.Kind == detachedClean && !record.Clean {
-					t.Errorf("%s: it says %+v (%v)", p, record, err)
-				}
+		}
+	}
+	m.checkRecords(t, made)
+}
+
+// checkRecords looks whether replicas know what they answered.
+func (m machine) checkRecords(t *testing.T, made []promise) {
+	t.Helper()
+	for _, p := range made {
+		if p.Kind != replicaReached && p.Kind != detachedClean {
+			continue
+		}
+		for _, path := range p.Paths {
+			var record replicaRecord
+			text, err := os.ReadFile(path)
+			if err == nil {
+				err = json.Unmarshal(text, &record)
+			}
+			if err != nil || record.Generation < p.Count || p.Kind == detachedClean && !record.Clean {
+				t.Errorf("%s: it says %+v (%v, `%s`)", p, record, err, text)
 			}
 		}
 	}

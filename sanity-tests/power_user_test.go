@@ -25,12 +25,16 @@ const machineEnv = "POWER_CUT_MACHINE"
 type machine struct {
 	// Work holds disks, log, images and promises; Root is the directory of the instance, the mount point of the disks.
 	Work, Root string
+	// Points are where the disks belong: the instance's own files, and one disk for each of two nodes.
+	Points []string
 	// Sources are the images that are offered for download, by name.
 	Sources map[string]imageSource
 	// Disks are the images of the disks at the time of the cut; empty for the user's machine.
 	Disks []string
 	// Cut is the position of the log at which power went.
 	Cut int64
+	// Whole: not only the files are looked at.
+	Whole bool
 }
 
 type imageSource struct{ File, Checksum string }
@@ -39,12 +43,6 @@ const (
 	sourceAddress = "127.0.0.1:8088"
 	powerVolume   = "work"
 )
-
-// mountPoints are where the disks belong: the instance's own files, and one disk for each of two nodes.
-func (m machine) mountPoints() []string {
-	data := filepath.Join(m.Root, "data")
-	return []string{data, filepath.Join(data, "nodes/node-1/disk-1"), filepath.Join(data, "nodes/node-2/disk-1")}
-}
 
 func (m machine) path(name string) string { return filepath.Join(m.Work, name) }
 
@@ -149,8 +147,36 @@ const (
 
 // promises are written down while the user works.
 type promises struct {
-	log  string
-	list []promise
+	log, file string
+	list      []promise
+}
+
+func (m machine) newPromises() *promises {
+	return &promises{log: m.path("log"), file: m.path("promises.json")}
+}
+
+func (p *promises) save(t testing.TB) {
+	t.Helper()
+	text, err := json.Marshal(p.list)
+	if err == nil {
+		err = os.WriteFile(p.file, text, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// promises reads all of them.
+func (m machine) promises(t testing.TB) (made []promise) {
+	t.Helper()
+	text, err := os.ReadFile(m.path("promises.json"))
+	if err == nil {
+		err = json.Unmarshal(text, &made)
+	}
+	if err != nil {
+		t.Fatalf("the user wrote no promises down: %v", err)
+	}
+	return made
 }
 
 // position is where the log stands: what was acknowledged before the call is in front of it.
@@ -181,25 +207,21 @@ func (p *promises) end(t testing.TB, which func(promise) bool) {
 
 func (p promise) holdsAt(cut int64) bool { return p.At <= cut && (p.Until == 0 || cut <= p.Until) }
 
-func (p promise) String() string { return fmt.Sprintf("%s: %s %d %v", p.Kind, p.Name, p.Count, p.Paths) }
+func (p promise) String() string {
+	return fmt.Sprintf("%s: %s %d %v", p.Kind, p.Name, p.Count, p.Paths)
+}
 
 // TestPowerUser is the process of the user; alone it does nothing.
 func TestPowerUser(t *testing.T) {
 	m := thisMachine(t)
 	m.offer(t)
-	for n, point := range m.mountPoints() {
+	for n, point := range m.Points {
 		mountDisk(t, m.path(fmt.Sprintf("disk%d", n)), point)
 	}
-	p := &promises{log: m.path("log")}
+	p := m.newPromises()
 	i := m.instance(t)
 	m.work(t, i, p)
-	text, err := json.Marshal(p.list)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(m.path("promises.json"), text, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	p.save(t)
 }
 
 func (m machine) url(image string) string { return "http://" + sourceAddress + "/" + image }
@@ -258,7 +280,7 @@ func (m machine) readyCopies(t *testing.T, i *instance, name string, count int) 
 		ready = readyCopies(o)
 		return conditionOf(o.Status.Conditions, "Ready").Status == "True" && len(ready) == count
 	})
-	for _, disk := range m.mountPoints()[1:] {
+	for _, disk := range m.Points[1:] {
 		if slices.Contains(ready, diskUUID(t, disk)) {
 			disks = append(disks, disk)
 		}
@@ -280,8 +302,8 @@ const recordsFile = "records"
 
 func (w *recorder) attach(t *testing.T, i *instance, p *promises, node int) {
 	t.Helper()
-	i.cli(t, "volume", "mount", powerVolume, "--node", fmt.Sprintf("node-%d", node), w.mount)
 	p.end(t, func(p promise) bool { return p.Kind == detachedClean })
+	i.cli(t, "volume", "mount", powerVolume, "--node", fmt.Sprintf("node-%d", node), w.mount)
 	w.reached(t, i, p)
 	file, err := os.OpenFile(filepath.Join(w.mount, recordsFile), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
