@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 )
@@ -100,17 +99,24 @@ func (r *soloReplica) open(t *testing.T, generation int64) (export string) {
 	return r.ask(t, `{"request":"open","generation":%d,"members":[%q]}`, generation, replicaName).Export
 }
 
-// write writes pattern number n; the cache mode `unsafe` of qemu-io asks for no flush.
-func (r *soloReplica) write(t *testing.T, export, cache string, n int64) {
+// write writes pattern number n, and flushes if asked to.
+func (r *soloReplica) write(t *testing.T, export string, n int64, flush bool) {
 	t.Helper()
-	url := fmt.Sprintf("nbd+unix:///%s?socket=%s", export, filepath.Join(r.dir, "nbd.sock"))
-	must(t, "qemu-io", "-f", "raw", "-t", cache, "-c", patternCommand("write", n), url)
+	client := dialNBD(t, filepath.Join(r.dir, "nbd.sock"), export)
+	defer client.Close()
+	err := client.do(nbdWrite, patternOffset(n), pattern(n))
+	if err == nil && flush {
+		err = client.do(nbdFlush, 0, nil)
+	}
+	if err != nil {
+		t.Fatalf("pattern %d: %v\n%s", n, err, &r.said)
+	}
 }
 
-// patternCommand: neighbors share clusters.
-func patternCommand(verb string, n int64) string {
-	return fmt.Sprintf("%s -P %d %d %d", verb, n+1, n*patternBytes*3/2, patternBytes)
-}
+func pattern(n int64) []byte { return bytes.Repeat([]byte{byte(n + 1)}, patternBytes) }
+
+// patternOffset: neighbors share clusters of 128 KiB.
+func patternOffset(n int64) int64 { return n * patternBytes * 3 / 2 }
 
 // TestPowerReplica is the process of the user; alone it does nothing.
 func TestPowerReplica(t *testing.T) {
@@ -124,14 +130,13 @@ func TestPowerReplica(t *testing.T) {
 		p.end(t, func(p promise) bool { return p.Kind == detachedClean })
 		export := r.open(t, 2*n+1)
 		p.made(t, replicaReached, replicaName, 2*n+1, record)
-		// The flush at the end of qemu-io is that of a user.
-		r.write(t, export, "writeback", written)
+		r.write(t, export, written, true)
 		written++
 		p.made(t, patternWritten, replicaName, written)
 		r.ask(t, `{"request":"fence","generation":%d,"members":[%q],"export":%q}`, 2*n+2, replicaName, export)
 		p.made(t, replicaReached, replicaName, 2*n+2, record)
 		// What nobody has flushed is safe once the replica says that the attachment has ended cleanly.
-		r.write(t, export, "unsafe", written)
+		r.write(t, export, written, false)
 		written++
 		r.ask(t, `{"request":"close","generation":%d}`, 2*n+2)
 		p.made(t, detachedClean, replicaName, 2*n+2, record)
@@ -158,17 +163,17 @@ func TestPowerReplicaAfter(t *testing.T) {
 	r := m.startReplica(t)
 	found := r.ask(t, `{"request":"status"}`).Record
 	export := r.open(t, found.Generation+1)
-	url := fmt.Sprintf("nbd+unix:///%s?socket=%s", export, filepath.Join(r.dir, "nbd.sock"))
+	client := dialNBD(t, filepath.Join(r.dir, "nbd.sock"), export)
+	defer client.Close()
 	for _, p := range made {
 		if p.Kind != patternWritten {
 			continue
 		}
-		arguments := []string{"-r", "-f", "raw"}
 		for n := range p.Count {
-			arguments = append(arguments, "-c", patternCommand("read", n))
-		}
-		if output := must(t, "qemu-io", append(arguments, url)...); strings.Contains(output, "verification failed") || strings.Contains(output, "error") {
-			t.Errorf("%s: %s", p, output)
+			content := make([]byte, patternBytes)
+			if err := client.do(nbdRead, patternOffset(n), content); err != nil || !bytes.Equal(content, pattern(n)) {
+				t.Errorf("%s: pattern %d is not there (%v)", p, n, err)
+			}
 		}
 	}
 	r.ask(t, `{"request":"close","generation":%d}`, found.Generation+1)
