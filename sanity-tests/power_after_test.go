@@ -99,6 +99,14 @@ func (m machine) checkFiles(t *testing.T, made []promise) {
 		}
 	}
 	for _, p := range made {
+		if p.Kind == isGone {
+			// Nobody would ever look for files of an object that is gone.
+			for _, pattern := range []string{"replicas/" + p.Name + "-*", "backing-images/" + p.Name + "-*"} {
+				if left, _ := filepath.Glob(filepath.Join(data, "nodes/*/disk-*", pattern)); len(left) > 0 {
+					t.Errorf("%s: files came back: %v", p, left)
+				}
+			}
+		}
 		if p.Kind != imageReady {
 			continue
 		}

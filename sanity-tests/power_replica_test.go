@@ -81,15 +81,26 @@ type replicaReply struct {
 	Record                 replicaRecord
 }
 
-func (r *soloReplica) ask(t *testing.T, format string, values ...any) (reply replicaReply) {
+// tell sends a request; a refusal is an outcome.
+func (r *soloReplica) tell(t *testing.T, format string, values ...any) (reply replicaReply) {
 	t.Helper()
 	fmt.Fprintf(r.control, format+"\n", values...)
 	line, err := r.lines.ReadString('\n')
 	if err == nil {
 		err = json.Unmarshal([]byte(line), &reply)
 	}
-	if err != nil || reply.Reply == "refused" {
+	if err != nil {
 		t.Fatalf("%s: %v %s\n%s", fmt.Sprintf(format, values...), err, line, &r.said)
+	}
+	return reply
+}
+
+// ask sends a request that must be granted.
+func (r *soloReplica) ask(t *testing.T, format string, values ...any) replicaReply {
+	t.Helper()
+	reply := r.tell(t, format, values...)
+	if reply.Reply == "refused" {
+		t.Fatalf("%s: %s\n%s", fmt.Sprintf(format, values...), reply.Message, &r.said)
 	}
 	return reply
 }
