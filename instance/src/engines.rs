@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::engine::{EngineStatus, InstanceState};
-use api::names::FINALIZER;
+use api::names::{ENGINE_VOLUME_FILE, FINALIZER};
 use api::quantity::SizeBytes;
 use api::{Engine, Replica, condition};
 use dataplane::loop_device::{self, LoopDevice};
@@ -40,7 +40,7 @@ impl Place {
         let directory = role.engines.directory(name);
         Place {
             config: directory.join("config.json"),
-            mount_file: directory.join("volume"),
+            mount_file: directory.join(ENGINE_VOLUME_FILE),
             control: directory.join("control.sock"),
             nbd: directory.join("nbd.sock"),
             directory,
