@@ -89,6 +89,7 @@ type replicaObject struct {
 	Status struct {
 		CurrentState string `json:"currentState"`
 		Generation   int    `json:"generation"`
+		Clean        bool   `json:"clean"`
 	} `json:"status"`
 }
 
@@ -103,9 +104,10 @@ type engineObject struct {
 		VolumeName string `json:"volumeName"`
 	} `json:"spec"`
 	Status struct {
-		CurrentState string `json:"currentState"`
-		Endpoint     string `json:"endpoint"`
-		Generation   int    `json:"generation"`
+		CurrentState   string            `json:"currentState"`
+		Endpoint       string            `json:"endpoint"`
+		Generation     int               `json:"generation"`
+		ReplicaModeMap map[string]string `json:"replicaModeMap"`
 	} `json:"status"`
 }
 
