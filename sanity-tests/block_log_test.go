@@ -15,7 +15,7 @@ import (
 
 // blockLog writes random blocks of a file or device past the page cache, and remembers which content was acknowledged last.
 //
-// Each writer has blocks of its own, so at most one content of a block is on its way. At its end two more writers meet on the
+// Each writer has blocks of its own, so at most one content of a block is on its way. At its end more writers meet on the
 // same blocks: nobody knows what is in them afterwards, but all replicas must have the same.
 type blockLog struct {
 	path    string
@@ -38,9 +38,10 @@ const (
 	writerBlocks = 1024
 	logBlocks    = logWriters * writerBlocks
 	// sharedBlocks come behind those that are looked at.
-	sharedBlocks = 32
-	logSize      = (logBlocks + sharedBlocks) * logBlock
-	longestRun   = 16
+	sharedBlocks  = 64
+	sharedWriters = 6
+	logSize       = (logBlocks + sharedBlocks) * logBlock
+	longestRun    = 16
 	// answeredWithin is far above every wait of the data path while replicas are left.
 	answeredWithin = 60 * time.Second
 	// punchHole and keepSize are of fallocate(2): on a device they become a write of zeroes.
@@ -58,7 +59,7 @@ func startBlockLog(t *testing.T, path string, offset, seed int64) *blockLog {
 	for n := range logWriters {
 		l.start(t, seed+int64(n), func(random *rand.Rand, buffer []byte) error { return l.writeOwn(file, n, random, buffer) })
 	}
-	for n := range 2 {
+	for n := range sharedWriters {
 		l.start(t, seed+int64(logWriters+n), func(random *rand.Rand, buffer []byte) error { return l.writeShared(file, random, buffer) })
 	}
 	go func() {
@@ -73,7 +74,7 @@ func startBlockLog(t *testing.T, path string, offset, seed int64) *blockLog {
 // start runs one writer, which repeats a piece of work with a buffer that is fit for O_DIRECT.
 func (l *blockLog) start(t *testing.T, seed int64, work func(*rand.Rand, []byte) error) {
 	t.Helper()
-	buffer := directBuffer(t, longestRun*logBlock)
+	buffer := directBuffer(t, sharedBlocks*logBlock)
 	random := rand.New(rand.NewSource(seed))
 	l.writers.Go(func() {
 		for {
@@ -141,10 +142,10 @@ func (l *blockLog) writeOwn(file *os.File, writer int, random *rand.Rand, buffer
 	return nil
 }
 
-// writeShared writes somewhere in the blocks that two writers share.
+// writeShared writes somewhere in the blocks that several writers share: much or little, so that a replica is still busy with one when the next comes.
 func (l *blockLog) writeShared(file *os.File, random *rand.Rand, buffer []byte) error {
-	run := 1 + random.Intn(longestRun)
-	first := logBlocks + random.Intn(sharedBlocks-run)
+	run := []int{1, 2, sharedBlocks / 2, sharedBlocks}[random.Intn(4)]
+	first := logBlocks + random.Intn(sharedBlocks-run+1)
 	fillBlock(buffer[:run*logBlock], first, random.Int63())
 	if _, err := file.WriteAt(buffer[:run*logBlock], l.offset+int64(first)*logBlock); err != nil {
 		return fmt.Errorf("write shared block %d: %w", first, err)
