@@ -43,7 +43,7 @@ const (
 	logSize       = (logBlocks + sharedBlocks) * logBlock
 	longestRun    = 16
 	// answeredWithin is far above every wait of the data path while replicas are left.
-	answeredWithin = 60 * time.Second
+	answeredWithin = 30 * time.Second
 	// punchHole and keepSize are of fallocate(2): on a device they become a write of zeroes.
 	keepSize, punchHole = 1, 2
 )

@@ -32,7 +32,7 @@ func fioArguments(path string, offset, seed int64) []string {
 // startFio starts a run.
 func startFio(t *testing.T, args []string) *fio {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*answeredWithin)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*answeredWithin)
 	f := &fio{args: args, done: make(chan error, 1)}
 	command := exec.CommandContext(ctx, "fio", args...)
 	command.Stdout, command.Stderr = &f.output, &f.output

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -91,13 +92,31 @@ type replicaObject struct {
 	Status struct {
 		CurrentState string `json:"currentState"`
 		Generation   int    `json:"generation"`
-		Clean        bool   `json:"clean"`
 	} `json:"status"`
 }
 
 // dir is the directory of its files.
 func (r replicaObject) dir() string {
 	return filepath.Join(r.Spec.DiskPath, "replicas", r.Spec.DataDirectoryName)
+}
+
+// replicaRecord is replica.json: what a replica itself knows of how current it is.
+type replicaRecord struct {
+	Generation int      `json:"generation"`
+	Members    []string `json:"members"`
+	Clean      bool     `json:"clean"`
+}
+
+func (r replicaObject) record(t testing.TB) (record replicaRecord) {
+	t.Helper()
+	content, err := os.ReadFile(filepath.Join(r.dir(), "replica.json"))
+	if err == nil {
+		err = json.Unmarshal(content, &record)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return record
 }
 
 type engineObject struct {

@@ -239,17 +239,31 @@ func untilEqual(t *testing.T, i *instance, id string) {
 	})
 }
 
-// compare compares the replicas that count, when the attachment ended so that they must be equal.
+// compare compares the replicas that count, when the attachment ended so that they must be equal. Those that were lost are behind, by their own records too.
 func (l *lane) compare(t *testing.T, id, image string, wanted int, settled bool) {
 	t.Helper()
-	good := slices.DeleteFunc(replicasOf(t, l.i, id), func(r replicaObject) bool { return r.Spec.FailedAt != "" })
+	var good, lost []replicaObject
+	for _, r := range replicasOf(t, l.i, id) {
+		if r.Spec.FailedAt != "" {
+			lost = append(lost, r)
+			continue
+		}
+		until(t, l.i, 20*time.Second, "replica", r.Metadata.Name, "has stopped", func(r replicaObject) bool { return r.Status.CurrentState == "stopped" })
+		good = append(good, r)
+	}
 	if len(good) != wanted {
 		t.Fatalf("want %d replicas that count, found %+v", wanted, good)
 	}
-	for n, r := range good {
-		good[n] = until(t, l.i, 20*time.Second, "replica", r.Metadata.Name, "has stopped", func(r replicaObject) bool { return r.Status.CurrentState == "stopped" })
+	unclean := false
+	for _, r := range good {
+		record := r.record(t)
+		unclean = unclean || !record.Clean
+		for _, other := range lost {
+			if behind := other.record(t); behind.Generation >= record.Generation || slices.Contains(record.Members, other.Metadata.Name) {
+				t.Errorf("%s was lost, but its record %+v is not behind %+v", other.Metadata.Name, behind, record)
+			}
+		}
 	}
-	unclean := slices.ContainsFunc(good, func(r replicaObject) bool { return !r.Status.Clean })
 	if unclean && settled {
 		t.Errorf("an attachment that ended well left records that are not clean: %+v", good)
 	}
