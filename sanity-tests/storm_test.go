@@ -139,7 +139,8 @@ func (s *storm) stopSomething(t *testing.T) {
 	}
 	// Not a wait: it is the stop that is tested, and nothing happens at its end.
 	time.Sleep(pause)
-	if err := syscall.Kill(victim.pid, syscall.SIGCONT); err != nil {
+	// A holder may have replaced an engine that was silent.
+	if err := syscall.Kill(victim.pid, syscall.SIGCONT); err != nil && !slices.Contains(victim.args, "engine") {
 		t.Fatalf("cannot continue %s: %v", victim, err)
 	}
 }
