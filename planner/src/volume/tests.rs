@@ -295,6 +295,17 @@ fn never_attaches_elsewhere_while_an_engine_may_still_write() {
 }
 
 #[test]
+fn says_who_uses_the_device_of_an_engine_that_died() {
+    let mut o = world("on=n1; engine=stopping:4@n1; map=r1,r2; recorded=4; r1=running:4{r1,r2} r2=running:4{r1,r2}");
+    let status = o.engine.as_mut().unwrap().status.as_mut().unwrap();
+    let died = Condition::new(READY, ConditionStatus::False, "EngineEnded", "the engine's holder ended");
+    let busy = Condition::new(DETACHED, ConditionStatus::False, "DeviceBusy", "/dev/loop0 is in use by the mount on /m");
+    status.conditions.extend([died, busy]);
+    let waits = condition::find(&decide(&o).status.conditions, DETACHED).unwrap().message.clone();
+    assert_eq!(waits, "the engine on node n1 is stopping: /dev/loop0 is in use by the mount on /m");
+}
+
+#[test]
 fn detaches_the_engine_before_the_replicas() {
     check(
         "wish=; engine=running:4@n1; map=r1,r2,r3; recorded=4; r1=running:4 r2=running:4 r3=running:4",
