@@ -106,6 +106,7 @@ type engineObject struct {
 		CurrentState string `json:"currentState"`
 		Endpoint     string `json:"endpoint"`
 		Generation   int    `json:"generation"`
+		Version      string `json:"version"`
 	} `json:"status"`
 }
 

@@ -30,7 +30,7 @@ pub enum EngineError {
     )]
     GaveUp { volume: String, limit_ms: u64, last: String },
     #[error(
-        "the engine of volume `{volume}` ended ({last}) and cannot be replaced: {NOT_REPLACEABLE}; requests on its device fail, the data stays on the replicas; the volume must be attached again"
+        "the engine of volume `{volume}` ended ({last}) and is not replaced: {NOT_REPLACEABLE}; the data stays on the replicas, and the volume can be attached again"
     )]
     Lost { volume: String, last: String },
     #[error("the engine of volume `{volume}` made room for the next one")]

@@ -101,10 +101,15 @@ pub fn run(config_path: &Path, engine_command: Vec<OsString>) -> Result<(), Engi
     };
     let result = holder.hold();
     match &result {
-        Ok(()) => mount::detach(&holder.config.mount_file),
-        Err(_) => mount::abort(&holder.config.mount_file),
+        Ok(()) => {
+            mount::detach(&holder.config.mount_file);
+            holder.life.set_holder_report(None);
+        }
+        Err(error) => {
+            mount::abort(&holder.config.mount_file);
+            holder.report_end(error);
+        }
     }
-    holder.life.set_holder_report(None);
     result
 }
 
@@ -206,6 +211,7 @@ impl Holder {
         let left = self.gives_up_at().saturating_duration_since(Instant::now());
         self.life.set_holder_report(Some(&HolderReport {
             problem: problem.to_owned(),
+            silent: false,
             since_ms: milliseconds(self.waits_since),
             attempts: self.failed_starts,
             then: "its device is given up".into(),
@@ -214,10 +220,18 @@ impl Holder {
         }));
     }
 
+    /// The last words, for whoever finds the holder gone.
+    fn report_end(&self, error: &EngineError) {
+        let problem = error.chain();
+        let since_ms = milliseconds(self.waits_since);
+        self.life.set_holder_report(Some(&HolderReport { problem, since_ms, ..HolderReport::default() }));
+    }
+
     /// Says that an engine does not answer.
     fn report_silence(&self, pid: u32, since: SystemTime) {
         self.life.set_holder_report(Some(&HolderReport {
             problem: format!("the engine (process {pid}) does not answer"),
+            silent: true,
             since_ms: milliseconds(since),
             attempts: 0,
             then: "it is killed and replaced".into(),

@@ -68,6 +68,8 @@ fn yes() -> bool {
 pub struct HolderReport {
     /// What is wrong, a sentence.
     pub problem: String,
+    /// The engine is there and does not answer; otherwise there is none.
+    pub silent: bool,
     /// Since when I/O waits.
     pub since_ms: u64,
     /// Engines that were started since then.

@@ -188,9 +188,11 @@ impl Starting<'_> {
             match control.ask(&Request::Open { generation, members: names.clone() }, deadline)? {
                 Reply::Opened { export } => Ok(export),
                 other => {
-                    if let Reply::Status { record, .. } = control.ask(&Request::Status, deadline)?
+                    // The same generation with the same members is our own when nothing serves: the replica could not open an
+                    // export. When something does, it is somebody else's, who began at the same moment as we did.
+                    if let Reply::Status { record, export, .. } = control.ask(&Request::Status, deadline)?
                         && (record.generation > generation
-                            || record.generation == generation && record.members != names)
+                            || record.generation == generation && (record.members != names || export.is_some()))
                     {
                         rival.store(true, Ordering::Relaxed);
                     }
