@@ -129,6 +129,7 @@ type engineObject struct {
 		Endpoint       string            `json:"endpoint"`
 		Generation     int               `json:"generation"`
 		ReplicaModeMap map[string]string `json:"replicaModeMap"`
+		Version        string            `json:"version"`
 	} `json:"status"`
 }
 
