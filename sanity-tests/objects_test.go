@@ -59,9 +59,12 @@ type imageObject struct {
 }
 
 type diskFileStatus struct {
-	State    string `json:"state"`
-	Progress int    `json:"progress"`
-	Message  string `json:"message"`
+	State      string `json:"state"`
+	Progress   int    `json:"progress"`
+	Message    string `json:"message"`
+	ErrorKind  string `json:"errorKind"`
+	VerifiedAt string `json:"verifiedAt"`
+	Damage     string `json:"damage"`
 }
 
 type volumeObject struct {
