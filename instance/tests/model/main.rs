@@ -9,6 +9,7 @@
 
 mod array;
 mod clients;
+mod nbd;
 mod run;
 mod steps;
 mod world;
