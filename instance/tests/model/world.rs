@@ -1,6 +1,7 @@
 //! A volume with real replica processes, holder, engine and loop device. Dropping it takes all of them away.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,6 +12,7 @@ use backing_image_instance::replica_process::{Config as ReplicaConfig, Image, re
 use dataplane::storage_daemon::BaseFormat;
 use engine::{control_client, process};
 use proto::engine::{Config, ReplicaAddress, ReplicaState, Status};
+use proto::replica::{Record, Reply, Request};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::array::fill;
@@ -64,7 +66,7 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-fn run(command: &mut Command) -> String {
+pub fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?} cannot be started: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
@@ -168,10 +170,15 @@ impl World {
         }
     }
 
-    /// Starts all replicas, those that are stale as well, and serves the volume.
-    pub fn attach(&mut self) {
+    /// Starts all replicas, those that are stale as well.
+    pub fn start_replicas(&mut self) {
         self.replicas.iter_mut().for_each(Replica::launch);
         self.replicas.iter_mut().for_each(Replica::wait);
+    }
+
+    /// Starts all replicas and serves the volume.
+    pub fn attach(&mut self) {
+        self.start_replicas();
         let records: Vec<_> = self.current.iter().map(|r| self.replicas[*r].record()).collect();
         // As the controller decides it.
         let highest = records.iter().map(|record| record.generation).max().unwrap();
@@ -276,6 +283,27 @@ impl World {
         self.current.remove(&number);
     }
 
+    pub fn record(&self, number: usize) -> Record {
+        self.replicas[number].record()
+    }
+
+    pub fn replica_address(&self, number: usize) -> SocketAddr {
+        self.replicas[number].config.listen
+    }
+
+    pub fn ask_replica(&self, number: usize, request: &Request) -> Reply {
+        let control = self.replicas[number].config.directory.join("control.sock");
+        let mut stream = runtime::socket::connect_blocking(&control).unwrap();
+        stream.write_all(format!("{}\n", serde_json::to_string(request).unwrap()).as_bytes()).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// The chain of a replica as QEMU opens it by hand, when its processes have ended.
     pub fn chain(&self, number: usize) -> String {
         let replica = &self.replicas[number].config;
@@ -334,7 +362,7 @@ impl Replica {
         std::fs::read_to_string(self.file.with_extension("log")).unwrap_or_default()
     }
 
-    fn record(&self) -> proto::replica::Record {
+    fn record(&self) -> Record {
         read_record(&self.config.directory).unwrap().unwrap()
     }
 
