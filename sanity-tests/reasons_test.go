@@ -28,7 +28,7 @@ type waiting struct {
 const (
 	// reasonWithin is how long something may be new before it says what it waits for.
 	reasonWithin = 2 * time.Second
-	sampleEvery  = 250 * time.Millisecond
+	sampleEvery  = 400 * time.Millisecond
 )
 
 // watchReasons looks at everything that waits, until stopped or the end of the test: each has a reason in a condition, and `why` tells it.
