@@ -336,6 +336,26 @@ fn starts_replicas_again_whose_process_ended() {
 }
 
 #[test]
+fn an_engine_whose_replicas_all_ended_before_it_served_begins_anew() {
+    check(
+        "on=n1; wish=; engine=starting:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=error:4{r1,r2}",
+        expect![[r#"
+            r1 Running
+            r2 Running
+            engine Stopped at n1 with r1,r2 above 4
+            Detaching Unknown Detaching: the engine on node n1 is being stopped"#]],
+    );
+    // One that serves keeps its requests waiting, and one that has a replica left serves with that.
+    for goes_on in [
+        "on=n1; wish=; engine=running:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=error:4{r1,r2}",
+        "on=n1; wish=; engine=starting:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=running:4{r1,r2}",
+    ] {
+        let stops = |a: &Action| matches!(a, Action::SetEngineSpec(s) if s.desire_state == DesireState::Stopped);
+        assert!(!decide(&world(goes_on)).actions.iter().any(stops), "{goes_on}");
+    }
+}
+
+#[test]
 fn replicas_are_looked_at_anew_when_an_engine_ended_by_surprise() {
     let o = world("on=n1; wish=; engine=error:3@n1; recorded=3; map=r1,r2; r1=running:0 r2=running:0");
     let told: Vec<bool> = decide(&o)
