@@ -53,7 +53,6 @@ func TestWhatWasKilledInTheMiddleEndsAsWished(t *testing.T) {
 		}},
 		{"attach alone", duringAttachAlone, map[string]func(*testing.T, *middle){
 			"replica process": killOne("replica"), "storage daemon": killOne("qemu-storage-daemon"),
-			"replica process late": whenThere("engine-holder", killOne("replica")),
 		}},
 		{"detach", duringDetach, map[string]func(*testing.T, *middle){
 			"replica process": killOne("replica"), "storage daemon": killOne("qemu-storage-daemon"), "engine": killOne("engine"),
