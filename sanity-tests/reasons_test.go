@@ -3,6 +3,7 @@ package sanitytests
 import (
 	"fmt"
 	"reflect"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -24,6 +25,9 @@ type waiting struct {
 		Conditions   []condition `json:"conditions"`
 	} `json:"status"`
 }
+
+// replicaNames finds the names of replicas in a sentence.
+var replicaNames = regexp.MustCompile(`\S+-r-[0-9a-f]{8}`)
 
 const (
 	// reasonWithin is how long something may be new before it says what it waits for.
@@ -114,19 +118,24 @@ func silence(i *instance, kind string, o waiting) string {
 		}
 	}
 	seen := fmt.Sprintf("%+v", o.Status)
-	message := ""
+	var reason condition
 	for _, name := range about {
 		c := conditionOf(o.Status.Conditions, name)
-		if message == "" && c.Reason != "" && !strings.HasSuffix(strings.TrimSpace(c.Message), ":") {
-			message = c.Message
+		if reason.Message == "" && c.Reason != "" && !strings.HasSuffix(strings.TrimSpace(c.Message), ":") {
+			reason = c
 		}
 	}
-	if message == "" {
+	if reason.Message == "" {
 		return "no condition has a reason and a message: " + seen
 	}
-	if why := i.why(kind, o.Metadata.Name); !strings.Contains(why, message[1:]) {
+	told := []string{reason.Message[1:]}
+	if reason.Status == "True" {
+		// A volume that is degraded, and works: why tells it replica by replica.
+		told = append(replicaNames.FindAllString(reason.Message, -1), "degraded")
+	}
+	if why := i.why(kind, o.Metadata.Name); !says(why, told) {
 		if now, _, err := tryGet[waiting](i, kind, o.Metadata.Name); err == nil && reflect.DeepEqual(now, o) {
-			return fmt.Sprintf("its condition says `%s`, but why says: %s", message, why)
+			return fmt.Sprintf("its condition says `%s`, but why says: %s", reason.Message, why)
 		}
 	}
 	return ""
