@@ -39,7 +39,7 @@ const (
 func watchReasons(t *testing.T, i *instance) (stop func()) {
 	t.Helper()
 	end, ended := make(chan struct{}), make(chan struct{})
-	since := map[string]time.Time{}
+	since, told := map[string]time.Time{}, map[string]waiting{}
 	go func() {
 		defer close(ended)
 		tick := time.NewTicker(sampleEvery)
@@ -50,7 +50,7 @@ func watchReasons(t *testing.T, i *instance) (stop func()) {
 				return
 			case <-tick.C:
 			}
-			silent := withoutReason(i)
+			silent := withoutReason(i, told)
 			if silent == nil {
 				// Nobody answers while the instance is dead.
 				clear(since)
@@ -79,8 +79,8 @@ func watchReasons(t *testing.T, i *instance) (stop func()) {
 	return stop
 }
 
-// withoutReason is what waits now without saying why; nil when nobody can be asked.
-func withoutReason(i *instance) map[string]string {
+// withoutReason is what waits now without saying why; nil when nobody can be asked. What is told is not asked for again until it changes.
+func withoutReason(i *instance, told map[string]waiting) map[string]string {
 	silent := map[string]string{}
 	for _, kind := range []string{"backingimage", "volume", "replica", "engine", "backingimagemanager", "backingimagedatasource"} {
 		objects, err := tryList[waiting](i, kind)
@@ -88,9 +88,15 @@ func withoutReason(i *instance) map[string]string {
 			return nil
 		}
 		for _, o := range objects {
-			if what := silence(i, kind, o); what != "" {
-				silent[kind+" "+o.Metadata.Name] = what
+			key := kind + " " + o.Metadata.Name
+			if reflect.DeepEqual(told[key], o) {
+				continue
 			}
+			if what := silence(i, kind, o); what != "" {
+				silent[key] = what
+				continue
+			}
+			told[key] = o
 		}
 	}
 	return silent
