@@ -65,7 +65,12 @@ pub fn run(root: &Path, only: &[String], long: bool) -> anyhow::Result<()> {
         let result = step.run(root);
         done.push((step.name, began.elapsed(), result.is_ok()));
         if let Err(error) = result {
-            failure = Some(error.context(format!("step `{}` failed (alone: cargo xtask ci {}{})", step.name, if long { "--long " } else { "" }, step.name)));
+            failure = Some(error.context(format!(
+                "step `{}` failed (alone: cargo xtask ci {}{})",
+                step.name,
+                if long { "--long " } else { "" },
+                step.name
+            )));
             break;
         }
     }
