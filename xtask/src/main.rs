@@ -41,6 +41,9 @@ enum Task {
     Ci {
         /// Steps to run; all when none is named.
         steps: Vec<String>,
+        /// The long form of what searches at random, for hours, instead of all that CI runs.
+        #[arg(long)]
+        long: bool,
     },
 }
 
@@ -65,7 +68,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Supply => supply::run(root),
         Task::Fuzz(options) => fuzz::run(root, &options),
         Task::Bench(options) => bench::run(root, options),
-        Task::Ci { steps } => ci::run(root, &steps),
+        Task::Ci { steps, long } => ci::run(root, &steps, long),
     }
 }
 
