@@ -22,6 +22,7 @@ pub struct Known {
 #[derive(Clone, Debug)]
 pub struct LifeFiles {
     known: PathBuf,
+    claimed: PathBuf,
     differ: PathBuf,
     failure: PathBuf,
     lock: PathBuf,
@@ -37,6 +38,7 @@ impl LifeFiles {
     pub fn of(control_socket: &Path) -> LifeFiles {
         LifeFiles {
             known: beside(control_socket, ".generation"),
+            claimed: beside(control_socket, ".claimed"),
             differ: beside(control_socket, ".differ"),
             failure: beside(control_socket, ".failure"),
             lock: beside(control_socket, ".lock"),
@@ -45,7 +47,7 @@ impl LifeFiles {
 
     /// Forgets an earlier attachment.
     pub fn forget(&self) -> io::Result<()> {
-        for path in [&self.known, &self.differ, &self.failure] {
+        for path in [&self.known, &self.claimed, &self.differ, &self.failure] {
             runtime::files::remove_if_present(path)?;
         }
         Ok(())
@@ -63,6 +65,22 @@ impl LifeFiles {
         let temporary = runtime::files::temporary_name(&self.known);
         std::fs::write(&temporary, serde_json::to_vec(known)?)?;
         std::fs::rename(&temporary, &self.known)
+    }
+
+    /// The highest generation that an engine of this attachment may have asked a replica to record; 0 before the first.
+    pub fn claimed(&self) -> io::Result<u64> {
+        match std::fs::read_to_string(&self.claimed) {
+            Ok(text) => text.trim().parse().map_err(io::Error::other),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Written before a replica is asked for the first of the generations up to this one.
+    pub fn set_claimed(&self, generation: u64) -> io::Result<()> {
+        let temporary = runtime::files::temporary_name(&self.claimed);
+        std::fs::write(&temporary, generation.to_string())?;
+        std::fs::rename(&temporary, &self.claimed)
     }
 
     /// Whether replicas may differ in a way that repeating unanswered requests does not heal.
@@ -116,9 +134,13 @@ mod tests {
         let known = Known { generation: 9, members: vec!["r1".into()] };
         files.set_known(&known).unwrap();
         files.set_may_differ(true).unwrap();
+        assert_eq!(files.claimed().unwrap(), 0);
+        files.set_claimed(11).unwrap();
         let next = LifeFiles::of(&folder.path().join("engine.sock"));
         assert_eq!((next.known().unwrap(), next.may_differ()), (Some(known), true));
+        assert_eq!(next.claimed().unwrap(), 11);
         next.forget().unwrap();
+        assert_eq!(files.claimed().unwrap(), 0);
         assert_eq!((files.known().unwrap(), files.may_differ()), (None, false));
     }
 }

@@ -73,6 +73,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         answers: &answers,
         first_life: lives == 0,
         known: known.as_ref(),
+        claimed: life.claimed().map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?,
         known_to_differ: life.may_differ(),
     };
     let choice = choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
@@ -81,6 +82,8 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
     }
     let Choice { generation, members, compare } = choice;
     info!(volume = %config.volume, generation, members = ?starting.named(members), compare, "members chosen");
+    let claims = life.set_claimed(choice.claims());
+    claims.map_err(|error| nobody(format!("the generation that is to be asked for cannot be noted: {error}")))?;
     let mut beginning = Beginning::new(choice);
     let (mut exports, mut data) = (Vec::new(), Vec::new());
     let Choice { generation, members: remaining, compare } = loop {

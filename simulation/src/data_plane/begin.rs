@@ -37,6 +37,7 @@ pub struct Attachment {
     without_engine: u64,
     quick_deaths: u32,
     pub known: Option<Known>,
+    claimed: u64,
     pub differ: bool,
     /// What the instance role heard of the engine.
     pub told: Option<Told>,
@@ -98,6 +99,7 @@ impl Attachment {
             without_engine: now,
             quick_deaths: 0,
             known: None,
+            claimed: 0,
             differ: false,
             told: None,
             device: false,
@@ -157,7 +159,7 @@ impl World {
         let attachment = &mut self.attachments[a];
         let count = attachment.config.replicas.len();
         if attachment.lives == 0 {
-            (attachment.known, attachment.differ) = (None, false);
+            (attachment.known, attachment.claimed, attachment.differ) = (None, 0, false);
         }
         let start = Start {
             round: 1,
@@ -333,6 +335,7 @@ impl World {
         }
         let attachment = &mut self.attachments[a];
         let (known, differ, lives) = (attachment.known.clone(), attachment.differ, attachment.lives);
+        let mut claimed = attachment.claimed;
         let config = attachment.config.clone();
         let start = start_of(attachment);
         let next = match &mut start.beginning {
@@ -344,10 +347,12 @@ impl World {
                     answers: &start.answers,
                     first_life: lives == 0,
                     known: known.as_ref(),
+                    claimed,
                     known_to_differ: differ,
                 };
                 match choose(&situation) {
                     Ok(choice) => {
+                        claimed = choice.claims();
                         let beginning = Beginning::new(choice);
                         let round = beginning.round();
                         start.beginning = Some(beginning);
@@ -358,6 +363,7 @@ impl World {
             }
             Some(beginning) => beginning.next(start.answered, start.rival),
         };
+        attachment.claimed = claimed;
         match next {
             Next::Ask(round) => self.ask(a, round),
             Next::Serve(choice) => self.serve(a, choice),

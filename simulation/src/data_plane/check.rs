@@ -173,7 +173,9 @@ impl World {
             };
             sights.insert(self.replicas[r].name.clone(), sight);
         }
-        let judgement = judge(&sights, self.controller.engine.spec.generation);
+        let engine = &self.controller.engine;
+        let recorded = engine.status.as_ref().map_or(0, |s| s.generation).max(engine.spec.generation);
+        let judgement = judge(&sights, recorded);
         if judgement.refused.is_some() {
             return self.tally.add("judgements that refused", 1);
         }
@@ -247,7 +249,7 @@ impl World {
             .map(|r| r.record.members.clone())
             .collect();
         for r in 0..self.replicas.len() {
-            if !self.replicas[r].lossy || !newest.iter().any(|members| members.contains(&self.replicas[r].name)) {
+            if !self.replicas[r].lossy || !self.has_rivals() && !newest.iter().any(|members| members.contains(&self.replicas[r].name)) {
                 continue;
             }
             for block in 0..super::BLOCKS {
@@ -270,7 +272,11 @@ impl World {
     pub(super) fn check_final(&mut self) {
         let good: Vec<usize> =
             (0..self.replicas.len()).filter(|r| self.controller.replicas[*r].spec.failed_at.is_empty()).collect();
-        assert!(!good.is_empty(), "finished without a good replica: {}", self.state());
+        if good.is_empty() {
+            // The last one was dropped within the last attachment.
+            self.end = Some(super::End::Faulted);
+            return self.check_faulted();
+        }
         for &r in &good {
             self.check_equal(good[0], r);
             let missed = self.misses(r);
