@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod generate;
 mod metadata;
+mod simulate;
 mod supply;
 mod tidy;
 
@@ -34,6 +35,8 @@ enum Task {
     Supply,
     /// Measures the released binary and prints the table of docs/performance.md.
     Bench(bench::Bench),
+    /// Runs the data plane in its simulation, with faults everywhere: 100,000 seeded runs, more or one.
+    Simulate(simulate::Simulate),
     /// Runs all that CI runs, or the named steps.
     Ci {
         /// Steps to run; all when none is named.
@@ -58,6 +61,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Tidy => tidy::run(root),
         Task::Supply => supply::run(root),
         Task::Bench(options) => bench::run(root, options),
+        Task::Simulate(options) => simulate::run(root, &options),
         Task::Ci { steps } => ci::run(root, &steps),
     }
 }
