@@ -243,7 +243,14 @@ impl World {
         self.attachments[a].config.replicas.iter().position(|other| *other == replica)
     }
 
-    pub(super) fn control_answer(&mut self, life: u32, round: u32, replica: usize, incarnation: u32, reply: Option<Reply>) {
+    pub(super) fn control_answer(
+        &mut self,
+        life: u32,
+        round: u32,
+        replica: usize,
+        incarnation: u32,
+        reply: Option<Reply>,
+    ) {
         let Some(a) = self.of_life(life) else { return };
         let Some(place) = self.place(a, replica) else { return };
         let engine = self.attachments[a].life.as_mut().expect("it asked");
@@ -268,8 +275,7 @@ impl World {
                 false
             }
             (Some(Round::Open { generation, members }), Some(Reply::Status { record, .. })) => {
-                let names: Vec<String> =
-                    members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
+                let names: Vec<String> = members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
                 start_of(&mut self.attachments[a]).rival |= is_rival(&record, generation, &names);
                 false
             }
@@ -286,7 +292,8 @@ impl World {
         let target = &self.replicas[replica];
         let stopped = target.stopped_until;
         if stopped > self.now {
-            return self.at(stopped + 1, Happening::Connect { life, round, replica, incarnation, export: export.into() });
+            return self
+                .at(stopped + 1, Happening::Connect { life, round, replica, incarnation, export: export.into() });
         }
         let serves = target.incarnation == incarnation && is_up(target) && target.export.as_deref() == Some(export);
         let Some(a) = self.of_life(life) else { return };
@@ -324,7 +331,8 @@ impl World {
 
     pub(super) fn round_over(&mut self, life: u32, round: u32) {
         let Some(a) = self.of_life(life) else { return };
-        if matches!(&self.attachments[a].life.as_ref().expect("it begins").stage, Stage::Beginning(s) if s.round == round) {
+        if matches!(&self.attachments[a].life.as_ref().expect("it begins").stage, Stage::Beginning(s) if s.round == round)
+        {
             self.finish_round(a);
         }
     }
@@ -335,7 +343,7 @@ impl World {
         }
         let attachment = &mut self.attachments[a];
         let (known, differ, lives) = (attachment.known.clone(), attachment.differ, attachment.lives);
-        let mut claimed = attachment.claimed;
+        let (mut claimed, mut may_differ) = (attachment.claimed, differ);
         let config = attachment.config.clone();
         let start = start_of(attachment);
         let next = match &mut start.beginning {
@@ -353,6 +361,7 @@ impl World {
                 match choose(&situation) {
                     Ok(choice) => {
                         claimed = choice.claims();
+                        may_differ |= choice.compare;
                         let beginning = Beginning::new(choice);
                         let round = beginning.round();
                         start.beginning = Some(beginning);
@@ -363,7 +372,7 @@ impl World {
             }
             Some(beginning) => beginning.next(start.answered, start.rival),
         };
-        attachment.claimed = claimed;
+        (attachment.claimed, attachment.differ) = (claimed, may_differ);
         match next {
             Next::Ask(round) => self.ask(a, round),
             Next::Serve(choice) => self.serve(a, choice),
