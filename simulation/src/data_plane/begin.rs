@@ -37,6 +37,7 @@ pub struct Attachment {
     without_engine: u64,
     quick_deaths: u32,
     pub known: Option<Known>,
+    claimed: u64,
     pub differ: bool,
     /// What the instance role heard of the engine.
     pub told: Option<Told>,
@@ -98,6 +99,7 @@ impl Attachment {
             without_engine: now,
             quick_deaths: 0,
             known: None,
+            claimed: 0,
             differ: false,
             told: None,
             device: false,
@@ -157,7 +159,7 @@ impl World {
         let attachment = &mut self.attachments[a];
         let count = attachment.config.replicas.len();
         if attachment.lives == 0 {
-            (attachment.known, attachment.differ) = (None, false);
+            (attachment.known, attachment.claimed, attachment.differ) = (None, 0, false);
         }
         let start = Start {
             round: 1,
@@ -241,7 +243,14 @@ impl World {
         self.attachments[a].config.replicas.iter().position(|other| *other == replica)
     }
 
-    pub(super) fn control_answer(&mut self, life: u32, round: u32, replica: usize, incarnation: u32, reply: Option<Reply>) {
+    pub(super) fn control_answer(
+        &mut self,
+        life: u32,
+        round: u32,
+        replica: usize,
+        incarnation: u32,
+        reply: Option<Reply>,
+    ) {
         let Some(a) = self.of_life(life) else { return };
         let Some(place) = self.place(a, replica) else { return };
         let engine = self.attachments[a].life.as_mut().expect("it asked");
@@ -266,8 +275,7 @@ impl World {
                 false
             }
             (Some(Round::Open { generation, members }), Some(Reply::Status { record, export, .. })) => {
-                let names: Vec<String> =
-                    members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
+                let names: Vec<String> = members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
                 start_of(&mut self.attachments[a]).rival |= is_rival(&record, export.is_some(), generation, &names);
                 false
             }
@@ -284,7 +292,8 @@ impl World {
         let target = &self.replicas[replica];
         let stopped = target.stopped_until;
         if stopped > self.now {
-            return self.at(stopped + 1, Happening::Connect { life, round, replica, incarnation, export: export.into() });
+            return self
+                .at(stopped + 1, Happening::Connect { life, round, replica, incarnation, export: export.into() });
         }
         let serves = target.incarnation == incarnation && is_up(target) && target.export.as_deref() == Some(export);
         let Some(a) = self.of_life(life) else { return };
@@ -322,7 +331,8 @@ impl World {
 
     pub(super) fn round_over(&mut self, life: u32, round: u32) {
         let Some(a) = self.of_life(life) else { return };
-        if matches!(&self.attachments[a].life.as_ref().expect("it begins").stage, Stage::Beginning(s) if s.round == round) {
+        if matches!(&self.attachments[a].life.as_ref().expect("it begins").stage, Stage::Beginning(s) if s.round == round)
+        {
             self.finish_round(a);
         }
     }
@@ -333,6 +343,7 @@ impl World {
         }
         let attachment = &mut self.attachments[a];
         let (known, differ, lives) = (attachment.known.clone(), attachment.differ, attachment.lives);
+        let (mut claimed, mut may_differ) = (attachment.claimed, differ);
         let config = attachment.config.clone();
         let start = start_of(attachment);
         let next = match &mut start.beginning {
@@ -344,10 +355,13 @@ impl World {
                     answers: &start.answers,
                     first_life: lives == 0,
                     known: known.as_ref(),
+                    claimed,
                     known_to_differ: differ,
                 };
                 match choose(&situation) {
                     Ok(choice) => {
+                        claimed = choice.claims();
+                        may_differ |= choice.compare;
                         let beginning = Beginning::new(choice);
                         let round = beginning.round();
                         start.beginning = Some(beginning);
@@ -358,6 +372,7 @@ impl World {
             }
             Some(beginning) => beginning.next(start.answered, start.rival),
         };
+        (attachment.claimed, attachment.differ) = (claimed, may_differ);
         match next {
             Next::Ask(round) => self.ask(a, round),
             Next::Serve(choice) => self.serve(a, choice),

@@ -73,7 +73,10 @@ impl User {
 
     pub fn describe(&self) -> String {
         let User { device, budget, phases, sweep, detaching, .. } = self;
-        format!("device {device:?}, {} open, budget {budget}, phases {phases}, sweep {sweep:?}, detaching {detaching}", self.open.len())
+        format!(
+            "device {device:?}, {} open, budget {budget}, phases {phases}, sweep {sweep:?}, detaching {detaching}",
+            self.open.len()
+        )
     }
 }
 
@@ -220,6 +223,9 @@ impl World {
                 break;
             }
             submitted += 1;
+            if self.user.nbd && self.of_attachment(device).is_some_and(|a| self.attachments[a].serving().is_none()) {
+                break;
+            }
         }
         if submitted == 0 && self.user.open.is_empty() && self.user.device == Some(device) {
             self.close_device();
@@ -350,7 +356,10 @@ impl World {
             return;
         }
         let request = self.user.open.remove(&tag).expect("a request is completed once");
-        let Some((_, serving)) = self.attachments[a].life.as_ref().map(|life| life.id).and_then(|l| self.serving(l)) else { return };
+        let Some((_, serving)) = self.attachments[a].life.as_ref().map(|life| life.id).and_then(|l| self.serving(l))
+        else {
+            return;
+        };
         let bytes = match request.operation {
             Operation::Read | Operation::Write => {
                 serving.free.push(request.buffer);
