@@ -172,8 +172,8 @@ func TestPowerReplicaAfter(t *testing.T) {
 	}
 	// It goes on with the next generation, and serves what was written.
 	r := m.startReplica(t)
-	found := r.ask(t, `{"request":"status"}`).Record
-	export := r.open(t, found.Generation+1)
+	next := int64(r.ask(t, `{"request":"status"}`).Record.Generation) + 1
+	export := r.open(t, next)
 	client := dialNBD(t, filepath.Join(r.dir, "nbd.sock"), export)
 	defer client.Close()
 	for _, p := range made {
@@ -187,5 +187,5 @@ func TestPowerReplicaAfter(t *testing.T) {
 			}
 		}
 	}
-	r.ask(t, `{"request":"close","generation":%d}`, found.Generation+1)
+	r.ask(t, `{"request":"close","generation":%d}`, next)
 }

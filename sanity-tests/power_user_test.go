@@ -257,7 +257,7 @@ func (m machine) work(t *testing.T, i *instance, p *promises) {
 	for range 12 {
 		w.write(t, p)
 	}
-	p.end(t, func(p promise) bool { return p.Kind == replicaReached && slices.Contains(p.Paths, victim.record()) })
+	p.end(t, func(p promise) bool { return p.Kind == replicaReached && slices.Contains(p.Paths, victim.recordFile()) })
 	p.made(t, replicaDropped, victim.Metadata.Name, 0)
 	w.reached(t, i, p)
 	w.detach(t, i, p)
@@ -288,8 +288,8 @@ func (m machine) readyCopies(t *testing.T, i *instance, name string, count int) 
 	return disks
 }
 
-// record is the path of a replica's durable record.
-func (r replicaObject) record() string { return filepath.Join(r.dir(), "replica.json") }
+// recordFile is the path of a replica's durable record.
+func (r replicaObject) recordFile() string { return filepath.Join(r.dir(), "replica.json") }
 
 // recorder writes records to a file on the volume, each synced before the next.
 type recorder struct {
@@ -321,7 +321,7 @@ func (w *recorder) reached(t *testing.T, i *instance, p *promises) {
 	}
 	for _, r := range replicasOf(t, i, w.volume) {
 		if r.Spec.FailedAt == "" {
-			p.made(t, replicaReached, r.Metadata.Name, generation, r.record())
+			p.made(t, replicaReached, r.Metadata.Name, generation, r.recordFile())
 		}
 	}
 }
@@ -348,7 +348,7 @@ func (w *recorder) detach(t *testing.T, i *instance, p *promises) {
 	var records []string
 	for _, r := range replicasOf(t, i, w.volume) {
 		if r.Spec.FailedAt == "" {
-			records = append(records, r.record())
+			records = append(records, r.recordFile())
 		}
 	}
 	p.made(t, detachedClean, w.volume, 0, records...)
