@@ -210,7 +210,7 @@ func heldServer(t *testing.T, path string) (url string, half <-chan struct{}, re
 	reached, gate := make(chan struct{}), make(chan struct{})
 	release = sync.OnceFunc(func() { close(gate) })
 	var begun atomic.Bool
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url, _ = sourceServer(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodGet || begun.Swap(true) {
 			http.ServeFile(w, r, path)
 			return
@@ -218,17 +218,16 @@ func heldServer(t *testing.T, path string) (url string, half <-chan struct{}, re
 		w.Header().Set("Content-Length", fmt.Sprint(len(content)))
 		w.Header().Set("Accept-Ranges", "bytes")
 		w.Write(content[:len(content)/2])
-		w.(http.Flusher).Flush()
+		w.(counting).ResponseWriter.(http.Flusher).Flush()
 		close(reached)
 		select {
 		case <-gate:
 			w.Write(content[len(content)/2:])
 		case <-r.Context().Done():
 		}
-	}))
-	t.Cleanup(server.Close)
+	})
 	t.Cleanup(release)
-	return server.URL + "/" + filepath.Base(path), reached, release
+	return url + "/" + filepath.Base(path), reached, release
 }
 
 func readyCopies(o imageObject) (disks []string) {

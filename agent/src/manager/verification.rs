@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::image::CopyState;
-use bytes::BytesMut;
 use jiff::Timestamp;
 use rustix::fs::{Advice, fadvise};
 use tokio_util::sync::CancellationToken;
@@ -305,15 +304,17 @@ async fn give(
     Err(AgentError::ChunkBadEverywhere { chunk, peers: reasons.join("; ") })
 }
 
-async fn ask(peer: &Peer, key: &ImageKey, range: std::ops::Range<u64>) -> Result<BytesMut, PeerError> {
-    let length = (range.end - range.start) as usize;
-    let mut response = peer.range(key, range).await?;
-    let mut bytes = BytesMut::with_capacity(length);
-    while bytes.len() < length {
-        match peer.read(&mut response).await? {
-            Some(part) => bytes.extend_from_slice(&part),
-            None => return Err(PeerError::Transfer("it ended early".into())),
-        }
-    }
-    Ok(bytes)
+/// One range of a copy; the connection ends when this is dropped.
+async fn ask(peer: &Peer, key: &ImageKey, range: std::ops::Range<u64>) -> Result<Vec<u8>, PeerError> {
+    let broken = |error: std::io::Error| PeerError::Transfer(error.to_string());
+    let mut connection = peer.connect().await?;
+    let _hang_up = connection.hang_up().map_err(broken)?;
+    let key = key.clone();
+    let read = move || {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        connection.ask(&key, &range)?;
+        connection.read_exact(&mut bytes)?;
+        Ok(bytes)
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|error| broken(error.into()))?
 }
