@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -37,6 +38,8 @@ type instance struct {
 	exited    chan struct{}
 	conns     map[string]*grpc.ClientConn
 	explained map[testing.TB]bool
+	// Tests that run at the same time share an instance.
+	explaining sync.Mutex
 }
 
 // startInstance starts a daemon on a new directory and waits until it is ready.
@@ -253,6 +256,8 @@ func (i *instance) explainOnFailure(t *testing.T) {
 
 // explain does that now, when the test has failed.
 func (i *instance) explain(t testing.TB) {
+	i.explaining.Lock()
+	defer i.explaining.Unlock()
 	if !t.Failed() || i.explained[t] {
 		return
 	}

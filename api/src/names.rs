@@ -66,6 +66,9 @@ pub fn data_source_workload_name(image: &ImageName) -> String {
     format!("backing-image-ds-{image}")
 }
 
+/// The file that an engine shows its volume as, in a directory that has the engine's name.
+pub const ENGINE_VOLUME_FILE: &str = "volume";
+
 /// The name of the engine of a volume.
 pub fn engine_name(volume: &str) -> String {
     format!("{volume}-e-0")

@@ -120,7 +120,8 @@ pub(crate) struct Layout {
 
 impl Layout {
     fn new(data: &Path) -> anyhow::Result<Layout> {
-        std::fs::create_dir_all(data).with_context(|| format!("cannot make the directory `{}`", data.display()))?;
+        runtime::files::create_dir_durably(data)
+            .with_context(|| format!("cannot make the directory `{}`", data.display()))?;
         let data = data.canonicalize().with_context(|| format!("cannot find `{}`", data.display()))?;
         Ok(Layout { data })
     }

@@ -47,6 +47,11 @@ fn read(sys: &Path) -> Option<LoopDevice> {
     Some(LoopDevice { path: Path::new("/dev").join(name), backing_file, direct_io })
 }
 
+/// What is attached at `/dev/loopN` now; `None` when nothing is, or when it is another kind of device.
+pub fn at(path: &Path) -> Option<LoopDevice> {
+    read(&Path::new("/sys/block").join(path.file_name()?))
+}
+
 /// The device of a file: same whole path, or same device and inode when both can be asked.
 pub fn find(file: &Path) -> Result<Option<LoopDevice>, DataplaneError> {
     let wanted = identity(file);

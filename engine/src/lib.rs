@@ -7,7 +7,7 @@
 //! - [`holder`]: its parent, which keeps the FUSE connection while an engine is replaced.
 //! - [`control_client`]: how others talk to an engine.
 
-mod buffers;
+pub mod buffers;
 pub mod control_client;
 pub mod core;
 mod error;
@@ -15,7 +15,7 @@ pub mod fuse;
 pub mod holder;
 pub mod limits;
 mod lines;
-mod link;
+pub mod link;
 pub mod nbd;
 pub mod process;
 mod pulse;

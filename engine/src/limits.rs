@@ -39,6 +39,13 @@ pub const SEND_BATCH: usize = 32;
 /// Buffers that the pool keeps for reuse.
 pub const MAX_POOLED_BUFFERS: usize = 160;
 
+/// Memory that was not used for that long is given back: shorter than a pause that anybody would call idle, and long enough that
+/// a steady load never allocates.
+pub const TRIM_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Allocations from this size on come straight from the kernel and go back to it when they are freed.
+pub const MAPPED_ALLOCATION_BYTES: usize = 512 << 10;
+
 /// What is received from a socket at once, before it is known where payload belongs.
 pub const RECEIVE_BYTES: usize = 64 << 10;
 

@@ -174,7 +174,7 @@ fn look_at(name: &str, disk: &DiskSpec, known_uuid: &str, create: bool) -> Resul
     }
     // A disk that was there before and is gone was unmounted or removed: an empty directory must not take its place.
     if create && known_uuid.is_empty() {
-        fs::create_dir_all(path)
+        files::create_dir_durably(path)
             .map_err(|e| cannot("NoDirectory", "make it, or correct the disk's path", "make", e))?;
     }
     if !path.is_dir() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::engine::{EngineStatus, InstanceState};
-use api::names::FINALIZER;
+use api::names::{ENGINE_VOLUME_FILE, FINALIZER};
 use api::quantity::SizeBytes;
 use api::{Condition, Engine, Replica, condition};
 use dataplane::loop_device::{self, LoopDevice};
@@ -41,7 +41,7 @@ impl Place {
         let directory = role.engines.directory(name);
         Place {
             config: directory.join("config.json"),
-            mount_file: directory.join("volume"),
+            mount_file: directory.join(ENGINE_VOLUME_FILE),
             control: directory.join("control.sock"),
             nbd: directory.join("nbd.sock"),
             directory,
@@ -241,16 +241,10 @@ async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> 
     let mut read_from = None;
     for (replica, address) in &engine.spec.replica_address_map {
         let local = role.config.store.get::<Replica>(replica).await?;
-        let local = local.filter(|r| r.spec.node_id == role.config.node.as_str());
-        let address = match local {
-            Some(r) => {
-                read_from = Some(replica.clone());
-                let directory = Path::new(&r.spec.disk_path).join("replicas").join(&r.spec.data_directory_name);
-                ReplicaAddress::Directory(directory)
-            }
-            None => ReplicaAddress::Tcp(address.clone()),
-        };
-        replicas.insert(replica.clone(), address);
+        if local.is_some_and(|r| r.spec.node_id == role.config.node.as_str()) {
+            read_from = Some(replica.clone());
+        }
+        replicas.insert(replica.clone(), ReplicaAddress::Tcp(address.clone()));
     }
     let config = Config {
         volume: engine.spec.volume_name.clone(),

@@ -177,8 +177,9 @@ impl Pass<'_> {
             // It was never looked at, hence never started.
             InstanceState::NotStarted => Ok(()),
             state => {
-                let said =
-                    engine.status.iter().flat_map(|s| &s.conditions).find(|c| !c.message.is_empty() && !c.is_true());
+                // Who uses its device says more than how it ended.
+                let said = engine.status.iter().flat_map(|s| &s.conditions);
+                let said = said.filter(|c| !c.message.is_empty() && !c.is_true()).max_by_key(|c| c.r#type == DETACHED);
                 let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
                 Err(format!("the engine on node {node} is {}{said}", format!("{state:?}").to_lowercase()))
             }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub enum ReplicaAddress {
     /// Its directory, when it is on the same node: the sockets in it are used.
     Directory(PathBuf),
-    /// `ip:port` of its NBD relay; control is the next port.
+    /// `ip:port` of its NBD server; control is the next port.
     Tcp(String),
 }
 

@@ -16,8 +16,6 @@ mod compare;
 mod members;
 mod request;
 #[cfg(test)]
-mod simulation;
-#[cfg(test)]
 mod tests;
 mod types;
 

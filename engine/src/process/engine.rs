@@ -251,6 +251,7 @@ impl Engine {
     pub(super) fn run(&mut self) -> Result<bool, EngineError> {
         let mut events = Vec::with_capacity(32);
         let mut ticked = Instant::now();
+        let mut trimmed = Instant::now();
         loop {
             self.obey();
             self.send_all();
@@ -264,10 +265,10 @@ impl Engine {
             if self.handing_over.is_some() && self.core.in_flight() == 0 {
                 return Err(self.hand_over());
             }
-            let timeout = self
-                .core
-                .next_tick()
-                .map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
+            let tick = self.core.next_tick().into_iter();
+            let due = tick.chain(self.buffers.has_unused().then_some(limits::TRIM_INTERVAL)).min();
+            let timeout =
+                due.map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) => {}
@@ -284,6 +285,10 @@ impl Engine {
             if events.is_empty() || ticked.elapsed() >= limits::TICK {
                 ticked = Instant::now();
                 self.core.handle(self.started.elapsed(), Event::Tick);
+                if trimmed.elapsed() >= limits::TRIM_INTERVAL {
+                    trimmed = ticked;
+                    self.buffers.trim();
+                }
             }
         }
     }

@@ -24,6 +24,7 @@ pub struct Known {
 #[derive(Clone, Debug)]
 pub struct LifeFiles {
     known: PathBuf,
+    claimed: PathBuf,
     differ: PathBuf,
     failure: PathBuf,
     repeats: PathBuf,
@@ -55,6 +56,7 @@ impl LifeFiles {
     pub fn of(control_socket: &Path) -> LifeFiles {
         LifeFiles {
             known: beside(control_socket, ".generation"),
+            claimed: beside(control_socket, ".claimed"),
             differ: beside(control_socket, ".differ"),
             failure: beside(control_socket, ".failure"),
             repeats: beside(control_socket, ".repeats"),
@@ -65,7 +67,7 @@ impl LifeFiles {
 
     /// Forgets an earlier attachment.
     pub fn forget(&self) -> io::Result<()> {
-        for path in [&self.known, &self.differ, &self.failure, &self.repeats, &self.holder] {
+        for path in [&self.known, &self.claimed, &self.differ, &self.failure, &self.repeats, &self.holder] {
             runtime::files::remove_if_present(path)?;
         }
         Ok(())
@@ -100,6 +102,16 @@ impl LifeFiles {
             Some(report) => replace(&self.holder, report),
             None => runtime::files::remove_if_present(&self.holder),
         };
+    }
+
+    /// The highest generation that an engine of this attachment may have asked a replica to record; 0 before the first.
+    pub fn claimed(&self) -> io::Result<u64> {
+        Ok(read(&self.claimed)?.unwrap_or(0))
+    }
+
+    /// Written before a replica is asked for the first of the generations up to this one.
+    pub fn set_claimed(&self, generation: u64) -> io::Result<()> {
+        replace(&self.claimed, &generation)
     }
 
     /// Whether replicas may differ in a way that repeating unanswered requests does not heal.
@@ -154,13 +166,17 @@ mod tests {
         files.set_known(&known).unwrap();
         files.set_may_differ(true).unwrap();
         assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
+        assert_eq!(files.claimed().unwrap(), 0);
+        files.set_claimed(11).unwrap();
         files.set_repeats(false).unwrap();
         files.set_holder_report(Some(&HolderReport { attempts: 2, ..HolderReport::default() }));
         let next = LifeFiles::of(&folder.path().join("engine.sock"));
         assert_eq!((next.known().unwrap(), next.may_differ()), (Some(known), true));
         assert_eq!((next.repeats().unwrap(), next.holder_report().unwrap().unwrap().attempts), (Some(false), 2));
+        assert_eq!(next.claimed().unwrap(), 11);
         next.forget().unwrap();
         assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
+        assert_eq!(files.claimed().unwrap(), 0);
         assert_eq!((files.known().unwrap(), files.may_differ()), (None, false));
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! One thread was measured to be the fastest layout: it needs the fewest wake-ups, and there is no lock order to think about.
 
-mod choice;
+pub mod beginning;
+pub mod choice;
 mod control;
 mod ending;
 mod engine;
 mod frontends;
 pub(crate) mod life;
-mod nbd_frontend;
+pub mod nbd_frontend;
 mod replica_control;
 mod start;
 
@@ -95,6 +96,7 @@ pub fn run(config_path: &Path, fuse_fd: RawFd, lives: u32) -> Result<(), EngineE
 }
 
 fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result<(), EngineError> {
+    sys::map_large_allocations();
     let fuse_device = sys::inherit(fuse_fd).map_err(|source| EngineError::Fuse { source })?;
     let signals = sys::termination_events().map_err(|source| EngineError::Events { source })?;
     // Memory that this process needs must not wait for writes that need this process. Best effort: it takes a capability.

@@ -41,7 +41,8 @@ impl Pass<'_> {
             self.wait("Creating", "the volume is being created");
             return;
         };
-        if engine.desire_state == DesireState::Running && engine.node_id == node && !self.has_ended_by_surprise() {
+        let is_wished = engine.desire_state == DesireState::Running && engine.node_id == node;
+        if is_wished && !self.has_ended_by_surprise() && !self.has_lost_all_before_it_served() {
             self.take_over_drops();
             self.maintain();
             return;
@@ -143,6 +144,27 @@ impl Pass<'_> {
         let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
         let why = said.map_or_else(|| "the engine ended by surprise".to_owned(), |c| c.message.clone());
         self.restart = self.restart.failed(self.o.now, why);
+        true
+    }
+
+    /// The processes of all its replicas ended before the engine served anybody: rather than wait for what cannot come, they are
+    /// started again and judged anew.
+    fn has_lost_all_before_it_served(&mut self) -> bool {
+        if self.engine_state() != InstanceState::Starting {
+            return false;
+        }
+        let map = self.o.engine.iter().flat_map(|e| e.spec.replica_address_map.keys());
+        let ended = map.map(|name| {
+            let replica = self.replica(name)?;
+            let is_seen = self.o.disks.nodes.get(&replica.spec.node_id) == Some(&Health::Ready);
+            let status = replica.status.as_ref().filter(|s| is_seen && s.current_state == InstanceState::Error)?;
+            let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
+            Some(said.map_or_else(|| "its process ended".to_owned(), |c| c.message.clone()))
+        });
+        let Some(reason) = ended.collect::<Option<Vec<String>>>().and_then(|reasons| reasons.into_iter().next()) else {
+            return false;
+        };
+        self.restart = self.restart.failed(self.o.now, format!("no replica was left when the engine began: {reason}"));
         true
     }
 

@@ -300,6 +300,18 @@ fn never_attaches_elsewhere_while_an_engine_may_still_write() {
 }
 
 #[test]
+fn says_who_uses_the_device_of_an_engine_that_died() {
+    let mut o = world("on=n1; engine=stopping:4@n1; map=r1,r2; recorded=4; r1=running:4{r1,r2} r2=running:4{r1,r2}");
+    let status = o.engine.as_mut().unwrap().status.as_mut().unwrap();
+    let died = Condition::new(READY, ConditionStatus::False, "EngineEnded", "the engine's holder ended");
+    let busy =
+        Condition::new(DETACHED, ConditionStatus::False, "DeviceBusy", "/dev/loop0 is in use by the mount on /m");
+    status.conditions.extend([died, busy]);
+    let waits = condition::find(&decide(&o).status.conditions, DETACHED).unwrap().message.clone();
+    assert_eq!(waits, "the engine on node n1 is stopping: /dev/loop0 is in use by the mount on /m");
+}
+
+#[test]
 fn an_engine_on_a_silent_node_is_waited_for_and_the_volume_says_so() {
     let text = "on=n1; wish=; silent=n1; since=n1; engine=running:4@n1; recorded=4; map=r1,r2,r3; r1=running:4 r2=running:4 r3=running:4";
     check(
@@ -382,6 +394,26 @@ fn starts_replicas_again_whose_process_ended() {
             r3 Stopped
             Attaching Unknown Attaching: waits for replica r1 on node n1: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r2 on node n2: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r3 on node n3: its process ended; it is started again, not before 2026-01-01T00:00:01Z"#]],
     );
+}
+
+#[test]
+fn an_engine_whose_replicas_all_ended_before_it_served_begins_anew() {
+    check(
+        "on=n1; wish=; engine=starting:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=error:4{r1,r2}",
+        expect![[r#"
+            r1 Running
+            r2 Running
+            engine Stopped at n1 with r1,r2 above 4
+            Detaching Unknown Detaching: the engine on node n1 is being stopped"#]],
+    );
+    // One that serves keeps its requests waiting, and one that has a replica left serves with that.
+    for goes_on in [
+        "on=n1; wish=; engine=running:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=error:4{r1,r2}",
+        "on=n1; wish=; engine=starting:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=running:4{r1,r2}",
+    ] {
+        let stops = |a: &Action| matches!(a, Action::SetEngineSpec(s) if s.desire_state == DesireState::Stopped);
+        assert!(!decide(&world(goes_on)).actions.iter().any(stops), "{goes_on}");
+    }
 }
 
 #[test]

@@ -175,6 +175,24 @@ fn says_what_the_user_can_do() {
 }
 
 #[test]
+fn a_hint_is_told_although_its_reason_was() {
+    let mut world =
+        World { volumes: vec![volume("v", VolumeState::Detaching, Robustness::Unknown)], ..Default::default() };
+    let busy = "/dev/loop0 is in use by the mount on `/m`";
+    let waits = Condition::new(types::READY, ConditionStatus::False, "Detaching", format!("the engine stops: {busy}"));
+    world.volumes[0].status.as_mut().unwrap().conditions.push(waits);
+    let mut engine = Engine::new("v-e-0", Default::default());
+    let status = engine.status.get_or_insert_default();
+    status.current_state = InstanceState::Stopping;
+    let detached = Condition::new(types::DETACHED, ConditionStatus::False, "DeviceBusy", busy);
+    status.conditions.push(detached.with_hint("unmount it, or end what uses it"));
+    world.engines.push(engine);
+    let story = render(&explain(&world, &Subject::Volume("v".into()), now()).unwrap());
+    assert_eq!(story.matches(busy).count(), 1, "{story}");
+    assert!(story.contains("You can: unmount it, or end what uses it."), "{story}");
+}
+
+#[test]
 fn a_download_between_two_attempts_is_told_once() {
     let problem = "cannot download `http://x/y`: cannot connect: Connection refused (os error 111)";
     let next = "2026-01-01T00:10:08Z";
