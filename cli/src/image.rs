@@ -371,7 +371,7 @@ mod tests {
     fn waiting_is_useless_only_when_the_failure_is_final() {
         let failed = |reason: &str, kind: Option<ErrorKind>| {
             let ready = Condition::new(READY, ConditionStatus::False, reason, "on node-1: the server answered 404");
-            let mut copy = copy(CopyState::Failed, "the server answered 404", "");
+            let mut copy = copy(CopyState::Failed, 0, "the server answered 404", "");
             copy.error_kind = kind;
             hopeless(&image("one", &[("a", copy)], Some(ready))).map(|(kind, _)| kind)
         };
