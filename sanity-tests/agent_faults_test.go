@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -39,40 +40,15 @@ func TestKilledAgentFinishesItsSync(t *testing.T) {
 	if len(copies) != 1 {
 		t.Fatalf("want one copy, found %v", copies)
 	}
-	senders := agentsOf(t, i, copies[0])
-	if len(senders) != 1 {
-		t.Fatalf("want one agent of %s, found %v in %v", copies[0], senders, processesOf(i.dir))
+	held := holdSync(t, i, "resync", copies[0], size, func() { i.apply(t, imageYAML("resync", url, sum, 3)) })
+	for _, agent := range agentsOf(t, i, held.partial) {
+		t.Logf("killing %s with %d of %d MiB", agent, chunksIn(held.partial, size), size/mib)
+		killProcess(t, agent.pid)
 	}
-	// The sender gets a few milliseconds at a time, so that no receiver can be done before it is looked at.
-	sender := senders[0].pid
-	signal := func(s syscall.Signal) {
-		if err := syscall.Kill(sender, s); err != nil {
-			t.Fatalf("cannot signal the sender: %v", err)
-		}
-	}
-	t.Cleanup(func() { syscall.Kill(sender, syscall.SIGCONT) })
-	signal(syscall.SIGSTOP)
-	i.apply(t, imageYAML("resync", url, sum, 3))
-	eventually(t, 60*time.Second, "an agent is killed while it receives a copy", func() (bool, string) {
-		signal(syscall.SIGCONT)
-		time.Sleep(5 * time.Millisecond) // poll
-		signal(syscall.SIGSTOP)
-		partial, _ := filepath.Glob(i.path("nodes", "*", "disk-1", "backing-images", "resync-*", "backing.tmp"))
-		for _, path := range partial {
-			if chunks := chunksIn(path, size); chunks > 0 && chunks < size/mib {
-				for _, agent := range agentsOf(t, i, path) {
-					t.Logf("killing %s with %d of %d MiB", agent, chunks, size/mib)
-					killProcess(t, agent.pid)
-					return true, ""
-				}
-			}
-		}
-		return false, fmt.Sprintf("no partial copy among %v", partial)
-	})
 	if object := get[imageObject](t, i, "backingimage", "resync"); len(readyCopies(object)) > 2 {
 		t.Fatalf("all copies were ready before the agent died: %+v", object.Status)
 	}
-	signal(syscall.SIGCONT)
+	held.goOn(t)
 	until(t, i, 90*time.Second, "backingimage", "resync", "has three ready copies", func(o imageObject) bool {
 		return len(readyCopies(o)) == 3
 	})
@@ -86,6 +62,54 @@ func TestKilledAgentFinishesItsSync(t *testing.T) {
 		}
 	}
 	noTemporaryFiles(t, i, "resync")
+}
+
+// heldSync is a sync in the middle: its sender is stopped.
+type heldSync struct {
+	sender int
+	// partial is a copy that has a part of the file.
+	partial string
+}
+
+// holdSync begins a sync of a copy to other disks and holds it in the middle.
+func holdSync(t *testing.T, i *instance, image, copied string, size int64, begin func()) heldSync {
+	t.Helper()
+	senders := agentsOf(t, i, copied)
+	if len(senders) != 1 {
+		t.Fatalf("want one agent of %s, found %v in %v", copied, senders, processesOf(i.dir))
+	}
+	// The sender gets a few milliseconds at a time, so that no receiver can be done before it is looked at.
+	held := heldSync{sender: senders[0].pid}
+	t.Cleanup(func() { syscall.Kill(held.sender, syscall.SIGCONT) })
+	held.signal(t, syscall.SIGSTOP)
+	begin()
+	eventually(t, 60*time.Second, "a copy is received in part", func() (bool, string) {
+		held.signal(t, syscall.SIGCONT)
+		time.Sleep(5 * time.Millisecond) // poll
+		held.signal(t, syscall.SIGSTOP)
+		partial, _ := filepath.Glob(i.path("nodes", "*", "disk-1", "backing-images", image+"-*", "backing.tmp"))
+		for _, path := range partial {
+			if chunks := chunksIn(path, size); chunks > 0 && chunks < size/mib && len(agentsOf(t, i, path)) > 0 {
+				held.partial = path
+				return true, ""
+			}
+		}
+		return false, fmt.Sprintf("no partial copy among %v", partial)
+	})
+	return held
+}
+
+func (h heldSync) signal(t *testing.T, signal syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(h.sender, signal); err != nil {
+		t.Fatalf("cannot signal the sender: %v", err)
+	}
+}
+
+// goOn lets the sender send.
+func (h heldSync) goOn(t *testing.T) {
+	t.Helper()
+	h.signal(t, syscall.SIGCONT)
 }
 
 // agentsOf finds the agents of the disk on which a file is.
@@ -148,10 +172,7 @@ func TestKilledDataSourceFinishesItsDownload(t *testing.T) {
 	if strings.Contains(record, "hunter2") {
 		t.Errorf("a secret lies on the disk: %s", record)
 	}
-	mentions(t, "why", i.why("backingimage", "redownload"), "redownload", "%")
-	sources := slices.DeleteFunc(processesOf(i.dir), func(p process) bool {
-		return !slices.Contains(p.args, "data-source") || !strings.Contains(p.String(), "redownload")
-	})
+	sources := dataSources(i, "redownload")
 	if len(sources) != 1 {
 		t.Fatalf("want one data source, found %v in %v", sources, processesOf(i.dir))
 	}
@@ -170,6 +191,44 @@ func TestKilledDataSourceFinishesItsDownload(t *testing.T) {
 		t.Errorf("%d bytes were served for an image of %d: what was safe was fetched again", n, len(content))
 	}
 	noTemporaryFiles(t, i, "redownload")
+}
+
+// dataSources finds the processes that prepare the first file of an image.
+func dataSources(i *instance, image string) []process {
+	return slices.DeleteFunc(processesOf(i.dir), func(p process) bool {
+		return !slices.Contains(p.args, "data-source") || !strings.Contains(p.String(), image)
+	})
+}
+
+// heldServer serves a file, but the first download gets one half (then half closes) and waits until release is called; all others get it at once.
+func heldServer(t *testing.T, path string) (url string, half <-chan struct{}, release func()) {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reached, gate := make(chan struct{}), make(chan struct{})
+	release = sync.OnceFunc(func() { close(gate) })
+	var begun atomic.Bool
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet || begun.Swap(true) {
+			http.ServeFile(w, r, path)
+			return
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(content)))
+		w.Header().Set("Accept-Ranges", "bytes")
+		w.Write(content[:len(content)/2])
+		w.(http.Flusher).Flush()
+		close(reached)
+		select {
+		case <-gate:
+			w.Write(content[len(content)/2:])
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(server.Close)
+	t.Cleanup(release)
+	return server.URL + "/" + filepath.Base(path), reached, release
 }
 
 func readyCopies(o imageObject) (disks []string) {

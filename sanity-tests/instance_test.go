@@ -48,6 +48,11 @@ func startInstance(nodes int, flags ...string) (*instance, error) {
 	if err != nil {
 		return nil, err
 	}
+	return startInstanceOf(program, nodes, flags...)
+}
+
+// startInstanceOf does it with another binary.
+func startInstanceOf(program string, nodes int, flags ...string) (*instance, error) {
 	root, err := os.MkdirTemp("", "backing-image-")
 	if err != nil {
 		return nil, err
@@ -76,6 +81,12 @@ func ownInstance(t *testing.T, nodes int, flags ...string) *instance {
 	if err != nil {
 		t.Fatalf("cannot start an instance: %v", err)
 	}
+	i.endWith(t)
+	return i
+}
+
+// endWith ends an instance with its test.
+func (i *instance) endWith(t *testing.T) {
 	t.Cleanup(func() {
 		if err := i.end(); err != nil {
 			t.Errorf("%v", err)
@@ -85,7 +96,6 @@ func ownInstance(t *testing.T, nodes int, flags ...string) *instance {
 		}
 	})
 	i.explainOnFailure(t)
-	return i
 }
 
 // sharedInstance is the instance of TestMain; on failure it says how its objects do.

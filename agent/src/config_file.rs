@@ -66,8 +66,12 @@ pub struct FileConfig {
 impl FileConfig {
     /// Reads a config; `None` when there is none or it is not one.
     pub fn read(path: &Path) -> Option<FileConfig> {
-        let text = std::fs::read(path).ok()?;
-        serde_json::from_slice(&text).ok()
+        FileConfig::parse(&std::fs::read(path).ok()?)
+    }
+
+    /// Reads the text of a config; `None` when it is not one.
+    pub fn parse(text: &[u8]) -> Option<FileConfig> {
+        serde_json::from_slice(text).ok()
     }
 
     /// Writes it durably, on one line.

@@ -395,7 +395,7 @@ fn continues(headers: &HeaderMap, have: u64, length: Option<u64>) -> Option<Opti
 }
 
 /// The start and the total of `bytes 5-9/10`.
-fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
+pub fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let start = range.split_once('-')?.0.parse().ok()?;
     Some((start, total.parse().ok()))

@@ -153,16 +153,14 @@ impl Disk {
         Ok(keys)
     }
 
-    /// Removes the directory of an image and everything temporary of it.
+    /// Removes the directory of an image and everything temporary of it, durably: whoever hears of it may forget the image.
     pub fn remove_image(&self, key: &ImageKey) -> Result<(), AgentError> {
-        durable::remove_dir_all(&self.image_dir(key))?;
-        self.source(key).remove()?;
-        for dir in [self.images_dir(), self.tmp_dir()] {
-            if dir.is_dir() {
-                durable::sync_parent(&dir.join("."))?;
-            }
+        let source = self.source(key);
+        source.remove()?;
+        if self.tmp_dir().is_dir() {
+            durable::sync_parent(&source.file)?;
         }
-        Ok(())
+        durable::remove_dir(&self.image_dir(key))
     }
 }
 

@@ -18,4 +18,5 @@ pub mod csi {
 pub const ERROR_KIND_KEY: &str = "error-kind";
 
 pub mod engine;
+pub mod generation;
 pub mod replica;

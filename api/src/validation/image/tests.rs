@@ -164,7 +164,7 @@ fn judges_sources() {
         "a1",
         download("ftp://user:secret@example.com/a"),
         expect![
-            "spec.sourceParameters[url] is `ftp://…@example.com/a`: invalid download URL scheme: only http and https are offered"
+            "spec.sourceParameters[url] is `ftp://<redacted>@example.com/a`: invalid download URL scheme: only http and https are offered"
         ],
     );
     check(
