@@ -10,15 +10,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use api::ids::Sha512Digest;
-use aws_lc_rs::digest;
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::config_file::Format;
 use crate::error::{AgentError, blocking};
-use crate::limits::{CHUNK_BYTES, INGEST_QUEUE, MAX_FILE_BYTES};
+use crate::limits::{CHUNK_BYTES, INGEST_QUEUE, MAX_FILE_BYTES, WRITE_BACK_BYTES};
 use crate::manifest::{ChunkHash, hash_chunk};
+use crate::sha512::Sha512;
 use crate::{durable, qcow2, sparse};
 
 const SECTOR_BYTES: u64 = 512;
@@ -65,8 +65,8 @@ enum Write {
 }
 
 struct Digests {
-    stored: digest::Digest,
-    unpadded: Option<digest::Digest>,
+    stored: Sha512Digest,
+    unpadded: Option<Sha512Digest>,
 }
 
 struct Written {
@@ -206,8 +206,8 @@ impl Ingest {
                 size_bytes,
                 virtual_size_bytes,
                 format,
-                sha512: to_hex(&digests.stored),
-                unpadded_sha512: digests.unpadded.as_ref().map(to_hex),
+                sha512: digests.stored,
+                unpadded_sha512: digests.unpadded,
                 chunks,
             })
         })
@@ -309,7 +309,7 @@ fn take_room(file: &File, path: &Path, start: u64, length: Option<u64>) -> Resul
 }
 
 fn hash_all(mut hashes: mpsc::Receiver<Hash>) -> Digests {
-    let mut context = digest::Context::new(&digest::SHA512);
+    let mut context = Sha512::new();
     let mut unpadded = None;
     while let Some(hash) = hashes.blocking_recv() {
         match hash {
@@ -328,6 +328,7 @@ fn write_all(
     mut writes: mpsc::Receiver<Write>,
 ) -> Result<Written, AgentError> {
     let mut chunks = vec![];
+    let mut written_back = 0;
     while let Some(write) = writes.blocking_recv() {
         let offset = chunks.len() as u64 * CHUNK_BYTES;
         let chunk = match &write {
@@ -338,7 +339,12 @@ fn write_all(
             Write::Present(chunk) => chunk,
         };
         chunks.push(hash_chunk(chunk));
-        written.store(offset + chunk.len() as u64, Ordering::Release);
+        let end = offset + chunk.len() as u64;
+        written.store(end, Ordering::Release);
+        if end - written_back >= WRITE_BACK_BYTES {
+            sparse::write_back(&file, written_back..end);
+            written_back = end;
+        }
     }
     Ok(Written { file, chunks })
 }
@@ -349,10 +355,6 @@ async fn join<T>(task: impl Future<Output = Result<T, tokio::task::JoinError>>) 
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
         Err(_) => Err(AgentError::Cancelled),
     }
-}
-
-fn to_hex(digest: &digest::Digest) -> Sha512Digest {
-    hex::encode(digest).parse().expect("SHA-512 has 64 bytes")
 }
 
 #[cfg(test)]
@@ -370,7 +372,9 @@ mod tests {
     }
 
     fn sha512(bytes: &[u8]) -> String {
-        hex::encode(digest::digest(&digest::SHA512, bytes))
+        let mut digest = Sha512::new();
+        digest.update(bytes);
+        digest.finish().to_string()
     }
 
     #[tokio::test]

@@ -21,6 +21,7 @@ pub mod manifest;
 pub mod peer;
 pub mod qcow2;
 mod seal;
+pub mod sha512;
 pub mod source_url;
 mod sparse;
 pub mod ssync;

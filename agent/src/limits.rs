@@ -19,6 +19,10 @@ pub const MAX_VIRTUAL_BYTES: u64 = 16 << 40;
 /// Chunks that may wait between the network and the disk: together with the hasher's queue, about 16 MiB at most.
 pub const INGEST_QUEUE: usize = 8;
 
+/// Bytes after which a file that is being written is begun to be brought to the disk: large requests for the disk, and little
+/// left to do for the sync at the end. As many as one request of a sync has.
+pub const WRITE_BACK_BYTES: u64 = CHUNKS_PER_REQUEST as u64 * CHUNK_BYTES;
+
 /// Redirects that a download follows.
 pub const MAX_REDIRECTS: usize = 10;
 
