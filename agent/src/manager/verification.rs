@@ -4,14 +4,13 @@
 //! copy have the file open, and see the right bytes at once. A torn repair leaves what was there before, a bad chunk.
 
 use std::fs::File;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::image::CopyState;
-use bytes::BytesMut;
 use jiff::Timestamp;
 use rustix::fs::{Advice, fadvise};
 use tokio_util::sync::CancellationToken;
@@ -305,15 +304,15 @@ async fn give(
     Err(AgentError::ChunkBadEverywhere { chunk, peers: reasons.join("; ") })
 }
 
-async fn ask(peer: &Peer, key: &ImageKey, range: std::ops::Range<u64>) -> Result<BytesMut, PeerError> {
-    let length = (range.end - range.start) as usize;
-    let mut response = peer.range(key, range).await?;
-    let mut bytes = BytesMut::with_capacity(length);
-    while bytes.len() < length {
-        match peer.read(&mut response).await? {
-            Some(part) => bytes.extend_from_slice(&part),
-            None => return Err(PeerError::Transfer("it ended early".into())),
-        }
-    }
-    Ok(bytes)
+async fn ask(peer: &Peer, key: &ImageKey, range: Range<u64>) -> Result<Vec<u8>, PeerError> {
+    let broken = |error: &dyn std::error::Error| PeerError::Transfer(chain(error));
+    let mut connection = peer.connect().await?;
+    // Ends the reading when nobody waits for it any more.
+    let _hang_up = connection.hang_up().map_err(|error| broken(&error))?;
+    let key = key.clone();
+    let work = blocking(move || {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        Ok(connection.ask(&key, &range).and_then(|()| connection.read_exact(&mut bytes)).map(|()| bytes))
+    });
+    work.await.map_err(|error| broken(&error))?
 }

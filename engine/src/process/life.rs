@@ -69,7 +69,8 @@ impl LifeFiles {
 
     /// Forgets an earlier attachment.
     pub fn forget(&self) -> io::Result<()> {
-        let files = [&self.known, &self.claimed, &self.differ, &self.failure, &self.repeats, &self.handed, &self.holder];
+        let files =
+            [&self.known, &self.claimed, &self.differ, &self.failure, &self.repeats, &self.handed, &self.holder];
         for path in files {
             runtime::files::remove_if_present(path)?;
         }
