@@ -27,6 +27,7 @@ pub mod source_url;
 mod sparse;
 pub mod ssync;
 pub mod sync;
+mod unfinished;
 mod verify;
 
 pub use error::AgentError;

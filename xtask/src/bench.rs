@@ -2,10 +2,14 @@
 //!
 //! Every row is a ratio of two things of the same run: the machine cancels out. Nothing here passes or fails.
 
+mod alone;
 mod csi;
+mod fio;
 mod images;
+mod kills;
 mod server;
 mod table;
+mod volume;
 mod volumes;
 mod world;
 
