@@ -71,6 +71,7 @@ pub fn run(config_path: &Path, engine_command: Vec<OsString>) -> Result<(), Engi
     let _lock = lock(&config, &life)?;
     let device = mount_fresh(&config)?;
     let mut holder = Holder { config, life, command: engine_command, device, signals };
+    runtime::memory::release_startup_code();
     let result = holder.hold();
     match &result {
         Ok(()) => mount::detach(&holder.config.mount_file),
