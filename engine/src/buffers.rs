@@ -67,6 +67,11 @@ impl Buffers {
         !self.pooled.is_empty()
     }
 
+    /// Whether nobody uses a buffer.
+    pub fn all_free(&self) -> bool {
+        self.pooled.len() + self.vacant.len() == self.slots.len()
+    }
+
     pub fn bytes(&self, id: BufferId) -> &[u8] {
         &self.slots[id.0 as usize]
     }
