@@ -156,6 +156,9 @@ impl World {
             replica_timeout_ms: 30_000,
             no_replica_hold_ms: 2_000,
             holder_limit_ms: 60_000,
+            silence_limit_ms: 10_000,
+            replace_engine: true,
+            program: None,
         };
         World {
             volume_bytes,
