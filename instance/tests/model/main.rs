@@ -91,8 +91,8 @@ fn an_idle_volume_notices_that_the_process_of_a_replica_died() {
         let _frozen = world.freeze_daemon(number);
         world.kill_replica(number);
         world.wait_dropped(number);
-        let status = world.status();
-        assert_eq!((status.generation, status.faulted), (2, None));
+        world.wait_generation(2);
+        assert_eq!(world.status().faulted, None);
         world.detach();
     }
 }

@@ -318,6 +318,10 @@ impl World {
         self.folder.path()
     }
 
+    pub fn wait_generation(&self, generation: u64) {
+        wait_until("the others recorded it", || self.status().generation == generation);
+    }
+
     /// The chain of a replica as QEMU opens it by hand, when its processes have ended.
     pub fn chain(&self, number: usize) -> String {
         let replica = &self.replicas[number].config;
