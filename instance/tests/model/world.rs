@@ -270,6 +270,17 @@ impl World {
         self.attach();
     }
 
+    /// Stops the daemon of a replica where it stands. It is killed when the result is dropped.
+    pub fn freeze_daemon(&self, number: usize) -> Frozen {
+        let process = self.replicas[number].child.as_ref().unwrap().id();
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+        let children = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).unwrap());
+        let daemon = children.collect::<String>().trim().parse().expect("it has one child");
+        let daemon = Pid::from_raw(daemon).unwrap();
+        kill_process(daemon, Signal::STOP).unwrap();
+        Frozen(daemon)
+    }
+
     pub fn kill_replica(&mut self, number: usize) {
         self.replicas[number].end(Signal::KILL);
     }
@@ -306,6 +317,10 @@ impl World {
         self.folder.path()
     }
 
+    pub fn wait_generation(&self, generation: u64) {
+        wait_until("the others recorded it", || self.status().generation == generation);
+    }
+
     /// The chain of a replica as QEMU opens it by hand, when its processes have ended.
     pub fn chain(&self, number: usize) -> String {
         let replica = &self.replicas[number].config;
@@ -336,6 +351,15 @@ impl World {
 
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("log")
+    }
+}
+
+/// A daemon that does nothing any more.
+pub struct Frozen(Pid);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
     }
 }
 
