@@ -14,15 +14,15 @@ const DEFAULT_RUNS: u64 = 2_000;
 const KEPT: &str = include_str!("../seeds.txt");
 
 fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} must be a number, not `{text}`")))
+    std::env::var(name)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} must be a number, not `{text}`")))
 }
 
 #[test]
 fn acknowledged_writes_survive_every_seeded_course_of_faults() {
-    let kept: Vec<u64> = KEPT
-        .lines()
-        .filter_map(|line| line.split('#').next().unwrap_or_default().trim().parse().ok())
-        .collect();
+    let kept: Vec<u64> =
+        KEPT.lines().filter_map(|line| line.split('#').next().unwrap_or_default().trim().parse().ok()).collect();
     let seeds = match number("SIMULATION_SEED") {
         Some(seed) => vec![seed],
         None => kept.into_iter().chain(0..number("SIMULATION_RUNS").unwrap_or(DEFAULT_RUNS)).collect(),
@@ -51,5 +51,10 @@ fn acknowledged_writes_survive_every_seeded_course_of_faults() {
         println!("{count:>10} {what}");
     }
     let repeat: Vec<String> = failed.iter().map(|seed| format!("cargo xtask simulate --seed {seed}")).collect();
-    assert!(failed.is_empty(), "promises were broken, see above; after {} runs; again:\n{}", all.of("runs"), repeat.join("\n"));
+    assert!(
+        failed.is_empty(),
+        "promises were broken, see above; after {} runs; again:\n{}",
+        all.of("runs"),
+        repeat.join("\n")
+    );
 }

@@ -123,7 +123,8 @@ mod tests {
     #[test]
     fn a_rival_is_known_by_its_record() {
         let members = vec!["a".to_owned()];
-        let record = |generation, member: &str| Record { generation, members: vec![member.into()], ..Record::default() };
+        let record =
+            |generation, member: &str| Record { generation, members: vec![member.into()], ..Record::default() };
         assert!(is_rival(&record(6, "a"), 5, &members));
         assert!(is_rival(&record(5, "b"), 5, &members));
         assert!(!is_rival(&record(5, "a"), 5, &members));

@@ -299,7 +299,8 @@ fn says_who_uses_the_device_of_an_engine_that_died() {
     let mut o = world("on=n1; engine=stopping:4@n1; map=r1,r2; recorded=4; r1=running:4{r1,r2} r2=running:4{r1,r2}");
     let status = o.engine.as_mut().unwrap().status.as_mut().unwrap();
     let died = Condition::new(READY, ConditionStatus::False, "EngineEnded", "the engine's holder ended");
-    let busy = Condition::new(DETACHED, ConditionStatus::False, "DeviceBusy", "/dev/loop0 is in use by the mount on /m");
+    let busy =
+        Condition::new(DETACHED, ConditionStatus::False, "DeviceBusy", "/dev/loop0 is in use by the mount on /m");
     status.conditions.extend([died, busy]);
     let waits = condition::find(&decide(&o).status.conditions, DETACHED).unwrap().message.clone();
     assert_eq!(waits, "the engine on node n1 is stopping: /dev/loop0 is in use by the mount on /m");

@@ -241,7 +241,14 @@ impl World {
         self.attachments[a].config.replicas.iter().position(|other| *other == replica)
     }
 
-    pub(super) fn control_answer(&mut self, life: u32, round: u32, replica: usize, incarnation: u32, reply: Option<Reply>) {
+    pub(super) fn control_answer(
+        &mut self,
+        life: u32,
+        round: u32,
+        replica: usize,
+        incarnation: u32,
+        reply: Option<Reply>,
+    ) {
         let Some(a) = self.of_life(life) else { return };
         let Some(place) = self.place(a, replica) else { return };
         let engine = self.attachments[a].life.as_mut().expect("it asked");
@@ -266,8 +273,7 @@ impl World {
                 false
             }
             (Some(Round::Open { generation, members }), Some(Reply::Status { record, .. })) => {
-                let names: Vec<String> =
-                    members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
+                let names: Vec<String> = members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
                 start_of(&mut self.attachments[a]).rival |= is_rival(&record, generation, &names);
                 false
             }
@@ -284,7 +290,8 @@ impl World {
         let target = &self.replicas[replica];
         let stopped = target.stopped_until;
         if stopped > self.now {
-            return self.at(stopped + 1, Happening::Connect { life, round, replica, incarnation, export: export.into() });
+            return self
+                .at(stopped + 1, Happening::Connect { life, round, replica, incarnation, export: export.into() });
         }
         let serves = target.incarnation == incarnation && is_up(target) && target.export.as_deref() == Some(export);
         let Some(a) = self.of_life(life) else { return };
@@ -322,7 +329,8 @@ impl World {
 
     pub(super) fn round_over(&mut self, life: u32, round: u32) {
         let Some(a) = self.of_life(life) else { return };
-        if matches!(&self.attachments[a].life.as_ref().expect("it begins").stage, Stage::Beginning(s) if s.round == round) {
+        if matches!(&self.attachments[a].life.as_ref().expect("it begins").stage, Stage::Beginning(s) if s.round == round)
+        {
             self.finish_round(a);
         }
     }

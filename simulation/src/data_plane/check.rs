@@ -45,7 +45,9 @@ impl World {
     /// The first acknowledged change that a replica misses.
     fn misses(&self, replica: usize) -> Option<(usize, Write)> {
         let cells = self.replicas[replica].disk.iter().enumerate();
-        cells.filter_map(|(block, cell)| Some((block, self.oracle.missing(block, cell.value(), self.now + 1)?.clone()))).next()
+        cells
+            .filter_map(|(block, cell)| Some((block, self.oracle.missing(block, cell.value(), self.now + 1)?.clone())))
+            .next()
     }
 
     /// An engine dropped replicas and acknowledged without them; then it and every replica that recorded the fence went away, before
@@ -66,7 +68,8 @@ impl World {
     }
 
     fn reaches(&self, a: usize, replica: usize) -> bool {
-        self.replicas[replica].client.is_some() && self.replicas[replica].client == self.attachments[a].life.as_ref().map(|l| l.id)
+        self.replicas[replica].client.is_some()
+            && self.replicas[replica].client == self.attachments[a].life.as_ref().map(|l| l.id)
     }
 
     /// What users do not repeat is the same on all members.
@@ -123,7 +126,11 @@ impl World {
             for block in request.blocks() {
                 let value = self.replicas[replica].disk[block].value();
                 let missed = self.oracle.missing(block, value, self.now + 1);
-                assert!(missed.is_none(), "r{replica} misses {missed:?} of block {block}, just acknowledged: {}", self.state());
+                assert!(
+                    missed.is_none(),
+                    "r{replica} misses {missed:?} of block {block}, just acknowledged: {}",
+                    self.state()
+                );
             }
             if request.operation == Operation::Flush {
                 for (block, cell) in self.replicas[replica].disk.iter().enumerate() {
@@ -240,12 +247,8 @@ impl World {
     /// The device is gone and with it the users that rely on what was not flushed: what a member lost then may be gone.
     pub(super) fn forgive_losses(&mut self) {
         let highest = self.replicas.iter().map(|r| r.record.generation).max().unwrap_or(0);
-        let newest: Vec<Vec<String>> = self
-            .replicas
-            .iter()
-            .filter(|r| r.record.generation == highest)
-            .map(|r| r.record.members.clone())
-            .collect();
+        let newest: Vec<Vec<String>> =
+            self.replicas.iter().filter(|r| r.record.generation == highest).map(|r| r.record.members.clone()).collect();
         for r in 0..self.replicas.len() {
             if !self.replicas[r].lossy || !newest.iter().any(|members| members.contains(&self.replicas[r].name)) {
                 continue;

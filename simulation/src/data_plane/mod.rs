@@ -82,25 +82,82 @@ impl Tally {
 /// What is going to happen.
 enum Happening {
     /// A request reaches a replica over its data connection.
-    Work { life: u32, replica: usize, incarnation: u32, number: u64, transfer: Transfer, bytes: Option<Vec<u64>> },
-    Answer { life: u32, transfer: Transfer, bytes: Vec<u64>, failure: Option<engine::core::Failure> },
+    Work {
+        life: u32,
+        replica: usize,
+        incarnation: u32,
+        number: u64,
+        transfer: Transfer,
+        bytes: Option<Vec<u64>>,
+    },
+    Answer {
+        life: u32,
+        transfer: Transfer,
+        bytes: Vec<u64>,
+        failure: Option<engine::core::Failure>,
+    },
     /// An engine notices that a connection ended.
-    DataLost { life: u32, replica: usize, incarnation: u32 },
-    ControlLost { life: u32, replica: usize, incarnation: u32 },
+    DataLost {
+        life: u32,
+        replica: usize,
+        incarnation: u32,
+    },
+    ControlLost {
+        life: u32,
+        replica: usize,
+        incarnation: u32,
+    },
     /// A control request reaches a replica, and its answer an engine; `round` 0 belongs to one that serves.
-    Control { life: u32, round: u32, replica: usize, incarnation: u32, request: Request },
-    ControlAnswer { life: u32, round: u32, replica: usize, incarnation: u32, reply: Option<Reply> },
-    Connect { life: u32, round: u32, replica: usize, incarnation: u32, export: String },
+    Control {
+        life: u32,
+        round: u32,
+        replica: usize,
+        incarnation: u32,
+        request: Request,
+    },
+    ControlAnswer {
+        life: u32,
+        round: u32,
+        replica: usize,
+        incarnation: u32,
+        reply: Option<Reply>,
+    },
+    Connect {
+        life: u32,
+        round: u32,
+        replica: usize,
+        incarnation: u32,
+        export: String,
+    },
     /// A round of a beginning has lasted too long.
-    RoundOver { life: u32, round: u32 },
-    Tick { life: u32 },
-    Resume { life: u32 },
-    NextLife { attachment: u32 },
-    HolderLimit { attachment: u32, lives: u32 },
-    ReplicaUp { replica: usize, incarnation: u32 },
-    InstancePass { node: usize },
+    RoundOver {
+        life: u32,
+        round: u32,
+    },
+    Tick {
+        life: u32,
+    },
+    Resume {
+        life: u32,
+    },
+    NextLife {
+        attachment: u32,
+    },
+    HolderLimit {
+        attachment: u32,
+        lives: u32,
+    },
+    ReplicaUp {
+        replica: usize,
+        incarnation: u32,
+    },
+    InstancePass {
+        node: usize,
+    },
     ControllerPass,
-    NodeReport { node: usize },
+    NodeReport {
+        node: usize,
+    },
     UserStep,
     Fault(Fault),
     FaultsEnd,
@@ -203,7 +260,9 @@ impl World {
             if let Some(end) = self.end {
                 return end;
             }
-            let Some(((at, _), what)) = self.agenda.pop_first() else { panic!("nothing happens any more: {}", self.state()) };
+            let Some(((at, _), what)) = self.agenda.pop_first() else {
+                panic!("nothing happens any more: {}", self.state())
+            };
             self.now = at;
             self.happen(what);
         }

@@ -126,7 +126,14 @@ impl Replica {
     }
 
     /// Carries out a control request. `Err`: the process ended between two steps.
-    pub fn control(&mut self, request: &Request, now: u64, errs: bool, dies: bool, dice: &mut Dice) -> Result<Reply, ()> {
+    pub fn control(
+        &mut self,
+        request: &Request,
+        now: u64,
+        errs: bool,
+        dies: bool,
+        dice: &mut Dice,
+    ) -> Result<Reply, ()> {
         let steps = match plan(&self.record, self.export.as_deref(), request) {
             Ok(steps) => steps,
             Err(message) => return Ok(Reply::Refused { message }),
@@ -143,7 +150,10 @@ impl Replica {
                 Step::Record(_) if errs => return Ok(Reply::Refused { message: "its disk errs".into() }),
                 Step::Record(record) => {
                     assert!(record.generation >= self.record.generation, "a generation went down");
-                    assert!(!record.clean || self.disk.iter().all(|cell| cell.volatile.is_empty()), "clean, not flushed");
+                    assert!(
+                        !record.clean || self.disk.iter().all(|cell| cell.volatile.is_empty()),
+                        "clean, not flushed"
+                    );
                     self.record = record;
                 }
                 Step::AddExport(export) => self.export = Some(export),

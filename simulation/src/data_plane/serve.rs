@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use engine::core::{
-    BufferId, ControlReply, ControlRequest, Core, Event, Failure, Operation, Options, Output, ReplicaState, Set, Transfer,
+    BufferId, ControlReply, ControlRequest, Core, Event, Failure, Operation, Options, Output, ReplicaState, Set,
+    Transfer,
 };
 use engine::process::choice::{Choice, Known};
 use proto::replica::{Reply, Request};
@@ -36,7 +37,8 @@ pub struct Serving {
 impl World {
     pub(super) fn begin_to_serve(&mut self, a: usize, choice: Choice, links: Vec<Option<u32>>) {
         let Choice { generation, members, compare } = choice;
-        let (id, first_life) = (self.attachments[a].life.as_ref().expect("it begins").id, self.attachments[a].lives == 0);
+        let (id, first_life) =
+            (self.attachments[a].life.as_ref().expect("it begins").id, self.attachments[a].lives == 0);
         if self.check_start(a, generation, members, compare) {
             return;
         }

@@ -73,7 +73,10 @@ impl User {
 
     pub fn describe(&self) -> String {
         let User { device, budget, phases, sweep, detaching, .. } = self;
-        format!("device {device:?}, {} open, budget {budget}, phases {phases}, sweep {sweep:?}, detaching {detaching}", self.open.len())
+        format!(
+            "device {device:?}, {} open, budget {budget}, phases {phases}, sweep {sweep:?}, detaching {detaching}",
+            self.open.len()
+        )
     }
 }
 
@@ -350,7 +353,10 @@ impl World {
             return;
         }
         let request = self.user.open.remove(&tag).expect("a request is completed once");
-        let Some((_, serving)) = self.attachments[a].life.as_ref().map(|life| life.id).and_then(|l| self.serving(l)) else { return };
+        let Some((_, serving)) = self.attachments[a].life.as_ref().map(|life| life.id).and_then(|l| self.serving(l))
+        else {
+            return;
+        };
         let bytes = match request.operation {
             Operation::Read | Operation::Write => {
                 serving.free.push(request.buffer);
