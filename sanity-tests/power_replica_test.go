@@ -26,7 +26,7 @@ func TestARecordedGenerationSurvivesALossOfPower(t *testing.T) {
 }
 
 const (
-	replicaCuts  = 30
+	replicaCuts  = 20
 	replicaName  = "r-1"
 	replicaBytes = 16 * mib
 	patternBytes = 65536
