@@ -26,11 +26,12 @@ func TestARecordedGenerationSurvivesALossOfPower(t *testing.T) {
 }
 
 const (
-	replicaCuts    = 30
-	replicaName    = "r-1"
+	replicaCuts  = 20
+	replicaName  = "r-1"
+	replicaBytes = 16 * mib
+	patternBytes = 65536
+	// In a network of its own.
 	replicaAddress = "127.0.0.1:10000"
-	replicaBytes   = 16 * mib
-	patternBytes   = 65536
 	// patternWritten: on the replica, the first Count patterns.
 	patternWritten = "pattern was written"
 )
@@ -53,7 +54,8 @@ func (m machine) startReplica(t *testing.T) *soloReplica {
 	}
 	r := &soloReplica{dir: m.replicaDir(), ended: make(chan struct{})}
 	config := filepath.Join(m.Root, "replica-config.json")
-	text := fmt.Sprintf(`{"volume":"v","replica":%q,"directory":%q,"sizeBytes":%d,"image":null,"listen":%q}`, replicaName, r.dir, replicaBytes, replicaAddress)
+	text := fmt.Sprintf(`{"volume":"v","replica":%q,"directory":%q,"sizeBytes":%d,"image":null,"listen":%q}`,
+		replicaName, r.dir, replicaBytes, replicaAddress)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
