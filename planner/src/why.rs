@@ -145,7 +145,9 @@ fn is_problem(condition: &Condition) -> bool {
         types::WAIT_FOR_BACKING_IMAGE | types::BACKING_IMAGE_INCOMPATIBLE => ConditionStatus::True,
         _ => ConditionStatus::False,
     };
-    condition.status == bad && !(condition.message.is_empty() && condition.reason.is_empty())
+    // What nobody can tell is a problem when somebody says why.
+    let is_unknown = condition.status == ConditionStatus::Unknown && !condition.message.is_empty();
+    is_unknown || condition.status == bad && !(condition.message.is_empty() && condition.reason.is_empty())
 }
 
 /// A text with a capital letter and a full stop, so that sentences can follow it.

@@ -7,6 +7,7 @@
 
 mod control;
 mod data;
+pub mod data_plane;
 mod files;
 mod world;
 

@@ -20,7 +20,7 @@ enum Work {
 }
 
 /// Cheap ones first; each build's artifacts serve as many steps as possible: clippy and tests share the dev profile, the sanity tests run the release binary.
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 11] = [
     Step { name: "fmt", what: Work::Run(&["cargo", "fmt", "--all", "--check"], "") },
     Step { name: "tidy", what: Work::Call(crate::tidy::run) },
     Step { name: "generated", what: Work::Call(|_| crate::generate::run(true)) },
@@ -31,6 +31,8 @@ const STEPS: [Step; 9] = [
         what: Work::Run(&["cargo", "clippy", "--workspace", "--tests", "--locked", "--", "-D", "warnings"], ""),
     },
     Step { name: "test", what: Work::Run(&["cargo", "test", "--workspace", "--locked"], "") },
+    Step { name: "simulate", what: Work::Call(|root| crate::simulate::run(root, &Default::default())) },
+    Step { name: "fuzz", what: Work::Call(crate::fuzz::run_short) },
     Step { name: "release", what: Work::Run(&["cargo", "build", "--release", "--locked"], "") },
     Step {
         name: "sanity",

@@ -9,6 +9,7 @@ use proto::engine::{Config, ReplicaAddress};
 use proto::replica::{Reply, Request};
 use tracing::{info, warn};
 
+use super::beginning::{Beginning, Next, Round, is_rival};
 use super::choice::{Answer, Choice, Situation, choose};
 use super::life::LifeFiles;
 use crate::core::Set;
@@ -72,35 +73,45 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         answers: &answers,
         first_life: lives == 0,
         known: known.as_ref(),
+        claimed: life
+            .claimed()
+            .map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?,
         known_to_differ: life.may_differ(),
     };
-    let Choice { mut generation, members, compare } =
-        choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
-    for replica in (0..names.len()).filter(|replica| !members.contains(*replica)) {
+    let choice = choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
+    for replica in (0..names.len()).filter(|replica| !choice.members.contains(*replica)) {
         starting.errors[replica].get_or_insert("it is not a member of the latest generation; it missed writes".into());
     }
+    let Choice { generation, members, compare } = choice;
     info!(volume = %config.volume, generation, members = ?starting.named(members), compare, "members chosen");
-    let (exports, has_rival) = starting.open(generation, members);
-    if has_rival {
-        return Err(nobody(starting.with_errors("another engine raised the generation at the same time")));
-    }
-    let opened = starting.answered(&exports);
-    let data = starting.connect(&exports);
-    let connected = starting.answered(&data);
-    let mut remaining = connected;
-    if remaining != members {
-        warn!(opened = ?starting.named(opened), remaining = ?starting.named(remaining), "going on without some replicas");
-    }
-    // Those that are gone are fenced out before anything is acknowledged.
-    let mut recorded = members;
-    while recorded != remaining && !remaining.is_empty() {
-        generation += 1;
-        recorded = remaining;
-        remaining = starting.fence(generation, remaining, &exports);
-    }
-    if remaining.is_empty() {
-        return Err(nobody(starting.with_errors("none of them could be opened")));
-    }
+    // Before anything that a next life would see of this one: what it does not find noted here it takes for equal, or for free.
+    let noted = life.set_claimed(choice.claims());
+    let noted = noted.and_then(|()| if compare { life.set_may_differ(true) } else { Ok(()) });
+    noted.map_err(|error| nobody(format!("what a next engine has to know cannot be noted: {error}")))?;
+    let mut beginning = Beginning::new(choice);
+    let (mut exports, mut data) = (Vec::new(), Vec::new());
+    let Choice { generation, members: remaining, compare } = loop {
+        let mut rival = false;
+        let answered = match beginning.round() {
+            Round::Open { generation, members } => {
+                (exports, rival) = starting.open(generation, members);
+                starting.answered(&exports)
+            }
+            Round::Connect { .. } => {
+                data = starting.connect(&exports);
+                starting.answered(&data)
+            }
+            Round::Fence { generation, members } => {
+                warn!(generation, remaining = ?starting.named(members), "going on without some replicas");
+                starting.fence(generation, members, &exports)
+            }
+        };
+        match beginning.next(answered, rival) {
+            Next::Ask(_) => {}
+            Next::Serve(choice) => break choice,
+            Next::Fail(reason) => return Err(nobody(starting.with_errors(reason))),
+        }
+    };
     let mut members = Vec::new();
     for (replica, (data, export)) in data.into_iter().zip(exports).enumerate() {
         let control = starting.controls[replica].take();
@@ -111,7 +122,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
             _ => None,
         });
     }
-    Ok(Started { generation, members, errors: starting.errors, compare: compare && remaining.len() > 1 })
+    Ok(Started { generation, members, errors: starting.errors, compare })
 }
 
 impl Starting<'_> {
@@ -188,9 +199,8 @@ impl Starting<'_> {
             match control.ask(&Request::Open { generation, members: names.clone() }, deadline)? {
                 Reply::Opened { export } => Ok(export),
                 other => {
-                    if let Reply::Status { record, .. } = control.ask(&Request::Status, deadline)?
-                        && (record.generation > generation
-                            || record.generation == generation && record.members != names)
+                    if let Reply::Status { record, export, .. } = control.ask(&Request::Status, deadline)?
+                        && is_rival(&record, export.is_some(), generation, &names)
                     {
                         rival.store(true, Ordering::Relaxed);
                     }

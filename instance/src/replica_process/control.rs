@@ -8,6 +8,7 @@ use std::time::Duration;
 use api::error::sentence;
 use dataplane::DataplaneError;
 use dataplane::storage_daemon::{StorageDaemon, allocated_bytes};
+use proto::generation::{Step, plan};
 use proto::replica::{Record, Reply, Request};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::Mutex;
@@ -62,14 +63,11 @@ impl Replica {
         let (replica, name) = (self.clone(), format!("{request:?}"));
         let answered = tokio::spawn(async move {
             let mut state = replica.state.lock().await;
-            match request {
-                Request::Status => Ok(replica.status(&state)),
-                Request::Open { generation, members } => replica.open(&mut state, generation, members).await,
-                Request::Fence { generation, members, export } => {
-                    replica.fence(&mut state, generation, members, &export)
-                }
-                Request::Close { generation } => replica.close(&mut state, generation).await,
-            }
+            replica.carry_out(&mut state, &request).await.map(|()| match request {
+                Request::Status => replica.status(&state),
+                Request::Open { .. } => Reply::Opened { export: state.export.clone().unwrap_or_default() },
+                Request::Fence { .. } | Request::Close { .. } => Reply::Done,
+            })
         })
         .await;
         match answered {
@@ -90,93 +88,31 @@ impl Replica {
         }
     }
 
-    async fn open(&self, state: &mut State, generation: u64, members: Vec<String>) -> Result<Reply, Refusal> {
-        check_raise(&state.record, generation, &members)?;
-        // Invariant 4: the old export is ended, its requests included, before a new writer is let in.
-        self.end_export(state).await?;
-        self.raise(state, generation, members)?;
-        let export = format!("{}-{generation}", state.record.volume);
-        self.daemon.add_export(&export).await.map_err(|e| sentence(&e))?;
-        state.export = Some(export.clone());
-        tracing::info!(replica = %state.record.replica, generation, "export opened");
-        Ok(Reply::Opened { export })
-    }
-
-    fn fence(&self, state: &mut State, generation: u64, members: Vec<String>, export: &str) -> Result<Reply, Refusal> {
-        check_raise(&state.record, generation, &members)?;
-        let replica = &state.record.replica;
-        match &state.export {
-            // It missed writes since its export ended, so it must not count as a member.
-            None => return Err(format!("replica `{replica}` has no open export and cannot stay in sync")),
-            // An engine that lost this replica to another one knows nothing of the writes since.
-            Some(open) if open != export => {
-                return Err(format!(
-                    "replica `{replica}` serves export `{open}` now, for another engine than that of `{export}`"
-                ));
+    /// Does what the rules say, until a step fails.
+    async fn carry_out(&self, state: &mut State, request: &Request) -> Result<(), Refusal> {
+        for step in plan(&state.record, state.export.as_deref(), request)? {
+            match step {
+                Step::EndExport => {
+                    let export = state.export.clone().unwrap_or_default();
+                    self.daemon.delete_export(&export).await.map_err(|e| sentence(&e))?;
+                    state.export = None;
+                }
+                Step::Flush => self.daemon.flush().await.map_err(|e| sentence(&e))?,
+                Step::Record(record) => {
+                    write_record(&self.directory, &record).map_err(|e| sentence(&e))?;
+                    let Record { replica, generation, clean, .. } = &record;
+                    tracing::info!(replica, generation, clean, "generation recorded");
+                    state.record = record;
+                }
+                Step::AddExport(export) => {
+                    self.daemon.add_export(&export).await.map_err(|e| sentence(&e))?;
+                    tracing::info!(replica = %state.record.replica, export, "export opened");
+                    state.export = Some(export);
+                }
             }
-            Some(_) => {}
-        }
-        self.raise(state, generation, members)?;
-        tracing::info!(replica = %state.record.replica, generation, "generation raised by a fence");
-        Ok(Reply::Done)
-    }
-
-    async fn close(&self, state: &mut State, generation: u64) -> Result<Reply, Refusal> {
-        let record = &state.record;
-        if generation != record.generation {
-            return Err(format!(
-                "replica `{}` is at generation {} and cannot end generation {generation}",
-                record.replica, record.generation
-            ));
-        }
-        // Repeated after a lost answer.
-        if record.clean && state.export.is_none() {
-            return Ok(Reply::Done);
-        }
-        if state.export.is_none() {
-            return Err(format!(
-                "replica `{}` was restarted within generation {generation} and may miss writes; it did not end cleanly",
-                record.replica
-            ));
-        }
-        self.end_export(state).await?;
-        self.daemon.flush().await.map_err(|e| sentence(&e))?;
-        let record = Record { clean: true, ..state.record.clone() };
-        write_record(&self.directory, &record).map_err(|e| sentence(&e))?;
-        state.record = record;
-        tracing::info!(replica = %state.record.replica, generation, "generation ended cleanly");
-        Ok(Reply::Done)
-    }
-
-    async fn end_export(&self, state: &mut State) -> Result<(), Refusal> {
-        if let Some(export) = &state.export {
-            self.daemon.delete_export(export).await.map_err(|e| sentence(&e))?;
-            state.export = None;
         }
         Ok(())
     }
-
-    fn raise(&self, state: &mut State, generation: u64, members: Vec<String>) -> Result<(), Refusal> {
-        let record = Record { generation, members, clean: false, ..state.record.clone() };
-        // Invariant 5 rests on this: durable before the answer.
-        write_record(&self.directory, &record).map_err(|e| sentence(&e))?;
-        state.record = record;
-        Ok(())
-    }
-}
-
-/// A generation only rises, and a replica takes part only in one that names it.
-fn check_raise(record: &Record, generation: u64, members: &[String]) -> Result<(), Refusal> {
-    if generation <= record.generation {
-        return Err(format!(
-            "replica `{}` has recorded generation {}; generation {generation} is not above it",
-            record.replica, record.generation
-        ));
-    }
-    if !members.contains(&record.replica) {
-        return Err(format!("replica `{}` is not a member of generation {generation}", record.replica));
-    }
-    Ok(())
 }
 
 pub(super) async fn serve_tcp(
@@ -244,20 +180,5 @@ async fn converse<S: AsyncRead + AsyncWrite>(stream: S, replica: Replica, stop: 
         if writer.write_all(&text).await.is_err() || writer.flush().await.is_err() || !whole {
             return;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_generation_only_rises_and_names_its_members() {
-        let record = Record { replica: "r1".into(), generation: 5, ..Default::default() };
-        let members = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
-        assert!(check_raise(&record, 6, &members(&["r1", "r2"])).is_ok());
-        assert!(check_raise(&record, 5, &members(&["r1"])).unwrap_err().contains("generation 5 is not above"));
-        assert!(check_raise(&record, 4, &members(&["r1"])).is_err());
-        assert!(check_raise(&record, 6, &members(&["r2"])).unwrap_err().contains("not a member"));
     }
 }

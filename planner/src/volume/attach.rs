@@ -6,7 +6,7 @@ use api::engine::{DesireState, InstanceState};
 use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 
-use super::{Action, Pass, SILENCE_LIMIT, name_of_replica};
+use super::{Action, ENGINE_LOST, Pass, SILENCE_LIMIT, SILENT_ENGINE_HINT, name_of_replica};
 use crate::disk::Health;
 use crate::generations::{Judgement, Record, Sight, judge};
 use crate::retry::{after, until};
@@ -59,14 +59,21 @@ impl Pass<'_> {
         }
         if let Err(why) = self.engine_ended() {
             let is_move = engine.node_id != node;
-            self.wait(
-                "Detaching",
-                if is_move {
-                    format!("it must be detached from node {} first: {why}", engine.node_id)
-                } else {
-                    why.clone()
-                },
-            );
+            let (reason, message, hint) = match self.lost_engine() {
+                Some(lost) => (
+                    ENGINE_LOST,
+                    format!(
+                        "{lost}; requests on its device fail; it is attached again when nobody uses that any more: {why}"
+                    ),
+                    "unmount the volume, or end what uses its device; then mount it again",
+                ),
+                None if is_move => {
+                    let message = format!("it must be detached from node {} first: {why}", engine.node_id);
+                    ("Detaching", message, self.engine_hint())
+                }
+                None => ("Detaching", why.clone(), self.engine_hint()),
+            };
+            self.wait_for(Condition::new(READY, ConditionStatus::False, reason, message).with_hint(hint));
             self.undetached = Some(why);
             return;
         }
@@ -118,6 +125,13 @@ impl Pass<'_> {
             self.recheck(self.restart.wait(self.o.now));
         }
         (names, stop_now)
+    }
+
+    /// Why users of the device get errors: the engine ended under them, and the device is not gone yet.
+    fn lost_engine(&self) -> Option<String> {
+        let status = self.o.engine.as_ref()?.status.as_ref()?;
+        let ready = condition::find(&status.conditions, READY)?;
+        (ready.reason == "EngineEnded").then(|| ready.message.clone())
     }
 
     /// The engine ended although it shall run: its end is taken as unclean, and it is attached anew after a back-off.
@@ -323,8 +337,12 @@ impl Pass<'_> {
         let status = engine.status.clone().unwrap_or_default();
         let node = &engine.spec.node_id;
         if let Some(Health::NotReady(why) | Health::Unknown(why)) = self.o.disks.nodes.get(node) {
-            let message = format!("{why}; the volume stays attached to node {node}");
-            self.wait_for(Condition::new(READY, ConditionStatus::Unknown, "NodeNotReady", message));
+            let since = self.silence_of(node);
+            let message = format!(
+                "{why}{since}; the volume stays attached to node {node}, whose engine is waited for until the node returns or its Node object is deleted"
+            );
+            let condition = Condition::new(READY, ConditionStatus::Unknown, "NodeNotReady", message);
+            self.wait_for(condition.with_hint(SILENT_ENGINE_HINT));
             return;
         }
         if !self.o.disks.nodes.contains_key(node) {
@@ -337,6 +355,13 @@ impl Pass<'_> {
             let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
             let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
             self.wait("Attaching", format!("the engine on node {node} is starting{said}"));
+            return;
+        }
+        // Attached, and yet requests wait.
+        let ready = condition::find(&status.conditions, READY).filter(|c| c.status == ConditionStatus::False);
+        if let Some(waits) = ready.filter(|c| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting")) {
+            let message = format!("on node {node} {}", waits.message);
+            self.wait_for(Condition { message, last_transition_time: String::new(), ..waits.clone() });
         }
     }
 

@@ -135,6 +135,25 @@ fn a_claim_leads_to_the_copy_that_is_missing() {
 }
 
 #[test]
+fn a_silent_node_is_told_with_its_time_and_what_can_be_done() {
+    let mut world =
+        World { volumes: vec![volume("v", VolumeState::Attached, Robustness::Healthy)], ..Default::default() };
+    let mut wait =
+        Condition::new(types::READY, ConditionStatus::Unknown, "NodeNotReady", "node node-1 does not answer")
+            .with_hint("bring the node back");
+    wait.last_transition_time = "2026-01-01T00:08:30Z".into();
+    world.volumes[0].status.as_mut().unwrap().conditions.push(wait);
+    check(
+        &world,
+        Subject::Volume("v".into()),
+        expect![[r#"
+            Volume `v` is attached to `node-1`, healthy: 0 of 2 replicas are good.
+              Node node-1 does not answer. Since 90s. You can: bring the node back.
+        "#]],
+    );
+}
+
+#[test]
 fn says_what_the_user_can_do() {
     let mut world = World::default();
     let mut broken = image("ubuntu", &[]);

@@ -1,0 +1,518 @@
+//! The holder of an attachment, and how each of its engines begins: ask, choose, open, connect, fence.
+
+use engine::core::Set;
+use engine::process::beginning::{Beginning, Next, Round, is_rival};
+use engine::process::choice::{Answer, Choice, Known, Situation, choose};
+use proto::replica::{Reply, Request};
+
+use super::serve::Serving;
+use super::{HOLDER_LIMIT, Happening, MILLI, Process, REPLICA_TIMEOUT, SECOND, World, is_up};
+
+/// What the engines of an attachment work on.
+#[derive(Clone)]
+pub struct Config {
+    pub generation: u64,
+    pub compare: bool,
+    /// Replicas by their number in the world; within an engine by their place here.
+    pub replicas: Vec<usize>,
+    pub names: Vec<String>,
+    pub read_from: Option<usize>,
+}
+
+/// A holder, its engine, the mount and what they keep beside their socket.
+pub struct Attachment {
+    pub id: u32,
+    pub node: usize,
+    pub config: Config,
+    pub lives: u32,
+    pub life: Option<Life>,
+    pub holder: bool,
+    /// Users of the mount can be there.
+    pub mounted: bool,
+    pub served: bool,
+    /// Its last engine said that every member recorded a clean end.
+    pub clean: bool,
+    /// It was asked to end since.
+    pub shutdown_at: Option<u64>,
+    without_engine: u64,
+    quick_deaths: u32,
+    pub known: Option<Known>,
+    claimed: u64,
+    pub differ: bool,
+    /// What the instance role heard of the engine.
+    pub told: Option<Told>,
+    /// The block device is there.
+    pub device: bool,
+    /// The user said that its node is gone: whatever it still does is nobody's.
+    pub disowned: bool,
+}
+
+/// The part of an engine's status that leads to a report.
+#[derive(Clone, Default)]
+pub struct Told {
+    pub generation: u64,
+    pub serving: bool,
+    pub modes: Vec<(String, engine::core::ReplicaState)>,
+}
+
+/// One engine process.
+pub struct Life {
+    pub id: u32,
+    pub began: u64,
+    /// The replica process that each connection leads to, by place.
+    pub controls: Vec<Option<u32>>,
+    pub exports: Vec<Option<String>>,
+    /// Requests and answers of a control connection keep their order.
+    pub control_at: Vec<u64>,
+    pub stage: Stage,
+}
+
+pub enum Stage {
+    Beginning(Start),
+    Serving(Box<Serving>),
+}
+
+/// A beginning under way.
+pub struct Start {
+    round: u32,
+    waiting: Set,
+    answered: Set,
+    rival: bool,
+    answers: Vec<Option<Answer>>,
+    links: Vec<Option<u32>>,
+    beginning: Option<Beginning>,
+}
+
+impl Attachment {
+    pub fn new(id: u32, node: usize, config: Config, now: u64) -> Attachment {
+        Attachment {
+            id,
+            node,
+            config,
+            lives: 0,
+            life: None,
+            holder: true,
+            mounted: true,
+            served: false,
+            clean: false,
+            shutdown_at: None,
+            without_engine: now,
+            quick_deaths: 0,
+            known: None,
+            claimed: 0,
+            differ: false,
+            told: None,
+            device: false,
+            disowned: false,
+        }
+    }
+
+    pub fn is_over(&self) -> bool {
+        !self.holder && self.life.is_none()
+    }
+
+    pub fn serving(&self) -> Option<&Serving> {
+        match &self.life.as_ref()?.stage {
+            Stage::Serving(serving) => Some(serving),
+            Stage::Beginning(_) => None,
+        }
+    }
+
+    /// The highest record that a replica answered while the engine begins.
+    pub fn highest_answer(&self) -> u64 {
+        let Some(Stage::Beginning(start)) = self.life.as_ref().map(|life| &life.stage) else { return 0 };
+        start.answers.iter().flatten().map(|answer| answer.record.generation).max().unwrap_or(0)
+    }
+
+    pub fn describe(&self) -> String {
+        let stage = match self.life.as_ref().map(|life| &life.stage) {
+            None => "no engine".to_owned(),
+            Some(Stage::Beginning(start)) => format!("round {} waits for {:?}", start.round, start.waiting),
+            Some(Stage::Serving(serving)) => {
+                format!("serves with {:?}, {} in flight", serving.core.members(), serving.core.in_flight())
+            }
+        };
+        let Attachment { node, lives, holder, mounted, device, shutdown_at, disowned, .. } = self;
+        format!(
+            "n{node}: {stage}; life {lives}, holder {holder}, mounted {mounted}, device {device}, shutdown {shutdown_at:?}, disowned {disowned}"
+        )
+    }
+}
+
+impl World {
+    pub(super) fn of_life(&self, life: u32) -> Option<usize> {
+        self.attachments.iter().position(|a| a.life.as_ref().is_some_and(|l| l.id == life))
+    }
+
+    pub(super) fn of_attachment(&self, id: u32) -> Option<usize> {
+        self.attachments.iter().position(|a| a.id == id)
+    }
+
+    pub(super) fn next_life(&mut self, attachment: u32) {
+        let Some(a) = self.of_attachment(attachment) else { return };
+        if !self.attachments[a].holder || self.attachments[a].life.is_some() {
+            return;
+        }
+        self.next_id += 1;
+        let id = self.next_id;
+        let (now, holder_limit) = (self.now, self.attachments[a].without_engine + HOLDER_LIMIT);
+        let attachment = &mut self.attachments[a];
+        let count = attachment.config.replicas.len();
+        if attachment.lives == 0 {
+            (attachment.known, attachment.claimed, attachment.differ) = (None, 0, false);
+        }
+        let start = Start {
+            round: 1,
+            waiting: Set::first(count),
+            answered: Set::EMPTY,
+            rival: false,
+            answers: vec![None; count],
+            links: vec![None; count],
+            beginning: None,
+        };
+        attachment.life = Some(Life {
+            id,
+            began: now,
+            controls: vec![None; count],
+            exports: vec![None; count],
+            control_at: vec![0; count],
+            stage: Stage::Beginning(start),
+        });
+        let (attachment, lives) = (attachment.id, attachment.lives);
+        self.at(holder_limit, Happening::HolderLimit { attachment, lives });
+        self.after(REPLICA_TIMEOUT, Happening::RoundOver { life: id, round: 1 });
+        for place in 0..count {
+            let replica = self.attachments[a].config.replicas[place];
+            let incarnation = self.replicas[replica].incarnation;
+            self.attachments[a].life.as_mut().expect("it began").controls[place] = Some(incarnation);
+            self.send_control(a, 1, place, Request::Status);
+        }
+        self.tally.add("engines begun", 1);
+    }
+
+    /// Sends a control request over the connection of an engine.
+    pub(super) fn send_control(&mut self, a: usize, round: u32, place: usize, request: Request) {
+        let (node, replica) = (self.attachments[a].node, self.attachments[a].config.replicas[place]);
+        let arrival = self.arrival(node, self.node_of(replica), 0);
+        let life = self.attachments[a].life.as_mut().expect("it asks");
+        let incarnation = life.controls[place].unwrap_or_default();
+        let at = arrival.max(life.control_at[place] + 1);
+        life.control_at[place] = at;
+        let life = life.id;
+        self.at(at, Happening::Control { life, round, replica, incarnation, request });
+    }
+
+    pub(super) fn node_of(&self, replica: usize) -> usize {
+        // Each replica has a node of its own; others may have none.
+        replica
+    }
+
+    pub(super) fn control(&mut self, life: u32, round: u32, replica: usize, incarnation: u32, request: Request) {
+        let stopped = self.replicas[replica].stopped_until;
+        if stopped > self.now {
+            return self.at(stopped + 1, Happening::Control { life, round, replica, incarnation, request });
+        }
+        let from = self.node_of(replica);
+        let reply = if self.replicas[replica].incarnation != incarnation || !is_up(&self.replicas[replica]) {
+            // The connection is refused, or was reset.
+            None
+        } else {
+            let dies = self.faults && self.dice.permille(4);
+            let errs = self.replicas[replica].erring_until > self.now && self.dice.percent(30);
+            let served = self.replicas[replica].client;
+            let (target, dice) = (&mut self.replicas[replica], &mut self.dice);
+            let Ok(reply) = target.control(&request, self.now, errs, dies, dice) else {
+                self.tally.add("replicas that died in a request", 1);
+                return self.kill_replica(replica);
+            };
+            if let Some(client) = served.filter(|_| self.replicas[replica].client.is_none()) {
+                self.tell_data_lost(client, replica);
+            }
+            Some(reply)
+        };
+        let Some(a) = self.of_life(life) else { return };
+        let arrival = self.arrival(from, self.attachments[a].node, 0);
+        let Some(place) = self.place(a, replica) else { return };
+        let engine = self.attachments[a].life.as_mut().expect("it asked");
+        let at = arrival.max(engine.control_at[place] + 1);
+        engine.control_at[place] = at;
+        self.at(at, Happening::ControlAnswer { life, round, replica, incarnation, reply });
+    }
+
+    pub(super) fn place(&self, a: usize, replica: usize) -> Option<usize> {
+        self.attachments[a].config.replicas.iter().position(|other| *other == replica)
+    }
+
+    pub(super) fn control_answer(
+        &mut self,
+        life: u32,
+        round: u32,
+        replica: usize,
+        incarnation: u32,
+        reply: Option<Reply>,
+    ) {
+        let Some(a) = self.of_life(life) else { return };
+        let Some(place) = self.place(a, replica) else { return };
+        let engine = self.attachments[a].life.as_mut().expect("it asked");
+        let Stage::Beginning(start) = &mut engine.stage else {
+            return self.take_control_answer(a, place, incarnation, reply);
+        };
+        if start.round != round || !start.waiting.contains(place) {
+            return;
+        }
+        let mut asks_again = false;
+        let is_right = match (start.beginning.as_ref().map(Beginning::round), reply) {
+            (None, Some(Reply::Status { record, export, .. })) => {
+                start.answers[place] = Some(Answer { record, serves: export.is_some() });
+                true
+            }
+            (Some(Round::Open { .. }), Some(Reply::Opened { export })) => {
+                engine.exports[place] = Some(export);
+                true
+            }
+            (Some(Round::Open { .. }), Some(Reply::Refused { .. })) => {
+                asks_again = true;
+                false
+            }
+            (Some(Round::Open { generation, members }), Some(Reply::Status { record, export, .. })) => {
+                let names: Vec<String> = members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
+                start_of(&mut self.attachments[a]).rival |= is_rival(&record, export.is_some(), generation, &names);
+                false
+            }
+            (Some(Round::Fence { .. }), Some(Reply::Done)) => true,
+            _ => false,
+        };
+        if asks_again {
+            return self.send_control(a, round, place, Request::Status);
+        }
+        self.settle_answer(a, place, is_right);
+    }
+
+    pub(super) fn connect(&mut self, life: u32, round: u32, replica: usize, incarnation: u32, export: &str) {
+        let target = &self.replicas[replica];
+        let stopped = target.stopped_until;
+        if stopped > self.now {
+            return self
+                .at(stopped + 1, Happening::Connect { life, round, replica, incarnation, export: export.into() });
+        }
+        let serves = target.incarnation == incarnation && is_up(target) && target.export.as_deref() == Some(export);
+        let Some(a) = self.of_life(life) else { return };
+        let Some(place) = self.place(a, replica) else { return };
+        let engine = self.attachments[a].life.as_mut().expect("it connects");
+        let Stage::Beginning(start) = &mut engine.stage else { return };
+        if start.round != round || !start.waiting.contains(place) {
+            return;
+        }
+        if serves {
+            assert!(self.replicas[replica].client.is_none(), "invariant 4: a replica has two writers");
+            self.replicas[replica].client = Some(life);
+            start.links[place] = Some(incarnation);
+        }
+        self.settle_answer(a, place, serves);
+    }
+
+    /// A replica that was asked in this round is gone.
+    pub(super) fn lose_answer(&mut self, a: usize, place: usize) {
+        if start_of(&mut self.attachments[a]).waiting.contains(place) {
+            self.settle_answer(a, place, false);
+        }
+    }
+
+    fn settle_answer(&mut self, a: usize, place: usize, is_right: bool) {
+        let start = start_of(&mut self.attachments[a]);
+        start.waiting = start.waiting.without(Set::only(place));
+        if is_right {
+            start.answered = start.answered.with(Set::only(place));
+        }
+        if start.waiting.is_empty() {
+            self.finish_round(a);
+        }
+    }
+
+    pub(super) fn round_over(&mut self, life: u32, round: u32) {
+        let Some(a) = self.of_life(life) else { return };
+        if matches!(&self.attachments[a].life.as_ref().expect("it begins").stage, Stage::Beginning(s) if s.round == round)
+        {
+            self.finish_round(a);
+        }
+    }
+
+    fn finish_round(&mut self, a: usize) {
+        if self.faults && self.dice.percent(2) {
+            return self.end_life(a, false);
+        }
+        let attachment = &mut self.attachments[a];
+        let (known, differ, lives) = (attachment.known.clone(), attachment.differ, attachment.lives);
+        let (mut claimed, mut may_differ) = (attachment.claimed, differ);
+        let config = attachment.config.clone();
+        let start = start_of(attachment);
+        let next = match &mut start.beginning {
+            None => {
+                let situation = Situation {
+                    config_generation: config.generation,
+                    config_compare: config.compare,
+                    names: &config.names,
+                    answers: &start.answers,
+                    first_life: lives == 0,
+                    known: known.as_ref(),
+                    claimed,
+                    known_to_differ: differ,
+                };
+                match choose(&situation) {
+                    Ok(choice) => {
+                        claimed = choice.claims();
+                        may_differ |= choice.compare;
+                        let beginning = Beginning::new(choice);
+                        let round = beginning.round();
+                        start.beginning = Some(beginning);
+                        Next::Ask(round)
+                    }
+                    Err(_) => Next::Fail("nobody can be chosen"),
+                }
+            }
+            Some(beginning) => beginning.next(start.answered, start.rival),
+        };
+        (attachment.claimed, attachment.differ) = (claimed, may_differ);
+        match next {
+            Next::Ask(round) => self.ask(a, round),
+            Next::Serve(choice) => self.serve(a, choice),
+            Next::Fail(why) => {
+                if why.contains("at the same time") {
+                    self.tally.add("rivals noticed", 1);
+                }
+                self.end_life(a, false);
+            }
+        }
+    }
+
+    fn ask(&mut self, a: usize, round: Round) {
+        let (members, node) = match round {
+            Round::Open { members, .. } | Round::Connect { members } | Round::Fence { members, .. } => {
+                (members, self.attachments[a].node)
+            }
+        };
+        let start = start_of(&mut self.attachments[a]);
+        start.round += 1;
+        (start.waiting, start.answered) = (members, Set::EMPTY);
+        let number = start.round;
+        let config = self.attachments[a].config.clone();
+        let names: Vec<String> = members.iter().map(|m| config.names[m].clone()).collect();
+        let engine = self.attachments[a].life.as_ref().expect("it begins");
+        let (life, exports) = (engine.id, engine.exports.clone());
+        self.after(REPLICA_TIMEOUT, Happening::RoundOver { life, round: number });
+        for place in members.iter() {
+            let export = exports[place].clone().unwrap_or_default();
+            match round {
+                Round::Open { generation, .. } => {
+                    self.send_control(a, number, place, Request::Open { generation, members: names.clone() });
+                }
+                Round::Fence { generation, .. } => {
+                    self.send_control(a, number, place, Request::Fence { generation, members: names.clone(), export });
+                }
+                Round::Connect { .. } => {
+                    let replica = config.replicas[place];
+                    // A new connection reaches whatever process is there.
+                    let incarnation = self.replicas[replica].incarnation;
+                    let at = self.arrival(node, self.node_of(replica), 0);
+                    self.at(at, Happening::Connect { life, round: number, replica, incarnation, export });
+                }
+            }
+        }
+    }
+
+    fn serve(&mut self, a: usize, choice: Choice) {
+        let attachment = &mut self.attachments[a];
+        let start = start_of(attachment);
+        let links = std::mem::take(&mut start.links);
+        self.begin_to_serve(a, choice, links);
+    }
+
+    /// An engine process ends. Its holder starts the next one, unless it ended in order.
+    pub(super) fn end_life(&mut self, a: usize, in_order: bool) {
+        let node = self.attachments[a].node;
+        let Some(life) = self.attachments[a].life.take() else { return };
+        let count = self.attachments[a].config.replicas.len();
+        for place in 0..count {
+            let replica = self.attachments[a].config.replicas[place];
+            self.cut_connection(&life, place, replica);
+        }
+        let (now, had_served) = (self.now, matches!(life.stage, Stage::Serving(_)));
+        let attachment = &mut self.attachments[a];
+        if let Some(told) = &mut attachment.told {
+            told.serving = false;
+        }
+        attachment.lives += 1;
+        if had_served {
+            attachment.without_engine = now;
+        }
+        let unmounted = !attachment.mounted && !had_served;
+        if in_order || unmounted {
+            (attachment.holder, attachment.mounted) = (false, false);
+            // Left by an end in order.
+            (attachment.known, attachment.differ) = (None, false);
+        }
+        attachment.quick_deaths = if now - life.began < 10 * SECOND { attachment.quick_deaths + 1 } else { 0 };
+        let pause = match attachment.quick_deaths {
+            0 | 1 => 0,
+            n => (100 * MILLI << (n - 2).min(8)).min(2 * SECOND),
+        };
+        let (id, holder) = (attachment.id, attachment.holder);
+        if had_served && !in_order {
+            self.tally.add("engines that died", 1);
+            self.user_lost_engine(a);
+        }
+        if holder {
+            let wait = pause + self.dice.upto(20 * MILLI);
+            self.after(wait, Happening::NextLife { attachment: id });
+        } else {
+            self.device_ended(a);
+        }
+        self.wake_instance(node);
+    }
+
+    /// The holder waits no longer for an engine that serves: it ends the device.
+    pub(super) fn holder_limit(&mut self, attachment: u32, _lives: u32) {
+        let Some(a) = self.of_attachment(attachment) else { return };
+        let attachment = &self.attachments[a];
+        let serves = attachment.serving().is_some();
+        if !attachment.holder || serves || self.now < attachment.without_engine + HOLDER_LIMIT {
+            return;
+        }
+        self.tally.add("holders that gave up", 1);
+        self.attachments[a].holder = false;
+        self.attachments[a].mounted = false;
+        if self.attachments[a].life.is_some() {
+            self.end_life(a, false);
+        } else {
+            self.device_ended(a);
+        }
+        self.wake_instance(self.attachments[a].node);
+    }
+
+    /// Nothing of this attachment works any more.
+    pub(super) fn device_ended(&mut self, a: usize) {
+        self.attachments[a].mounted = false;
+        let (id, clean) = (self.attachments[a].id, self.attachments[a].clean);
+        self.user_lost_device(id);
+        if !clean && !self.attachments[a].disowned {
+            self.oracle.forget_observations();
+            self.forgive_losses();
+        }
+    }
+
+    pub(super) fn replica_up(&mut self, replica: usize, incarnation: u32) {
+        let target = &mut self.replicas[replica];
+        if target.incarnation == incarnation && target.process == Process::Starting {
+            target.process = Process::Up;
+            let node = self.node_of(replica);
+            self.wake_instance(node);
+        }
+    }
+}
+
+fn start_of(attachment: &mut Attachment) -> &mut Start {
+    match &mut attachment.life.as_mut().expect("an engine begins").stage {
+        Stage::Beginning(start) => start,
+        Stage::Serving(_) => panic!("the engine serves already"),
+    }
+}
