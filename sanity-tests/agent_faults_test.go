@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -40,40 +40,15 @@ func TestKilledAgentFinishesItsSync(t *testing.T) {
 	if len(copies) != 1 {
 		t.Fatalf("want one copy, found %v", copies)
 	}
-	senders := agentsOf(t, i, copies[0])
-	if len(senders) != 1 {
-		t.Fatalf("want one agent of %s, found %v in %v", copies[0], senders, processesOf(i.dir))
+	held := holdSync(t, i, "resync", copies[0], size, func() { i.apply(t, imageYAML("resync", url, sum, 3)) })
+	for _, agent := range agentsOf(t, i, held.partial) {
+		t.Logf("killing %s with %d of %d MiB", agent, chunksIn(held.partial, size), size/mib)
+		killProcess(t, agent.pid)
 	}
-	// The sender gets a few milliseconds at a time, so that no receiver can be done before it is looked at.
-	sender := senders[0].pid
-	signal := func(s syscall.Signal) {
-		if err := syscall.Kill(sender, s); err != nil {
-			t.Fatalf("cannot signal the sender: %v", err)
-		}
-	}
-	t.Cleanup(func() { syscall.Kill(sender, syscall.SIGCONT) })
-	signal(syscall.SIGSTOP)
-	i.apply(t, imageYAML("resync", url, sum, 3))
-	eventually(t, 60*time.Second, "an agent is killed while it receives a copy", func() (bool, string) {
-		signal(syscall.SIGCONT)
-		time.Sleep(5 * time.Millisecond) // poll
-		signal(syscall.SIGSTOP)
-		partial, _ := filepath.Glob(i.path("nodes", "*", "disk-1", "backing-images", "resync-*", "backing.tmp"))
-		for _, path := range partial {
-			if chunks := chunksIn(path, size); chunks > 0 && chunks < size/mib {
-				for _, agent := range agentsOf(t, i, path) {
-					t.Logf("killing %s with %d of %d MiB", agent, chunks, size/mib)
-					killProcess(t, agent.pid)
-					return true, ""
-				}
-			}
-		}
-		return false, fmt.Sprintf("no partial copy among %v", partial)
-	})
 	if object := get[imageObject](t, i, "backingimage", "resync"); len(readyCopies(object)) > 2 {
 		t.Fatalf("all copies were ready before the agent died: %+v", object.Status)
 	}
-	signal(syscall.SIGCONT)
+	held.goOn(t)
 	until(t, i, 90*time.Second, "backingimage", "resync", "has three ready copies", func(o imageObject) bool {
 		return len(readyCopies(o)) == 3
 	})
@@ -87,6 +62,54 @@ func TestKilledAgentFinishesItsSync(t *testing.T) {
 		}
 	}
 	noTemporaryFiles(t, i, "resync")
+}
+
+// heldSync is a sync in the middle: its sender is stopped.
+type heldSync struct {
+	sender int
+	// partial is a copy that has a part of the file.
+	partial string
+}
+
+// holdSync begins a sync of a copy to other disks and holds it in the middle.
+func holdSync(t *testing.T, i *instance, image, copied string, size int64, begin func()) heldSync {
+	t.Helper()
+	senders := agentsOf(t, i, copied)
+	if len(senders) != 1 {
+		t.Fatalf("want one agent of %s, found %v in %v", copied, senders, processesOf(i.dir))
+	}
+	// The sender gets a few milliseconds at a time, so that no receiver can be done before it is looked at.
+	held := heldSync{sender: senders[0].pid}
+	t.Cleanup(func() { syscall.Kill(held.sender, syscall.SIGCONT) })
+	held.signal(t, syscall.SIGSTOP)
+	begin()
+	eventually(t, 60*time.Second, "a copy is received in part", func() (bool, string) {
+		held.signal(t, syscall.SIGCONT)
+		time.Sleep(5 * time.Millisecond) // poll
+		held.signal(t, syscall.SIGSTOP)
+		partial, _ := filepath.Glob(i.path("nodes", "*", "disk-1", "backing-images", image+"-*", "backing.tmp"))
+		for _, path := range partial {
+			if chunks := chunksIn(path, size); chunks > 0 && chunks < size/mib && len(agentsOf(t, i, path)) > 0 {
+				held.partial = path
+				return true, ""
+			}
+		}
+		return false, fmt.Sprintf("no partial copy among %v", partial)
+	})
+	return held
+}
+
+func (h heldSync) signal(t *testing.T, signal syscall.Signal) {
+	t.Helper()
+	if err := syscall.Kill(h.sender, signal); err != nil {
+		t.Fatalf("cannot signal the sender: %v", err)
+	}
+}
+
+// goOn lets the sender send.
+func (h heldSync) goOn(t *testing.T) {
+	t.Helper()
+	h.signal(t, syscall.SIGCONT)
 }
 
 // agentsOf finds the agents of the disk on which a file is.
@@ -112,58 +135,48 @@ func chunksIn(path string, size int64) (chunks int64) {
 	return chunks
 }
 
-// The data source dies in the middle of a download: it goes on with what it has, or begins again, and the image becomes ready.
+// The data source dies in the middle of a download: the next one goes on with what was safe, and asks for the rest only.
 func TestKilledDataSourceFinishesItsDownload(t *testing.T) {
 	i := sharedInstance(t)
+	content := randomBytes(12, 64*mib)
 	large := filepath.Join(t.TempDir(), "large.raw")
-	if err := os.WriteFile(large, randomBytes(12, 64*mib), 0o644); err != nil {
+	if err := os.WriteFile(large, content, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	sum := checksumOf(t, large)
-	half, release := make(chan struct{}), make(chan struct{})
 	var begun atomic.Bool
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet || begun.Swap(true) {
-			http.ServeFile(w, r, large)
+	url, sent := sourceServer(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"v1"`)
+		if begun.Swap(true) {
+			http.ServeContent(w, r, "large.raw", time.Time{}, bytes.NewReader(content))
 			return
 		}
 		// The first download gets one half and then waits until it is dead.
-		content, _ := os.ReadFile(large)
-		w.Header().Set("Content-Length", "67108864")
-		w.Header().Set("Accept-Ranges", "bytes")
+		w.Header().Set("Content-Length", fmt.Sprint(len(content)))
 		w.Write(content[:len(content)/2])
-		w.(http.Flusher).Flush()
-		close(half)
-		<-release
-	}))
-	t.Cleanup(server.Close)
-	t.Cleanup(func() {
-		select {
-		case <-release:
-		default:
-			close(release)
-		}
+		w.(counting).ResponseWriter.(http.Flusher).Flush()
+		<-r.Context().Done()
 	})
-
-	i.apply(t, imageYAML("redownload", server.URL+"/large.raw", sum, 1))
+	i.apply(t, imageYAML("redownload", url+"/large.raw?token=hunter2", sum, 1))
 	removeImage(t, i, "redownload")
-	select {
-	case <-half:
-	case <-time.After(30 * time.Second):
-		t.Fatalf("the download did not begin: %s", i.why("backingimage", "redownload"))
-	}
-	sources := slices.DeleteFunc(processesOf(i.dir), func(p process) bool {
-		return !slices.Contains(p.args, "data-source") || !strings.Contains(p.String(), "redownload")
+	var record string
+	eventually(t, 30*time.Second, "half of it is safe", func() (bool, string) {
+		found, _ := filepath.Glob(i.path("nodes", "*", "disk-*", "tmp", "redownload-*.resume"))
+		if len(found) == 0 {
+			return false, i.why("backingimage", "redownload")
+		}
+		text, _ := os.ReadFile(found[0])
+		record = string(text)
+		return strings.Contains(record, fmt.Sprintf(`"durableBytes":%d`, 32*mib)), record
 	})
+	if strings.Contains(record, "hunter2") {
+		t.Errorf("a secret lies on the disk: %s", record)
+	}
+	sources := dataSources(i, "redownload")
 	if len(sources) != 1 {
 		t.Fatalf("want one data source, found %v in %v", sources, processesOf(i.dir))
 	}
-	if partial, _ := filepath.Glob(i.path("nodes", "*", "disk-*", "tmp", "redownload-*")); len(partial) == 0 {
-		t.Error("the download has no file yet")
-	}
-	mentions(t, "why", i.why("backingimage", "redownload"), "redownload", "%")
 	killProcess(t, sources[0].pid)
-	close(release)
 	object := until(t, i, 90*time.Second, "backingimage", "redownload", "is ready", func(o imageObject) bool {
 		return conditionOf(o.Status.Conditions, "Ready").Status == "True"
 	})
@@ -174,7 +187,47 @@ func TestKilledDataSourceFinishesItsDownload(t *testing.T) {
 	if len(copies) != 1 || checksumOf(t, copies[0]) != sum {
 		t.Errorf("the copy is not what was served: %v", copies)
 	}
+	if n := int(sent.Load()); n > len(content)+mib {
+		t.Errorf("%d bytes were served for an image of %d: what was safe was fetched again", n, len(content))
+	}
 	noTemporaryFiles(t, i, "redownload")
+}
+
+// dataSources finds the processes that prepare the first file of an image.
+func dataSources(i *instance, image string) []process {
+	return slices.DeleteFunc(processesOf(i.dir), func(p process) bool {
+		return !slices.Contains(p.args, "data-source") || !strings.Contains(p.String(), image)
+	})
+}
+
+// heldServer serves a file, but the first download gets one half (then half closes) and waits until release is called; all others get it at once.
+func heldServer(t *testing.T, path string) (url string, half <-chan struct{}, release func()) {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reached, gate := make(chan struct{}), make(chan struct{})
+	release = sync.OnceFunc(func() { close(gate) })
+	var begun atomic.Bool
+	url, _ = sourceServer(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet || begun.Swap(true) {
+			http.ServeFile(w, r, path)
+			return
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(content)))
+		w.Header().Set("Accept-Ranges", "bytes")
+		w.Write(content[:len(content)/2])
+		w.(counting).ResponseWriter.(http.Flusher).Flush()
+		close(reached)
+		select {
+		case <-gate:
+			w.Write(content[len(content)/2:])
+		case <-r.Context().Done():
+		}
+	})
+	t.Cleanup(release)
+	return url + "/" + filepath.Base(path), reached, release
 }
 
 func readyCopies(o imageObject) (disks []string) {

@@ -13,6 +13,9 @@ import (
 	"testing"
 )
 
+// long asks for the long form of tests that search at random.
+var long = flag.Bool("long", false, "run tests that search at random for hours instead of seconds")
+
 // shared starts the instance that tests use unless they end it, when the first of them asks for it.
 var shared = sync.OnceValues(func() (*instance, error) { return startInstance(3) })
 

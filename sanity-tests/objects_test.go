@@ -3,6 +3,9 @@ package sanitytests
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -56,9 +59,12 @@ type imageObject struct {
 }
 
 type diskFileStatus struct {
-	State    string `json:"state"`
-	Progress int    `json:"progress"`
-	Message  string `json:"message"`
+	State      string `json:"state"`
+	Progress   int    `json:"progress"`
+	Message    string `json:"message"`
+	ErrorKind  string `json:"errorKind"`
+	VerifiedAt string `json:"verifiedAt"`
+	Damage     string `json:"damage"`
 }
 
 type volumeObject struct {
@@ -97,15 +103,36 @@ func (r replicaObject) dir() string {
 	return filepath.Join(r.Spec.DiskPath, "replicas", r.Spec.DataDirectoryName)
 }
 
+// replicaRecord is replica.json: what a replica itself knows of how current it is.
+type replicaRecord struct {
+	Generation int      `json:"generation"`
+	Members    []string `json:"members"`
+	Clean      bool     `json:"clean"`
+}
+
+func (r replicaObject) record(t testing.TB) (record replicaRecord) {
+	t.Helper()
+	content, err := os.ReadFile(filepath.Join(r.dir(), "replica.json"))
+	if err == nil {
+		err = json.Unmarshal(content, &record)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return record
+}
+
 type engineObject struct {
 	object
 	Spec struct {
 		VolumeName string `json:"volumeName"`
 	} `json:"spec"`
 	Status struct {
-		CurrentState string `json:"currentState"`
-		Endpoint     string `json:"endpoint"`
-		Generation   int    `json:"generation"`
+		CurrentState   string            `json:"currentState"`
+		Endpoint       string            `json:"endpoint"`
+		Generation     int               `json:"generation"`
+		ReplicaModeMap map[string]string `json:"replicaModeMap"`
+		Version        string            `json:"version"`
 	} `json:"status"`
 }
 
@@ -141,17 +168,46 @@ type persistentVolumeObject struct {
 	} `json:"spec"`
 }
 
+// collection is the address of all objects of a kind.
+func (i *instance) collection(kind string) string {
+	path := "/apis/longhorn.io/v1beta2/namespaces/longhorn-system/" + kind + "s"
+	switch kind {
+	case "pvc":
+		path = "/api/v1/namespaces/default/persistentvolumeclaims"
+	case "pv":
+		path = "/api/v1/persistentvolumes"
+	case "storageclass":
+		path = "/apis/storage.k8s.io/v1/storageclasses"
+	case "volumeattachment":
+		path = "/apis/storage.k8s.io/v1/volumeattachments"
+	}
+	return "http://" + i.listen + path
+}
+
+// read gets JSON from the instance; notFound is an outcome.
+func read(address string, into any) (notFound bool, err error) {
+	client := http.Client{Timeout: commandWithin}
+	response, err := client.Get(address)
+	if err != nil {
+		return false, err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		return false, err
+	}
+	switch response.StatusCode {
+	case http.StatusOK:
+		return false, json.Unmarshal(body, into)
+	case http.StatusNotFound:
+		return true, nil
+	}
+	return false, fmt.Errorf("GET %s: %s: %s", address, response.Status, body)
+}
+
 // tryGet reads one object; notFound is an outcome.
 func tryGet[T any](i *instance, kind, name string) (value T, notFound bool, err error) {
-	stdout, stderr, code := i.run("", "get", kind, name, "-o", "json")
-	switch code {
-	case 0:
-		err = json.Unmarshal([]byte(stdout), &value)
-	case 3:
-		notFound = true
-	default:
-		err = fmt.Errorf("get %s %s: exit code %d: %s", kind, name, code, stderr)
-	}
+	notFound, err = read(i.collection(kind)+"/"+name, &value)
 	return value, notFound, err
 }
 
@@ -165,19 +221,13 @@ func get[T any](t testing.TB, i *instance, kind, name string) T {
 }
 
 func tryList[T any](i *instance, kind string) ([]T, error) {
-	stdout, stderr, code := i.run("", "get", kind, "-o", "json")
-	if code != 0 {
-		return nil, fmt.Errorf("get %s: exit code %d: %s", kind, code, stderr)
-	}
 	var list struct {
 		Kind  string `json:"kind"`
 		Items []T    `json:"items"`
 	}
-	if err := json.Unmarshal([]byte(stdout), &list); err != nil {
-		return nil, err
-	}
-	if !strings.HasSuffix(list.Kind, "List") {
-		return nil, fmt.Errorf("get %s: kind is `%s`, want a List", kind, list.Kind)
+	notFound, err := read(i.collection(kind), &list)
+	if err != nil || notFound || !strings.HasSuffix(list.Kind, "List") {
+		return nil, fmt.Errorf("list %s: not found %v, kind `%s`, %w", kind, notFound, list.Kind, err)
 	}
 	return list.Items, nil
 }

@@ -21,15 +21,7 @@ func TestKilledReplicaDegradesTheVolume(t *testing.T) {
 
 // The same when our process beside the qemu-storage-daemon dies.
 func TestKilledReplicaProcessDegradesTheVolume(t *testing.T) {
-	testKilledReplica(t, func(t *testing.T, r replicaObject) {
-		for _, p := range processesOf(r.dir()) {
-			if len(p.args) > 1 && p.args[1] == "replica" {
-				killProcess(t, p.pid)
-				return
-			}
-		}
-		t.Fatalf("no replica process has files of %s open; processes there: %v", r.dir(), processesOf(r.dir()))
-	})
+	testKilledReplica(t, killReplicaProcess)
 }
 
 func testKilledReplica(t *testing.T, kill func(*testing.T, replicaObject)) {

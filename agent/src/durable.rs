@@ -1,7 +1,6 @@
 //! `runtime::files` with this crate's errors, and what goes with directories.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use runtime::files;
@@ -10,10 +9,7 @@ use crate::error::AgentError;
 
 /// Replaces a file. Afterwards it holds either its old content or all of the new one, whatever happens.
 pub(crate) fn write(path: &Path, content: &[u8]) -> Result<(), AgentError> {
-    files::write_durably(path, content).map_err(|source| {
-        let _ = files::remove_if_present(&files::temporary_name(path));
-        AgentError::Io { doing: "write", path: path.into(), source }
-    })
+    files::write_durably(path, content).map_err(AgentError::io("write", path))
 }
 
 /// Renames a file and makes the new name durable.
@@ -34,14 +30,9 @@ pub(crate) fn remove_file(path: &Path) -> Result<(), AgentError> {
         .map_err(AgentError::io("remove", path))
 }
 
-/// Removes a directory with its content; it is fine when there is none.
-pub(crate) fn remove_dir_all(path: &Path) -> Result<(), AgentError> {
-    match fs::remove_dir_all(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(AgentError::Io { doing: "remove", path: path.into(), source })
-        }
-        _ => Ok(()),
-    }
+/// Removes a directory with its content, durably; it is fine when there is none.
+pub(crate) fn remove_dir(path: &Path) -> Result<(), AgentError> {
+    files::remove_dir_durably(path).map_err(AgentError::io("remove", path))
 }
 
 /// Makes the entry of a path in its directory durable.

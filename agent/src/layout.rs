@@ -106,6 +106,7 @@ impl Disk {
             partial: with_suffix(&base, ".tmp"),
             config: with_suffix(&base, ".cfg"),
             manifest: with_suffix(&base, ".chunks"),
+            unfinished: with_suffix(&base, ".resume"),
             file: base,
         }
     }
@@ -127,6 +128,7 @@ impl Disk {
             partial: with_suffix(&base, ".tmp"),
             config: with_suffix(&base, ".cfg"),
             manifest: with_suffix(&base, ".chunks"),
+            unfinished: with_suffix(&base, ".resume"),
             file: base,
         }
     }
@@ -151,16 +153,14 @@ impl Disk {
         Ok(keys)
     }
 
-    /// Removes the directory of an image and everything temporary of it.
+    /// Removes the directory of an image and everything temporary of it, durably: whoever hears of it may forget the image.
     pub fn remove_image(&self, key: &ImageKey) -> Result<(), AgentError> {
-        durable::remove_dir_all(&self.image_dir(key))?;
-        self.source(key).remove()?;
-        for dir in [self.images_dir(), self.tmp_dir()] {
-            if dir.is_dir() {
-                durable::sync_parent(&dir.join("."))?;
-            }
+        let source = self.source(key);
+        source.remove()?;
+        if self.tmp_dir().is_dir() {
+            durable::sync_parent(&source.file)?;
         }
-        Ok(())
+        durable::remove_dir(&self.image_dir(key))
     }
 }
 
@@ -175,12 +175,14 @@ pub struct FileSet {
     pub config: PathBuf,
     /// The chunk manifest.
     pub manifest: PathBuf,
+    /// What the partial file is a part of, so that another process can go on with it.
+    pub unfinished: PathBuf,
 }
 
 impl FileSet {
     /// Removes all of them.
     pub fn remove(&self) -> Result<(), AgentError> {
-        for path in [&self.file, &self.partial, &self.config, &self.manifest] {
+        for path in [&self.file, &self.partial, &self.config, &self.manifest, &self.unfinished] {
             durable::remove_file(path)?;
         }
         Ok(())

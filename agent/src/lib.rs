@@ -21,10 +21,12 @@ pub mod manifest;
 pub mod peer;
 pub mod qcow2;
 mod seal;
+pub mod sha512;
 pub mod source_url;
 mod sparse;
 pub mod ssync;
 pub mod sync;
+mod unfinished;
 mod verify;
 
 pub use error::AgentError;

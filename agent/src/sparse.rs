@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, statvfs};
 
 use crate::error::AgentError;
 use crate::limits::HOLE_BYTES;
@@ -39,6 +41,15 @@ pub(crate) fn write_at(file: &File, offset: u64, bytes: &[u8], punch: bool) -> i
         position += part.len();
     }
     flush(run_start, position, run_is_zero)
+}
+
+/// Begins to bring a range to the disk, so that the sync at the end finds little to do. Images are read past the page cache:
+/// what is on the disk already need not stay in it.
+pub(crate) fn write_back(file: &File, range: Range<u64>) {
+    if let Some(length) = NonZeroU64::new(range.end.saturating_sub(range.start)) {
+        // A hint: without it the same is done later.
+        let _ = fadvise(file, range.start, Some(length), Advice::DontNeed);
+    }
 }
 
 /// Frees a range of a file, which then reads as zeros. Has no effect behind the end of the file.

@@ -48,6 +48,10 @@ pub mod condition {
     pub const SCHEDULABLE: &str = "Schedulable";
     /// Volume (Longhorn's name): every replica has a place.
     pub const SCHEDULED: &str = "Scheduled";
+    /// Engine: what came of the last request to replace it by one of the installed version.
+    pub const UPGRADED: &str = "Upgraded";
+    /// Node: an engine that dies there is replaced under a mounted filesystem.
+    pub const ENGINE_REPLACEMENT: &str = "EngineReplacement";
     /// Volume: its detachment or deletion waits for something.
     pub const DETACHED: &str = "Detached";
 }
@@ -61,6 +65,9 @@ pub fn manager_name(disk: &DiskId) -> String {
 pub fn data_source_workload_name(image: &ImageName) -> String {
     format!("backing-image-ds-{image}")
 }
+
+/// The file that an engine shows its volume as, in a directory that has the engine's name.
+pub const ENGINE_VOLUME_FILE: &str = "volume";
 
 /// The name of the engine of a volume.
 pub fn engine_name(volume: &str) -> String {

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
 use crate::client::Client;
@@ -80,8 +81,17 @@ pub fn main() -> ExitCode {
     }
 }
 
-#[tokio::main]
-async fn run(command: Command, server: Option<&str>) -> anyhow::Result<()> {
+fn run(command: Command, server: Option<&str>) -> anyhow::Result<()> {
+    let mut runtime = match &command {
+        // It answers a few questions, and there is one for each replica: a thread for each processor would be wasted.
+        Command::Replica(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
+    runtime.block_on(dispatch(command, server))
+}
+
+async fn dispatch(command: Command, server: Option<&str>) -> anyhow::Result<()> {
     let client = || Client::new(server.unwrap_or_default());
     match command {
         Command::Apply(apply) => apply::run(&client()?, apply).await,

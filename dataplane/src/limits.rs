@@ -8,8 +8,20 @@ pub const QMP_TIMEOUT: Duration = Duration::from_secs(60);
 pub const DAEMON_START_TIMEOUT: Duration = Duration::from_secs(20);
 /// From `quit` to the end of `qemu-storage-daemon`: it flushes what it holds.
 pub const DAEMON_QUIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Free memory that a `qemu-storage-daemon` keeps for its next requests: four of the largest that an engine sends.
+pub const DAEMON_SPARE_MEMORY: u64 = 4 << 20;
+/// Most memory for the tables of a head; QEMU takes no more than the volume needs. 16 bytes for 128 KiB: enough for all of 64 GiB.
+/// Random requests all over a larger volume read 4 KiB of table each time that they leave it. QEMU's own limit is 32 MiB.
+pub const HEAD_TABLE_CACHE: u64 = 8 << 20;
 /// Events that a slow reader may be behind before it loses some.
 pub const QMP_EVENT_QUEUE: usize = 256;
+
+/// NBD connections of a daemon at a time. An export serves one engine; the rest is room for old ones and for tools. More wait.
+pub const NBD_CONNECTIONS: u32 = 64;
+/// How long an NBD connection is silent before its peer is asked for a sign of life, and between two questions.
+pub const NBD_KEEPALIVE: Duration = Duration::from_secs(20);
+/// Questions without an answer after which a connection is given up: a minute and a half in all.
+pub const NBD_KEEPALIVE_PROBES: u32 = 3;
 
 /// `blkid` and the like: they read a few blocks.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,9 +1,10 @@
 //! One `qemu-storage-daemon` per replica: head qcow2 over the image file, one NBD export at a time.
 //!
-//! The daemon works in the replica's directory, so that socket paths stay short. The block graph is given node by node:
-//! the base with its *recorded* format and without a backing file, the head with its backing by node name.
+//! The daemon works in the replica's directory and serves NBD on a socket that it inherits (see [`listener`]). The block graph
+//! is given node by node: the base with its *recorded* format and without a backing file, the head with its backing by node name.
 //! No header field ever makes QEMU open another file.
 
+pub mod listener;
 mod spawn;
 
 use std::fs::{self, File, OpenOptions};
@@ -63,12 +64,12 @@ pub struct Base {
 /// What to serve.
 #[derive(Debug)]
 pub struct Config {
-    /// Where the head and the sockets are; the daemon's working directory.
+    /// Where the head is; the daemon's working directory.
     pub directory: PathBuf,
     /// File name of the head in it.
     pub head: String,
-    /// File name of the NBD socket in it.
-    pub nbd_socket: String,
+    /// Where it serves NBD, from [`listener::listen`]. It is closed here, so that nobody can connect once the daemon has ended.
+    pub listener: OwnedFd,
     /// `None`: a volume without image.
     pub base: Option<Base>,
     pub size_bytes: u64,
@@ -76,6 +77,13 @@ pub struct Config {
     pub create_head: bool,
     /// A lock that the daemon shall hold as long as it lives.
     pub lock: Option<OwnedFd>,
+}
+
+/// The files to open.
+struct Chain {
+    head: String,
+    base: Option<Base>,
+    size_bytes: u64,
 }
 
 /// A running daemon with its head open. Dropping it does not end it; our own end does, and [`StorageDaemon::quit`].
@@ -88,7 +96,7 @@ pub struct StorageDaemon {
 }
 
 impl StorageDaemon {
-    /// Starts the daemon, makes the head when wished, opens the chain, listens for NBD (without any export yet).
+    /// Starts the daemon, makes the head when wished, opens the chain. Nothing is exported yet.
     pub async fn start(config: Config) -> Result<StorageDaemon, DataplaneError> {
         if let Some(base) = &config.base {
             check_base(base)?;
@@ -104,8 +112,9 @@ impl StorageDaemon {
                 ),
             });
         }
-        let daemon = launch(&config).await?;
-        match daemon.open(&config, head_exists).await {
+        let Config { directory, head, base, size_bytes, listener, lock, .. } = config;
+        let daemon = launch(directory, listener, lock).await?;
+        match daemon.open(&Chain { head, base, size_bytes }, head_exists).await {
             Ok(daemon) => Ok(daemon),
             Err((daemon, error)) => {
                 let error = daemon.explain(error);
@@ -117,22 +126,20 @@ impl StorageDaemon {
 
     async fn open(
         mut self,
-        config: &Config,
+        chain: &Chain,
         head_exists: bool,
     ) -> Result<StorageDaemon, (StorageDaemon, DataplaneError)> {
         let outcome = async {
             if !head_exists {
-                create_head(&self.qmp, config).await?;
+                create_head(&self.qmp, &self.directory, chain).await?;
             }
-            if let Some(base) = &config.base {
+            if let Some(base) = &chain.base {
                 self.qmp.execute("blockdev-add", base_options(base)).await?;
             }
-            let direct = add_file(&self.qmp, &config.head).await?;
-            let head_options = head_options(config.base.is_some(), direct);
+            let direct = add_file(&self.qmp, &chain.head).await?;
+            let head_options = head_options(chain.base.is_some(), direct);
             self.qmp.execute("blockdev-add", head_options.clone()).await?;
-            check_size(&self.qmp, config).await?;
-            let address = json!({ "type": "unix", "data": { "path": config.nbd_socket } });
-            self.qmp.execute("nbd-server-start", json!({ "addr": address })).await?;
+            check_size(&self.qmp, &self.directory, chain).await?;
             Ok(head_options)
         }
         .await;
@@ -229,7 +236,7 @@ impl StorageDaemon {
     }
 }
 
-async fn launch(config: &Config) -> Result<StorageDaemon, DataplaneError> {
+async fn launch(directory: PathBuf, listener: OwnedFd, lock: Option<OwnedFd>) -> Result<StorageDaemon, DataplaneError> {
     let (ours, theirs) =
         UnixStream::pair().map_err(|e| DataplaneError::io("make a socket for qemu-storage-daemon", e))?;
     let theirs = OwnedFd::from(theirs);
@@ -237,50 +244,58 @@ async fn launch(config: &Config) -> Result<StorageDaemon, DataplaneError> {
         .create(true)
         .write(true)
         .truncate(true)
-        .open(config.directory.join(LOG))
-        .map_err(|e| DataplaneError::io(format!("open `{LOG}` in `{}`", config.directory.display()), e))?;
+        .open(directory.join(LOG))
+        .map_err(|e| DataplaneError::io(format!("open `{LOG}` in `{}`", directory.display()), e))?;
     let args = vec![
         "--chardev".into(),
         format!("socket,id=monitor,fd={},server=off", theirs.as_raw_fd()),
         "--monitor".into(),
         "chardev=monitor".into(),
+        // Only here: QMP takes a descriptor by a name that `getfd` gave it, which this program does not have.
+        "--nbd-server".into(),
+        format!("addr.type=fd,addr.str={},max-connections={}", listener.as_raw_fd(), limits::NBD_CONNECTIONS),
     ];
-    let mut inherited = vec![theirs];
-    if let Some(lock) = &config.lock {
-        inherited.push(lock.try_clone().map_err(|e| DataplaneError::io("share the lock of the replica", e))?);
-    }
+    let inherited = [theirs, listener].into_iter().chain(lock).collect();
     let child =
-        spawn::spawn(PROGRAM, args, &config.directory, log, inherited).await.map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => {
-                DataplaneError::Missing { program: PROGRAM.into(), package: process::package_of(PROGRAM).into() }
+        spawn::spawn(PROGRAM, args, &memory(), &directory, log, inherited).await.map_err(|source| {
+            match source.kind() {
+                std::io::ErrorKind::NotFound => {
+                    DataplaneError::Missing { program: PROGRAM.into(), package: process::package_of(PROGRAM).into() }
+                }
+                _ => DataplaneError::io("start qemu-storage-daemon", source),
             }
-            _ => DataplaneError::io("start qemu-storage-daemon", source),
         })?;
     ours.set_nonblocking(true).map_err(|e| DataplaneError::io("use the socket of qemu-storage-daemon", e))?;
     let stream = tokio::net::UnixStream::from_std(ours)
         .map_err(|e| DataplaneError::io("use the socket of qemu-storage-daemon", e))?;
     let qmp = Qmp::connect(stream, limits::DAEMON_START_TIMEOUT).await;
     match qmp {
-        Ok(qmp) => Ok(StorageDaemon {
-            qmp,
-            pid: child.pid,
-            ended: child.ended,
-            directory: config.directory.clone(),
-            head_options: Value::Null,
-        }),
+        Ok(qmp) => Ok(StorageDaemon { qmp, pid: child.pid, ended: child.ended, directory, head_options: Value::Null }),
         Err(error) => {
             if child.ended.borrow().is_none()
                 && let Some(pid) = rustix::process::Pid::from_raw(child.pid as i32)
             {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
-            let said = fs::read_to_string(config.directory.join(LOG)).unwrap_or_default();
+            let said = fs::read_to_string(directory.join(LOG)).unwrap_or_default();
             Err(match error {
                 DataplaneError::Ended { .. } => DataplaneError::Ended { detail: format!(": {}", said.trim()) },
                 other => other,
             })
         }
     }
+}
+
+/// How the daemon's allocator treats the buffers of large requests.
+///
+/// By itself glibc gives each of them back to the kernel, and its pages are cleared for the next request: that takes more time
+/// than everything else that QEMU does for it. This keeps a few of them, in one heap, and gives back what is above.
+fn memory() -> [(&'static str, String); 3] {
+    [
+        ("MALLOC_MMAP_THRESHOLD_", limits::DAEMON_SPARE_MEMORY.to_string()),
+        ("MALLOC_TRIM_THRESHOLD_", limits::DAEMON_SPARE_MEMORY.to_string()),
+        ("MALLOC_ARENA_MAX", "1".to_owned()),
+    ]
 }
 
 fn base_options(base: &Base) -> Value {
@@ -301,6 +316,7 @@ fn head_options(has_base: bool, direct: bool) -> Value {
         "file": NODE_FILE,
         "backing": if has_base { Value::from(NODE_BASE) } else { Value::Null },
         "cache": { "direct": direct },
+        "l2-cache-size": limits::HEAD_TABLE_CACHE,
         "discard": "unmap",
     })
 }
@@ -329,21 +345,21 @@ async fn add_file(qmp: &Qmp, name: &str) -> Result<bool, DataplaneError> {
 }
 
 /// Makes the head under a temporary name; a name without the suffix is always whole.
-async fn create_head(qmp: &Qmp, config: &Config) -> Result<(), DataplaneError> {
-    let temporary = format!("{}.tmp", config.head);
-    let path = config.directory.join(&temporary);
+async fn create_head(qmp: &Qmp, directory: &Path, chain: &Chain) -> Result<(), DataplaneError> {
+    let temporary = format!("{}.tmp", chain.head);
+    let path = directory.join(&temporary);
     let failed = |e| DataplaneError::io(format!("create the head `{}`", path.display()), e);
     File::create(&path).map_err(failed)?;
     qmp.execute("blockdev-add", json!({ "driver": "file", "node-name": "new", "filename": temporary })).await?;
     let options = json!({
-        "driver": "qcow2", "file": "new", "size": config.size_bytes,
+        "driver": "qcow2", "file": "new", "size": chain.size_bytes,
         "cluster-size": CLUSTER_BYTES, "extended-l2": true,
     });
     let created = run_job(qmp, "create-head", options).await;
     qmp.execute("blockdev-del", json!({ "node-name": "new" })).await?;
     created?;
     File::open(&path).and_then(|f| f.sync_all()).map_err(failed)?;
-    let head = config.directory.join(&config.head);
+    let head = directory.join(&chain.head);
     fs::rename(&path, &head).and_then(|()| runtime::files::sync_parent(&head)).map_err(failed)
 }
 
@@ -363,20 +379,20 @@ async fn run_job(qmp: &Qmp, id: &str, options: Value) -> Result<(), DataplaneErr
     }
 }
 
-async fn check_size(qmp: &Qmp, config: &Config) -> Result<(), DataplaneError> {
+async fn check_size(qmp: &Qmp, directory: &Path, chain: &Chain) -> Result<(), DataplaneError> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
     let head = nodes.as_array().into_iter().flatten().find(|node| node["node-name"] == NODE_HEAD).cloned();
     let found = head.and_then(|h| h["image"]["virtual-size"].as_u64());
-    if found == Some(config.size_bytes) {
+    if found == Some(chain.size_bytes) {
         return Ok(());
     }
     Err(DataplaneError::Unusable {
         message: format!(
             "`{}` in `{}` has {} bytes, the volume has {}; it belongs to another volume or a resize was cut short",
-            config.head,
-            config.directory.display(),
+            chain.head,
+            directory.display(),
             found.map_or_else(|| "an unknown number of".into(), |n| n.to_string()),
-            config.size_bytes
+            chain.size_bytes
         ),
     })
 }

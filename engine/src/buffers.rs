@@ -1,4 +1,6 @@
 //! The buffers behind [`BufferId`]: last in, first out, so that a load of small requests touches few pages.
+//!
+//! What was not needed for a while is given back to the kernel ([`Buffers::trim`]).
 
 use crate::core::{BufferId, Payload};
 use crate::limits;
@@ -12,6 +14,8 @@ pub struct Buffers {
     slots: Vec<Box<[u8]>>,
     /// Slots with a pooled buffer that nobody uses.
     pooled: Vec<u32>,
+    /// So many of them, the first ones, were not used since the last [`Buffers::trim`].
+    unused: usize,
     /// Slots without memory.
     vacant: Vec<u32>,
 }
@@ -22,6 +26,7 @@ impl Buffers {
         if bytes <= POOLED_BYTES
             && let Some(id) = self.pooled.pop()
         {
+            self.unused = self.unused.min(self.pooled.len());
             return BufferId(id);
         }
         // Large zeroed allocations come from the kernel untouched: no memory is used before it is written.
@@ -46,6 +51,25 @@ impl Buffers {
             *slot = Box::default();
             self.vacant.push(id.0);
         }
+    }
+
+    /// Gives the memory of buffers back that were not used since the last call.
+    pub fn trim(&mut self) {
+        for id in self.pooled.drain(..self.unused) {
+            self.slots[id as usize] = Box::default();
+            self.vacant.push(id);
+        }
+        self.unused = self.pooled.len();
+    }
+
+    /// Whether there is something that [`Buffers::trim`] may give back some day.
+    pub fn has_unused(&self) -> bool {
+        !self.pooled.is_empty()
+    }
+
+    /// Whether nobody uses a buffer.
+    pub fn all_free(&self) -> bool {
+        self.pooled.len() + self.vacant.len() == self.slots.len()
     }
 
     pub fn bytes(&self, id: BufferId) -> &[u8] {
@@ -76,6 +100,31 @@ mod tests {
         buffers.put(b);
         buffers.put(a);
         assert_eq!(buffers.get(4096), a);
+    }
+
+    #[test]
+    fn gives_memory_back_that_was_not_needed_for_a_while() {
+        let mut buffers = Buffers::default();
+        let [a, b, c] = [(); 3].map(|()| buffers.get(1));
+        for id in [a, b, c] {
+            buffers.put(id);
+        }
+        let held = |buffers: &Buffers| [a, b, c].map(|id| !buffers.bytes(id).is_empty());
+        buffers.trim();
+        assert_eq!(held(&buffers), [true; 3], "they were in use a moment ago");
+        // One at a time: the others lie idle.
+        for _ in 0..2 {
+            let id = buffers.get(1);
+            assert_eq!(id, c);
+            buffers.put(id);
+        }
+        buffers.trim();
+        assert_eq!(held(&buffers), [false, false, true]);
+        buffers.trim();
+        assert!(!buffers.has_unused());
+        assert_eq!(held(&buffers), [false; 3]);
+        let again = buffers.get(1);
+        assert_eq!(buffers.bytes(again).len(), POOLED_BYTES, "a place without memory gets new memory");
     }
 
     #[test]

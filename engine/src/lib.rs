@@ -7,7 +7,7 @@
 //! - [`holder`]: its parent, which keeps the FUSE connection while an engine is replaced.
 //! - [`control_client`]: how others talk to an engine.
 
-mod buffers;
+pub mod buffers;
 pub mod control_client;
 pub mod core;
 mod error;
@@ -15,11 +15,12 @@ pub mod fuse;
 pub mod holder;
 pub mod limits;
 mod lines;
-mod link;
+pub mod link;
 pub mod nbd;
 pub mod process;
+mod pulse;
 mod queue;
 mod stream;
 mod sys;
 
-pub use error::EngineError;
+pub use error::{EngineError, NOT_REPLACEABLE};

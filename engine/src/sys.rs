@@ -1,5 +1,6 @@
-//! The two system calls that no safe wrapper of ours covers: taking over an inherited descriptor, and signals as events.
-#![allow(unsafe_code, reason = "raw descriptors and signal masks")]
+//! The system calls that no safe wrapper of ours covers: taking over an inherited descriptor, signals as events, and a setting
+//! of the allocator.
+#![allow(unsafe_code, reason = "raw descriptors, signal masks, mallopt")]
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -15,6 +16,15 @@ pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the descriptor is open, and its number was given to this process to own it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Makes freed buffers go back to the kernel. Otherwise glibc keeps memory of their size once the first one was freed.
+pub fn map_large_allocations() {
+    // SAFETY: it changes a number within the allocator. Elsewhere than with glibc there is nothing to change.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, crate::limits::MAPPED_ALLOCATION_BYTES as libc::c_int);
+    }
 }
 
 /// Turns SIGTERM and SIGINT into events on a descriptor, for this thread and those it starts afterwards.

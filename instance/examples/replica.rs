@@ -4,7 +4,7 @@ use std::path::Path;
 
 use backing_image_instance::replica_process::{Config, run};
 
-#[tokio::main]
+#[tokio::main(flavor = "current_thread")]
 async fn main() {
     let args: Vec<String> = std::env::args().collect();
     let [_, role, flag, file] = args.as_slice() else { panic!("usage: replica replica --config FILE") };

@@ -5,7 +5,6 @@
 
 mod control;
 mod directory;
-mod relay;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -95,11 +94,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Repl
     let lock = directory::claim(&config.directory).await?;
     let record = directory::open_record(&config)?;
     let inherited = lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;
+    let listener = storage_daemon::listener::listen(config.listen)
+        .map_err(|e| ReplicaError::io(format!("listen on {}", config.listen), e))?;
     let failed = |source| ReplicaError::Daemon { replica: config.replica.clone(), source };
     let daemon = StorageDaemon::start(storage_daemon::Config {
         directory: config.directory.clone(),
         head: file::HEAD.into(),
-        nbd_socket: file::NBD_SOCKET.into(),
+        listener,
         base: config.image.as_ref().map(|i| Base { path: i.path.clone(), format: i.format }),
         size_bytes: config.size_bytes,
         // Generation 0: no export was ever opened, so there is nothing to lose.
@@ -118,23 +119,22 @@ async fn serve(config: &Config, replica: Replica, shutdown: CancellationToken) -
     let stop = shutdown.child_token();
     let control_address = SocketAddr::new(config.listen.ip(), config.listen.port() + 1);
     let listen = async {
-        let at = |address: SocketAddr| move |e| ReplicaError::io(format!("listen on {address}"), e);
-        let nbd = tokio::net::TcpListener::bind(config.listen).await.map_err(at(config.listen))?;
-        let tcp = tokio::net::TcpListener::bind(control_address).await.map_err(at(control_address))?;
+        let tcp = tokio::net::TcpListener::bind(control_address)
+            .await
+            .map_err(|e| ReplicaError::io(format!("listen on {control_address}"), e))?;
         let path = config.directory.join(file::CONTROL_SOCKET);
         // Last, because whoever sees it may rely on the others. The lock makes sure that nobody else serves it.
         let unix =
             runtime::socket::bind(&path).map_err(|e| ReplicaError::io(format!("listen on `{}`", path.display()), e))?;
-        Ok((nbd, tcp, unix))
+        Ok((tcp, unix))
     };
-    let (nbd, tcp, unix) = match listen.await {
+    let (tcp, unix) = match listen.await {
         Ok(listeners) => listeners,
         Err(error) => {
             let _ = replica.quit().await;
             return Err(error);
         }
     };
-    tasks.spawn(relay::serve(nbd, config.directory.join(file::NBD_SOCKET), stop.clone()));
     tasks.spawn(control::serve_tcp(tcp, replica.clone(), stop.clone(), tasks.clone()));
     tasks.spawn(control::serve_unix(unix, replica.clone(), stop.clone(), tasks.clone()));
     tracing::info!(replica = %config.replica, address = %config.listen, "replica serves");

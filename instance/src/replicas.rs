@@ -218,14 +218,15 @@ async fn remove(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), I
     let path = directory(replica)?;
     let removed = {
         let path = path.clone();
-        tokio::task::spawn_blocking(move || fs::remove_dir_all(path)).await.unwrap_or_else(|e| Err(io::Error::other(e)))
+        // Durably, because nobody looks for the directory any more once the object is released.
+        tokio::task::spawn_blocking(move || runtime::files::remove_dir_durably(&path)).await
     };
-    match removed {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            return Err(InstanceError::File { action: "remove", path, source });
-        }
-        _ => info!(replica = name, "replica data removed"),
-    }
+    removed.unwrap_or_else(|e| Err(io::Error::other(e))).map_err(|source| InstanceError::File {
+        action: "remove",
+        path,
+        source,
+    })?;
+    info!(replica = name, "replica data removed");
     release(role, name, replica).await
 }
 

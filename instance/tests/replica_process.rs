@@ -132,7 +132,7 @@ impl Replica {
         }
     }
 
-    /// Runs commands of qemu-io on an export, over the relay.
+    /// Runs commands of qemu-io on an export.
     fn io(&self, export: &str, commands: &[&str]) -> (bool, String) {
         let mut command = Command::new("timeout");
         command.args(["20", "qemu-io", "-f", "raw"]);
@@ -255,6 +255,69 @@ fn open_ends_the_old_export_and_its_connection() {
     drop(input);
     client.wait().unwrap();
     replica.io_ok(&second, &["read -P 1 0 4k"]);
+}
+
+/// QEMU before 8.1 forgets to ask for that itself, and would hold back every reply behind one that is not acknowledged yet.
+#[test]
+fn replies_are_not_held_back_over_tcp() {
+    use rustix::net::sockopt;
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let client = std::net::TcpStream::connect(replica.config.listen).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    // The greeting: the daemon has taken the connection.
+    std::io::Read::read_exact(&mut &client, &mut [0; 18]).unwrap();
+    let near = client.local_addr().unwrap();
+    let daemon = rustix::process::pidfd_open(replica.daemon(), rustix::process::PidfdFlags::empty()).unwrap();
+    let accepted = (0..256).find_map(|number| {
+        let flags = rustix::process::PidfdGetfdFlags::empty();
+        let socket = rustix::process::pidfd_getfd(&daemon, number, flags).ok()?;
+        let peer = rustix::net::getpeername(&socket).ok()??;
+        (SocketAddr::try_from(peer).ok()? == near).then_some(socket)
+    });
+    let accepted = accepted.expect("the daemon has the other end of the connection");
+    assert!(sockopt::tcp_nodelay(&accepted).unwrap());
+    assert!(sockopt::socket_keepalive(&accepted).unwrap(), "a peer that vanished is noticed");
+}
+
+/// Otherwise the kernel clears 256 pages for each request of 1 MiB, which takes longer than the request itself.
+#[test]
+fn large_requests_use_the_memory_of_the_last_ones() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let export = replica.open(1);
+    let faults = || -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", replica.daemon().as_raw_nonzero())).unwrap();
+        stat.rsplit_once(')').unwrap().1.split_whitespace().nth(7).unwrap().parse().unwrap()
+    };
+    replica.io_ok(&export, &["write 0 1M"]);
+    let before = faults();
+    replica.io_ok(&export, &["write 0 1M"; 32]);
+    let pages = faults() - before;
+    assert!(pages < 32 * 256 / 2, "{pages} new pages");
+}
+
+#[test]
+fn nobody_can_connect_once_the_daemon_has_ended() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    assert!(std::net::TcpStream::connect(replica.config.listen).is_ok());
+    let process = replica.child.as_ref().unwrap().id();
+    let descriptors = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+    let listening = listening_sockets(replica.config.listen.port());
+    assert_eq!(listening.len(), 1);
+    for descriptor in descriptors {
+        let target = std::fs::read_link(descriptor.unwrap().path()).unwrap_or_default();
+        assert!(!listening.contains(&target.to_string_lossy().into_owned()), "the replica process keeps it open");
+    }
+}
+
+/// Names as in `/proc/PID/fd` of the sockets that listen on a port of IPv4.
+fn listening_sockets(port: u16) -> Vec<String> {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let rows = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let listening = rows.filter(|row| row[3] == "0A" && row[1].ends_with(&format!(":{port:04X}")));
+    listening.map(|row| format!("socket:[{}]", row[9])).collect()
 }
 
 #[test]

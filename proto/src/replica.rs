@@ -19,7 +19,7 @@ pub struct Config {
     pub size_bytes: u64,
     /// `None`: the volume has no backing image.
     pub image: Option<ImageFile>,
-    /// TCP address of the NBD relay; the control protocol is on the next port.
+    /// TCP address of NBD; the control protocol is on the next port.
     pub listen: SocketAddr,
 }
 

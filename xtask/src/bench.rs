@@ -2,9 +2,13 @@
 //!
 //! Every row is a ratio of two things of the same run: the machine cancels out. Nothing here passes or fails.
 
+mod alone;
+mod fio;
 mod images;
+mod kills;
 mod server;
 mod table;
+mod volume;
 mod volumes;
 mod world;
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod ci;
+mod fuzz;
 mod generate;
 mod metadata;
 mod simulate;
@@ -33,6 +34,8 @@ enum Task {
     Tidy,
     /// Checks licenses, bans, sources and duplicates of dependencies by deny.toml.
     Supply,
+    /// Runs the fuzz targets of fuzz/, a bounded time each.
+    Fuzz(fuzz::Fuzz),
     /// Measures the released binary and prints the table of docs/performance.md.
     Bench(bench::Bench),
     /// Runs the data plane in its simulation, with faults everywhere: 100,000 seeded runs, more or one.
@@ -41,10 +44,16 @@ enum Task {
     Ci {
         /// Steps to run; all when none is named.
         steps: Vec<String>,
+        /// The long form of what searches at random, for hours, instead of all that CI runs.
+        #[arg(long)]
+        long: bool,
     },
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = fuzz::wrap_compiler() {
+        return code;
+    }
     match run(Arguments::parse().task) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -60,9 +69,10 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Generate { check } => generate::run(check),
         Task::Tidy => tidy::run(root),
         Task::Supply => supply::run(root),
+        Task::Fuzz(options) => fuzz::run(root, &options),
         Task::Bench(options) => bench::run(root, options),
         Task::Simulate(options) => simulate::run(root, &options),
-        Task::Ci { steps } => ci::run(root, &steps),
+        Task::Ci { steps, long } => ci::run(root, &steps, long),
     }
 }
 

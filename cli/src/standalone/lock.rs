@@ -48,10 +48,12 @@ impl Lock {
     }
 
     fn write(&mut self, holder: &Holder) -> anyhow::Result<()> {
-        self.file.set_len(0)?;
-        self.file.seek(SeekFrom::Start(0))?;
-        self.file.write_all(serde_json::to_string(holder)?.as_bytes())?;
-        Ok(())
+        let text = serde_json::to_string(holder)?;
+        let file = &mut self.file;
+        file.set_len(0)
+            .and_then(|()| file.seek(SeekFrom::Start(0)))
+            .and_then(|_| file.write_all(text.as_bytes()))
+            .with_context(|| format!("cannot write `{NAME}` in the data directory; is its disk full?"))
     }
 }
 

@@ -52,7 +52,7 @@ pub async fn ensure(
         for disk in 1..=disks {
             let disk_name = format!("disk-{disk}");
             let path = layout.node(&name).join(&disk_name);
-            std::fs::create_dir_all(&path).with_context(|| format!("cannot make `{}`", path.display()))?;
+            runtime::files::create_dir_durably(&path).with_context(|| format!("cannot make `{}`", path.display()))?;
             node.spec.disks.entry(disk_name).or_insert_with_key(|disk_name| {
                 changed = true;
                 let tags = vec![disk_name.clone(), format!("disk{disk}"), EVERY_DISK.into()];

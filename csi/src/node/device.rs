@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use api::engine::InstanceState;
 use api::{Engine, Volume, names};
+use dataplane::loop_device;
 
 use super::{Context, mounts};
 use crate::CsiError;
@@ -27,7 +28,8 @@ pub async fn find_volume(context: &Context, volume_id: &str) -> Result<Volume, C
 pub async fn of_volume(context: &Context, volume_id: &str) -> Result<Device, CsiError> {
     let node = &context.node_name;
     let refuse = |reason: String| Err(CsiError::NotUsable { volume_id: volume_id.to_owned(), reason });
-    let engine = context.store.get::<Engine>(&names::engine_name(volume_id)).await?;
+    let engine_name = names::engine_name(volume_id);
+    let engine = context.store.get::<Engine>(&engine_name).await?;
     let Some(engine) = engine.filter(|e| e.spec.node_id == *node) else {
         return refuse(format!("is not attached to node `{node}`; attach it first (ControllerPublishVolume)"));
     };
@@ -37,12 +39,28 @@ pub async fn of_volume(context: &Context, volume_id: &str) -> Result<Device, Csi
     }
     let path = PathBuf::from(&status.endpoint);
     match mounts::device_number(&path) {
-        Ok(Some(number)) => Ok(Device { path, number }),
+        Ok(Some(number)) => match problem(&path, &engine_name) {
+            None => Ok(Device { path, number }),
+            Some(problem) => refuse(format!(
+                "had `{}` as its device, which {problem}, as after the node was started anew; repeat the call when the volume is attached again",
+                path.display()
+            )),
+        },
         Ok(None) => refuse(format!("has `{}` as its device, which is no block device", path.display())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             refuse(format!("has `{}` as its device, which is not there; detach and attach it again", path.display()))
         }
         Err(source) => Err(CsiError::Path { what: "look at", path, source }),
+    }
+}
+
+/// Why a device is not that of an engine. What its status says was true once: after a loss of power the same `/dev/loopN` may be
+/// anybody's, and must be neither formatted nor mounted.
+fn problem(device: &Path, engine_name: &str) -> Option<String> {
+    match loop_device::at(device) {
+        Some(found) if found.backing_file.ends_with(Path::new(engine_name).join(names::ENGINE_VOLUME_FILE)) => None,
+        Some(found) => Some(format!("now belongs to `{}`", found.backing_file.display())),
+        None => Some("has nothing behind it".into()),
     }
 }
 

@@ -28,7 +28,8 @@ struct World {
 impl World {
     async fn new(prepare: impl FnOnce(&Path)) -> World {
         let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("disk");
+        let file = folder.path().join(names::engine_name("v")).join(names::ENGINE_VOLUME_FILE);
+        fs::create_dir(file.parent().unwrap()).unwrap();
         fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
         prepare(&file);
         let device = loop_device::attach(&file).await.unwrap();
@@ -47,6 +48,10 @@ impl World {
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().canonicalize().unwrap().join(name)
+    }
+
+    fn volume_file(&self) -> PathBuf {
+        self.path(&names::engine_name("v")).join(names::ENGINE_VOLUME_FILE)
     }
 
     fn text(&self, name: &str) -> String {
@@ -201,7 +206,31 @@ async fn what_is_not_blank_is_never_formatted() {
     let world = World::new(|file| fs::write(file, vec![7u8; 8 << 20]).unwrap()).await;
     let (kind, text) = error(world.stage(mount()).await);
     assert!(kind == ErrorKind::NotReady && text.contains("volumeMode: Block"), "{text}");
-    assert!(fs::read(world.folder.path().join("disk")).unwrap().iter().all(|b| *b == 7));
+    assert!(fs::read(world.volume_file()).unwrap().iter().all(|b| *b == 7));
+    world.end().await;
+}
+
+/// After a loss of power the engine's last report names a device that may be anybody's by now.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_of_something_else_is_neither_formatted_nor_mounted() {
+    let world = World::new(|_| ()).await;
+    let device = world.device.clone().unwrap();
+    loop_device::detach(&device).await.unwrap();
+    let (kind, text) = error(world.stage(mount()).await);
+    assert!(kind == ErrorKind::NotReady && text.contains("nothing behind it"), "{text}");
+
+    let foreign = world.path("foreign");
+    fs::File::create(&foreign).unwrap().set_len(320 << 20).unwrap();
+    let theirs = loop_device::attach(&foreign).await.unwrap();
+    let mut engine = world.context.store.get::<Engine>(&names::engine_name("v")).await.unwrap().unwrap();
+    engine.status.as_mut().unwrap().endpoint = theirs.path.display().to_string();
+    world.context.store.replace_status(&engine).await.unwrap();
+    let refusals = [error(world.stage(mount()).await), error(world.publish("target", block(), false).await)];
+    loop_device::detach(&theirs).await.unwrap();
+    for (kind, text) in refusals {
+        assert!(kind == ErrorKind::NotReady && text.contains("foreign") && text.contains("repeat the call"), "{text}");
+    }
+    assert_eq!(std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&foreign).unwrap()), 0, "it was formatted");
     world.end().await;
 }
 

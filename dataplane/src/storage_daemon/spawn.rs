@@ -20,16 +20,18 @@ pub(super) struct Child {
     pub ended: watch::Receiver<Option<ExitStatus>>,
 }
 
-/// Starts a program in a directory. `inherited` are handed over under the same numbers and stay open in the child until it ends.
+/// Starts a program in a directory, with further variables in its environment. `inherited` are handed over under the same numbers and stay open in the child until it ends.
 pub(super) async fn spawn(
     program: &str,
     args: Vec<String>,
+    variables: &[(&str, String)],
     directory: &Path,
     log: File,
     inherited: Vec<OwnedFd>,
 ) -> io::Result<Child> {
     let mut command = Command::new(program);
-    command.args(args).current_dir(directory).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    command.args(args).current_dir(directory).envs(variables.iter().map(|(name, value)| (name, value)));
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     let numbers: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: between fork and exec the closure only makes async-signal-safe system calls and allocates nothing;
     // the descriptors of `numbers` are open, because `inherited` lives in the thread below until after the fork.

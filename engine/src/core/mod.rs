@@ -177,6 +177,11 @@ impl Core {
         self.fault.as_ref().map(Fault::sentence)
     }
 
+    /// Whether a generation is being recorded; changes are not acknowledged meanwhile.
+    pub fn is_fencing(&self) -> bool {
+        self.fence.is_some()
+    }
+
     pub fn in_flight(&self) -> usize {
         self.active.len() + self.waiting.len()
     }

@@ -92,7 +92,7 @@ pub(super) struct Unmounting {
 pub(super) struct Engine {
     pub(super) config: Config,
     pub(super) names: Vec<String>,
-    life: LifeFiles,
+    pub(super) life: LifeFiles,
     lives: u32,
     started: Instant,
     start_errors: Vec<Option<String>>,
@@ -117,6 +117,8 @@ pub(super) struct Engine {
     pub(super) unmounting: Option<Unmounting>,
     /// Who is told when the end has come.
     pub(super) askers: Vec<Asker>,
+    /// The next engine is waited for by this client; nothing is taken from the kernel any more.
+    pub(super) handing_over: Option<Asker>,
     /// An NBD client changed something, so that a next life cannot rely on repeated requests alone.
     pub(super) nbd_changed: bool,
     status_changed: bool,
@@ -195,6 +197,7 @@ impl Engine {
             unmounted: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(events)?,
             unmounting: None,
             askers: Vec::new(),
+            handing_over: None,
             nbd_changed: false,
             status_changed: false,
             outputs: Vec::new(),
@@ -248,6 +251,7 @@ impl Engine {
     pub(super) fn run(&mut self) -> Result<bool, EngineError> {
         let mut events = Vec::with_capacity(32);
         let mut ticked = Instant::now();
+        let mut trimmed = Instant::now();
         loop {
             self.obey();
             self.send_all();
@@ -258,10 +262,13 @@ impl Engine {
             if self.core.has_outputs() {
                 continue;
             }
-            let timeout = self
-                .core
-                .next_tick()
-                .map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
+            if self.handing_over.is_some() && self.core.in_flight() == 0 {
+                return Err(self.hand_over());
+            }
+            let tick = self.core.next_tick().into_iter();
+            let due = tick.chain(self.buffers.has_unused().then_some(limits::TRIM_INTERVAL)).min();
+            let timeout =
+                due.map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
                 Ok(_) => {}
@@ -278,6 +285,10 @@ impl Engine {
             if events.is_empty() || ticked.elapsed() >= limits::TICK {
                 ticked = Instant::now();
                 self.core.handle(self.started.elapsed(), Event::Tick);
+                if trimmed.elapsed() >= limits::TRIM_INTERVAL {
+                    trimmed = ticked;
+                    self.buffers.trim();
+                }
             }
         }
     }
@@ -449,6 +460,7 @@ impl Engine {
             flush_ops: counters.flush_ops,
             in_flight: self.core.in_flight() as u32,
             lives: self.lives + 1,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
 }

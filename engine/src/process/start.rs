@@ -199,8 +199,8 @@ impl Starting<'_> {
             match control.ask(&Request::Open { generation, members: names.clone() }, deadline)? {
                 Reply::Opened { export } => Ok(export),
                 other => {
-                    if let Reply::Status { record, .. } = control.ask(&Request::Status, deadline)?
-                        && is_rival(&record, generation, &names)
+                    if let Reply::Status { record, export, .. } = control.ask(&Request::Status, deadline)?
+                        && is_rival(&record, export.is_some(), generation, &names)
                     {
                         rival.store(true, Ordering::Relaxed);
                     }

@@ -157,6 +157,9 @@ impl Story<'_> {
             // An engine that shall run is rightly not detached.
             let runs = engine.spec.desire_state == DesireState::Running;
             let relevant = status.conditions.iter().filter(|c| !(runs && c.r#type == types::DETACHED));
+            if runs && !status.version.is_empty() {
+                s.say(format!("It runs version {}.", status.version));
+            }
             s.problems(&relevant.cloned().collect::<Vec<_>>());
             for (replica, mode) in &status.replica_mode_map {
                 let text = status.replica_errors.get(replica).map(String::as_str).unwrap_or("no reason is known");

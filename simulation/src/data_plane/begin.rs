@@ -194,9 +194,9 @@ impl World {
                 asks_again = true;
                 false
             }
-            (Some(Round::Open { generation, members }), Some(Reply::Status { record, .. })) => {
+            (Some(Round::Open { generation, members }), Some(Reply::Status { record, export, .. })) => {
                 let names: Vec<String> = members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
-                start_of(&mut self.attachments[a]).rival |= is_rival(&record, generation, &names);
+                start_of(&mut self.attachments[a]).rival |= is_rival(&record, export.is_some(), generation, &names);
                 false
             }
             (Some(Round::Fence { .. }), Some(Reply::Done)) => true,

@@ -3,8 +3,7 @@
 //! Table `objects` holds one row per object, keyed `group/plural/namespace/name` (no part can hold a slash); table `meta` holds the
 //! version of the last commit and the format of the file. Both change in one transaction, so a version on disk is always that of the rows.
 
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -92,7 +91,8 @@ fn open(path: &Path) -> Result<Database, StoreError> {
         other => error(other.into()),
     })?;
     prepare(&database).map_err(error)?;
-    sync_directory(path).map_err(|e| error(e.into()))?;
+    // A new file is there after a loss of power only when its directory is synced too.
+    runtime::files::sync_parent(path).map_err(|e| error(e.into()))?;
     Ok(database)
 }
 
@@ -113,12 +113,6 @@ fn prepare(database: &Database) -> Result<(), BoxError> {
         }
     }
     Ok(transaction.commit()?)
-}
-
-/// A new file is there after a power cut only when its directory is synced too.
-fn sync_directory(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent)?.sync_all()
 }
 
 fn load(path: &Path, database: &Database) -> Result<State, StoreError> {

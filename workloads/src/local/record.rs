@@ -42,8 +42,7 @@ pub struct Records {
 impl Records {
     /// Makes the directory if needed.
     pub fn open(directory: &Path) -> io::Result<Records> {
-        fs::create_dir_all(directory)?;
-        files::sync_parent(directory)?;
+        files::create_dir_durably(directory)?;
         let directory = directory.canonicalize()?;
         let found = fs::metadata(&directory)?;
         let instance = format!("{}:{:x}-{:x}", directory.display(), found.dev(), found.ino());
@@ -66,11 +65,7 @@ impl Records {
     /// Writes a record durably.
     pub fn save(&self, record: &Record) -> io::Result<()> {
         let name = &record.spec.name;
-        let directory = self.directory(name);
-        if !directory.exists() {
-            fs::create_dir(&directory)?;
-            files::sync_parent(&directory)?;
-        }
+        files::create_dir_durably(&self.directory(name))?;
         files::write_durably(&self.file(name), &serde_json::to_vec_pretty(record)?)
     }
 
@@ -82,8 +77,7 @@ impl Records {
         }
         files::remove_if_present(&self.file(name))?;
         files::sync_parent(&self.file(name))?;
-        fs::remove_dir_all(&directory)?;
-        files::sync_parent(&directory)
+        files::remove_dir_durably(&directory)
     }
 
     /// Every record; directories without one are remains of a removal or of a start that never came to be, and are removed.

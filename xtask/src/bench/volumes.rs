@@ -1,42 +1,67 @@
-//! The block device of a volume against a `qemu-storage-daemon` alone; memory and idle CPU.
+//! The block device of a volume against a `qemu-storage-daemon` alone; what a request costs; memory and idle CPU.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use serde_json::{Value, json};
-
+use super::alone::StorageDaemon;
+use super::fio::{Job, Target};
 use super::table::Table;
-use super::world::{World, memory_mib, timed, wait};
-use super::{images, server};
+use super::volume::Volume;
+use super::world::{World, memory_mib};
+use super::{images, kills, server};
 
-const SIZE_MIB: u64 = 1024;
+/// Each volume; its first half is worked on and was written before anything is measured.
+const VOLUME_MIB: u64 = 2048;
+const WORKING_SET_MIB: u64 = VOLUME_MIB / 2;
+/// The three are measured in turn this often, so that a change of the machine's speed meets all of them.
+const ROUNDS: u32 = 4;
 /// How long an idle instance is watched.
 const IDLE: Duration = Duration::from_secs(10);
 /// Ticks of `/proc/PID/stat` per second (`USER_HZ` on every architecture that we build for).
 const TICKS: f64 = 100.0;
 
-/// One fio workload: name, mode, block size, depth.
-const JOBS: [(&str, &str, &str, u32); 4] = [
-    ("write 1M", "write", "1M", 4),
-    ("read 1M", "read", "1M", 4),
-    ("randwrite 4k", "randwrite", "4k", 16),
-    ("randread 4k", "randread", "4k", 16),
-];
-const ONE: [(&str, &str); 4] = [
-    ("1 replica / qemu-storage-daemon alone: 1 MiB sequential write, depth 4", "≥ 0.85"),
-    ("1 replica / qemu-storage-daemon alone: 1 MiB sequential read, depth 4", "≥ 0.85"),
-    ("1 replica / qemu-storage-daemon alone: 4k random write, depth 16", "≥ 0.5"),
-    ("1 replica / qemu-storage-daemon alone: 4k random read, depth 16", "≥ 0.6"),
-];
-const THREE: [(&str, &str); 4] = [
-    ("3 replicas / 1 replica: 1 MiB sequential write, depth 4", ""),
-    ("3 replicas / 1 replica: 1 MiB sequential read, depth 4", ""),
-    ("3 replicas / 1 replica: 4k random write, depth 16", "≥ 0.6"),
-    ("3 replicas / 1 replica: 4k random read, depth 16", ""),
+const FILL: Job = Job { mode: "write", block: "1M", depth: 4, size_mib: WORKING_SET_MIB, seconds: None };
+
+/// A workload and its rows: 1 replica / alone, its limit, 3 replicas / 1 replica, its limit.
+struct Comparison {
+    mode: &'static str,
+    block: &'static str,
+    depth: u32,
+    one: (&'static str, &'static str),
+    three: (&'static str, &'static str),
+}
+
+const COMPARISONS: [Comparison; 4] = [
+    Comparison {
+        mode: "write",
+        block: "1M",
+        depth: 4,
+        one: ("1 replica / qemu-storage-daemon alone: 1 MiB sequential write, depth 4", "≥ 0.85"),
+        three: ("3 replicas / 1 replica: 1 MiB sequential write, depth 4", ""),
+    },
+    Comparison {
+        mode: "read",
+        block: "1M",
+        depth: 4,
+        one: ("1 replica / qemu-storage-daemon alone: 1 MiB sequential read, depth 4", "≥ 0.85"),
+        three: ("3 replicas / 1 replica: 1 MiB sequential read, depth 4", ""),
+    },
+    Comparison {
+        mode: "randwrite",
+        block: "4k",
+        depth: 16,
+        one: ("1 replica / qemu-storage-daemon alone: 4k random write, depth 16", "≥ 0.5"),
+        three: ("3 replicas / 1 replica: 4k random write, depth 16", "≥ 0.6"),
+    },
+    Comparison {
+        mode: "randread",
+        block: "4k",
+        depth: 16,
+        one: ("1 replica / qemu-storage-daemon alone: 4k random read, depth 16", "≥ 0.6"),
+        three: ("3 replicas / 1 replica: 4k random read, depth 16", ""),
+    },
 ];
 
 /// Measures one run.
@@ -47,36 +72,84 @@ pub fn measure(binary: &Path, seconds: u32, table: &mut Table) -> anyhow::Result
     let url = server::serve(&image)?;
     world.cli(&["image", "create", "base", "--url", &url, "--min-copies", "1", "--wait"])?;
 
-    let mut alone = vec![];
-    let daemon = StorageDaemon::start(&world, &image)?;
-    for (name, mode, block, depth) in JOBS {
-        alone.push(fio(name, mode, block, depth, seconds, &["--ioengine=nbd", &format!("--uri={}", daemon.uri())])?);
+    let daemon = StorageDaemon::start(&world, &image, VOLUME_MIB)?;
+    let one = Volume::attach(&world, "one", 1, VOLUME_MIB)?;
+    let three = Volume::attach(&world, "three", 3, VOLUME_MIB)?;
+    let targets = [daemon.target(), one.target(), three.target()];
+    for target in &targets {
+        FILL.run(target)?;
     }
-    drop(daemon);
-    let one = with_volume(&world, 1, |device| jobs(device, seconds))?;
-    let mut memory = 0.0;
-    let three = with_volume(&world, 3, |device| {
-        let rates = jobs(device, seconds)?;
-        memory = ["replica", "engine", "qemu-storage-daemon"]
-            .iter()
-            .flat_map(|word| world.processes(word))
-            .collect::<std::collections::BTreeSet<u32>>()
-            .iter()
-            .filter(|pid| {
-                !fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default().windows(10).any(|w| w == b"standalone")
-            })
-            .map(|pid| memory_mib(*pid, "VmRSS"))
-            .sum();
-        Ok(rates)
-    })?;
-    for n in 0..JOBS.len() {
-        table.add(ONE[n].0, ONE[n].1, "", one[n] / alone[n]);
+    let mut rates = vec![];
+    for comparison in &COMPARISONS {
+        rates.push(in_turn(comparison, &targets, seconds)?);
     }
-    for n in 0..JOBS.len() {
-        table.add(THREE[n].0, THREE[n].1, "", three[n] / one[n]);
+    for (comparison, [alone, one, _]) in COMPARISONS.iter().zip(&rates) {
+        table.add(comparison.one.0, comparison.one.1, "", one / alone);
     }
+    for (comparison, [_, one, three]) in COMPARISONS.iter().zip(&rates) {
+        table.add(comparison.three.0, comparison.three.1, "", three / one);
+    }
+    cost_of_a_write(&three, seconds, table)?;
+    let processes = [three.engine_processes(), three.replica_processes()].concat();
+    let memory = processes.iter().map(|pid| memory_mib(*pid, "VmRSS")).sum();
     table.add("RSS of the processes of one attached volume with 3 replicas", "≤ 80 MiB", " MiB", memory);
+    one.remove()?;
+    three.remove()?;
+    drop(daemon);
+    kills::measure(&world, table)
+}
+
+/// Mean rates of one workload on each target.
+fn in_turn(comparison: &Comparison, targets: &[Target; 3], seconds: u32) -> anyhow::Result<[f64; 3]> {
+    let Comparison { mode, block, depth, .. } = *comparison;
+    let seconds = Some(seconds.div_ceil(ROUNDS));
+    let job = Job { mode, block, depth, size_mib: WORKING_SET_MIB, seconds };
+    let mut rates = [0.0; 3];
+    for _ in 0..ROUNDS {
+        for (rate, target) in rates.iter_mut().zip(targets) {
+            *rate += job.run(target)?.bytes_per_second / f64::from(ROUNDS);
+        }
+    }
+    Ok(rates)
+}
+
+/// Where the time of a small write goes, by process.
+fn cost_of_a_write(volume: &Volume<'_>, seconds: u32, table: &mut Table) -> anyhow::Result<()> {
+    let (engine, replicas) = (volume.engine_processes(), volume.replica_processes());
+    let before = (Spent::by(&engine), Spent::by(&replicas));
+    let job =
+        Job { mode: "randwrite", block: "4k", depth: 16, size_mib: WORKING_SET_MIB, seconds: Some(seconds.max(1)) };
+    let requests = job.run(&volume.target())?.requests;
+    let after = (Spent::by(&engine), Spent::by(&replicas));
+    let micros = |before: &Spent, after: &Spent| (after.nanos - before.nanos) / 1e3 / requests;
+    let switches = |before: &Spent, after: &Spent| (after.switches - before.switches) / requests;
+    table.add("CPU of the engine for one 4k write to 3 replicas", "", " µs", micros(&before.0, &after.0));
+    table.add("CPU of the 3 replicas for it", "", " µs", micros(&before.1, &after.1));
+    table.add("context switches of the engine for it", "", "", switches(&before.0, &after.0));
+    table.add("context switches of the 3 replicas for it", "", "", switches(&before.1, &after.1));
     Ok(())
+}
+
+/// CPU time and context switches of some processes so far, all threads that live.
+struct Spent {
+    nanos: f64,
+    switches: f64,
+}
+
+impl Spent {
+    fn by(pids: &[u32]) -> Spent {
+        let mut spent = Spent { nanos: 0.0, switches: 0.0 };
+        let threads = pids.iter().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/task")).ok());
+        for thread in threads.flatten().flatten() {
+            let read = |name: &str| fs::read_to_string(thread.path().join(name)).unwrap_or_default();
+            let number = |word: Option<&str>| word.and_then(|w| w.parse::<f64>().ok()).unwrap_or(0.0);
+            spent.nanos += number(read("schedstat").split_whitespace().next());
+            let status = read("status");
+            let lines = status.lines().filter(|line| line.contains("ctxt_switches"));
+            spent.switches += lines.map(|line| number(line.split_whitespace().last())).sum::<f64>();
+        }
+        spent
+    }
 }
 
 /// CPU of all processes of an instance with ten images while nothing happens.
@@ -104,119 +177,4 @@ fn ticks(world: &World) -> f64 {
         Some(fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?)
     };
     world.processes("").into_iter().filter_map(of).sum()
-}
-
-fn jobs(device: &str, seconds: u32) -> anyhow::Result<Vec<f64>> {
-    let target = ["--ioengine=libaio", "--direct=1", &format!("--filename={device}")];
-    JOBS.iter().map(|(name, mode, block, depth)| fio(name, mode, block, *depth, seconds, &target)).collect()
-}
-
-/// Bytes per second of one job. Reads read what the job before has written.
-fn fio(name: &str, mode: &str, block: &str, depth: u32, seconds: u32, target: &[&str]) -> anyhow::Result<f64> {
-    let output = Command::new("fio")
-        .args([
-            &format!("--name={name}"),
-            &format!("--rw={mode}"),
-            &format!("--bs={block}"),
-            &format!("--iodepth={depth}"),
-        ])
-        .args([
-            &format!("--runtime={seconds}"),
-            "--time_based",
-            &format!("--size={}M", SIZE_MIB / 2),
-            "--output-format=json",
-            "--randseed=1",
-        ])
-        .args(target)
-        .output()
-        .context("cannot start fio: is it installed?")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    // fio prints notes before its JSON.
-    let report: Value = serde_json::from_str(&text[text.find('{').context("fio printed no report")?..])?;
-    let job = &report["jobs"][0];
-    if !output.status.success() || job["error"] != json!(0) {
-        bail!("fio {name}: {} {}", String::from_utf8_lossy(&output.stderr), job["error"]);
-    }
-    let side = if mode.ends_with("write") { "write" } else { "read" };
-    job[side]["bw_bytes"].as_f64().context("fio reported no bandwidth")
-}
-
-/// Attaches a new volume on node-1, works on its device, removes it.
-fn with_volume<T>(world: &World, replicas: u32, work: impl FnOnce(&str) -> anyhow::Result<T>) -> anyhow::Result<T> {
-    let name = format!("bench-{replicas}");
-    let class = json!({
-        "apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": name}, "provisioner": "driver.longhorn.io",
-        "parameters": {"numberOfReplicas": replicas.to_string(), "backingImage": "base"},
-    });
-    let claim = json!({
-        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name, "namespace": "default"},
-        "spec": {"accessModes": ["ReadWriteOnce"], "volumeMode": "Block", "storageClassName": name, "resources": {"requests": {"storage": format!("{SIZE_MIB}Mi")}}},
-    });
-    world.apply(&format!("{}---\n{}", serde_yaml_ng::to_string(&class)?, serde_yaml_ng::to_string(&claim)?))?;
-    let device = world.cli(&["volume", "attach", &name, "--node", "node-1"])?;
-    let result = work(device.trim());
-    world.cli(&["volume", "detach", &name])?;
-    world.cli(&["delete", "pvc", &name])?;
-    result
-}
-
-/// A `qemu-storage-daemon` with one head like that of a replica, and nothing else.
-struct StorageDaemon {
-    process: Child,
-    socket: PathBuf,
-}
-
-impl StorageDaemon {
-    fn start(world: &World, base: &Path) -> anyhow::Result<StorageDaemon> {
-        let (head, socket) = (world.scratch("alone.qcow2"), world.scratch("alone.sock"));
-        let head_text = head.to_string_lossy().into_owned();
-        timed(
-            "qemu-img",
-            &[
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-o",
-                "extended_l2=on,cluster_size=128k",
-                &head_text,
-                &format!("{SIZE_MIB}M"),
-            ],
-        )?;
-        let file = |name: &str, path: &Path| {
-            json!({"driver": "file", "node-name": name, "filename": path, "cache": {"direct": true}, "aio": "native", "discard": "unmap"}).to_string()
-        };
-        let base_node =
-            json!({"driver": "raw", "node-name": "base", "file": "base-file", "read-only": true}).to_string();
-        let head_node =
-            json!({"driver": "qcow2", "node-name": "head", "file": "head-file", "backing": "base", "discard": "unmap"})
-                .to_string();
-        let process = Command::new("qemu-storage-daemon")
-            .args(["--blockdev", &file("base-file", base), "--blockdev", &base_node])
-            .args(["--blockdev", &file("head-file", &head), "--blockdev", &head_node])
-            .args(["--nbd-server", &format!("addr.type=unix,addr.path={}", socket.display())])
-            .args(["--export", "type=nbd,id=e,node-name=head,name=head,writable=on"])
-            .stdin(Stdio::null())
-            .spawn()
-            .context("cannot start qemu-storage-daemon")?;
-        let mut daemon = StorageDaemon { process, socket };
-        wait(|| {
-            if let Some(status) = daemon.process.try_wait()? {
-                bail!("qemu-storage-daemon ended with {status}");
-            }
-            Ok(daemon.socket.exists().then_some(()))
-        })?;
-        Ok(daemon)
-    }
-
-    fn uri(&self) -> String {
-        format!("nbd+unix:///head?socket={}", self.socket.display())
-    }
-}
-
-impl Drop for StorageDaemon {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
 }

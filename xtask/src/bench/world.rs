@@ -86,24 +86,31 @@ impl World {
 
     /// Pids of the instance's processes whose command line contains a word; an empty one finds all.
     pub fn processes(&self, word: &str) -> Vec<u32> {
-        let data = self.data().to_string_lossy().into_owned();
-        let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
-        entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-            .filter(|pid| {
-                let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let line = String::from_utf8_lossy(&line).replace('\0', " ");
-                line.contains(word) && (line.contains(&data) || self.has_open(*pid))
-            })
-            .collect()
+        let mut pids = self.processes_of(&self.data());
+        pids.retain(|pid| command_line(*pid).contains(word));
+        pids
     }
 
-    fn has_open(&self, pid: u32) -> bool {
-        let data = self.data();
-        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-        descriptors.flatten().any(|d| fs::read_link(d.path()).is_ok_and(|target| target.starts_with(&data)))
+    /// Pids of the processes that name a directory in their command line or have something in it open, the instance apart.
+    pub fn processes_of(&self, directory: &Path) -> Vec<u32> {
+        let Ok(entries) = fs::read_dir("/proc") else { return vec![] };
+        let text = directory.to_string_lossy();
+        let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let is_whole = directory == self.data();
+        pids.filter(|pid| is_whole || *pid != self.daemon.id())
+            .filter(|pid| command_line(*pid).contains(&*text) || has_open(*pid, directory))
+            .collect()
     }
+}
+
+fn command_line(pid: u32) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&line).replace('\0', " ")
+}
+
+fn has_open(pid: u32, directory: &Path) -> bool {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    descriptors.flatten().any(|d| fs::read_link(d.path()).is_ok_and(|target| target.starts_with(directory)))
 }
 
 impl Drop for World {

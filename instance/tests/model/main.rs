@@ -1,0 +1,83 @@
+//! A volume against an array of bytes: random writes, write-zeroes, discards, flushes, several at a time, by the block device and by
+//! NBD, with engines and replicas that are killed, detached and attached again, over images of every form and length.
+//!
+//! Real replica processes with `qemu-storage-daemon`, a real holder and engine. At the end every current replica, read by
+//! `qemu-img`, is the array.
+//!
+//! A failure names the seed and the shape; `MODEL_SEED` and `MODEL_SHAPE` repeat the random choices (not the moments when something is killed).
+//! `MODEL_ROUNDS` asks for more than one round over the shapes.
+
+mod array;
+mod clients;
+mod nbd;
+mod run;
+mod steps;
+mod world;
+
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+use world::{Form, Length, Shape};
+
+/// Not a test: what the holder and engine processes of the tests run.
+#[test]
+#[ignore = "a role for the processes that the tests start"]
+fn role_process() {
+    let config = std::path::PathBuf::from(std::env::var("ENGINE_TEST_CONFIG").unwrap());
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<i32>().unwrap());
+    let result = match (number("ENGINE_TEST_FD"), number("ENGINE_TEST_LIVES")) {
+        (Some(device), Some(lives)) => engine::process::run(&config, device, lives as u32),
+        _ => {
+            let script = "ENGINE_TEST_FD=$2 ENGINE_TEST_LIVES=$4 exec \"$ENGINE_TEST_EXE\" --exact role_process --ignored --nocapture";
+            engine::holder::run(&config, ["sh", "-c", script, "engine"].map(Into::into).to_vec())
+        }
+    };
+    if let Err(error) = result {
+        eprintln!("{}", error.chain());
+        std::process::exit(1);
+    }
+    std::process::exit(0);
+}
+
+fn number(name: &str) -> Option<u64> {
+    Some(std::env::var(name).ok()?.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+fn seed_of_now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros() as u64
+}
+
+/// Each form of image in each length, with one and three replicas in turn.
+fn shapes(seed: u64) -> Vec<Shape> {
+    let forms = [Form::Raw, Form::Qcow2, Form::Zlib, Form::Zstd];
+    let lengths = [Length::Shorter, Length::Equal, Length::Longer];
+    let images = forms.iter().flat_map(|form| lengths.iter().map(|length| Some((*form, *length))));
+    let replicas = |index: u64| if (index + seed).is_multiple_of(2) { 1 } else { 3 };
+    // The order of lengths is odd, so that neighbors differ in both.
+    std::iter::once(None)
+        .chain(images)
+        .zip(0..)
+        .map(|(image, index)| Shape { image, replicas: replicas(index) })
+        .collect()
+}
+
+#[test]
+fn random_requests_leave_what_an_array_of_bytes_has() {
+    let first = number("MODEL_SEED").unwrap_or_else(seed_of_now);
+    for seed in first..first + number("MODEL_ROUNDS").unwrap_or(1) {
+        let wanted = |index: &usize| number("MODEL_SHAPE").is_none_or(|shape| shape == *index as u64);
+        for (index, shape) in shapes(seed).into_iter().enumerate().filter(|(index, _)| wanted(index)) {
+            let config = Config { cases: 1, max_shrink_iters: 30, failure_persistence: None, ..Config::default() };
+            let mut bytes = [0; 32];
+            bytes[..8].copy_from_slice(&seed.to_le_bytes());
+            bytes[8] = index as u8;
+            let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
+            let result = runner.run(&steps::strategy(), |story| {
+                run::run(&shape, &story);
+                Ok(())
+            });
+            if let Err(error) = result {
+                panic!("MODEL_SEED={seed} MODEL_SHAPE={index}, {shape:?}: {error}");
+            }
+        }
+    }
+}
