@@ -5,18 +5,17 @@ use std::io::Read;
 use std::path::Path;
 
 use api::ids::Sha512Digest;
-use aws_lc_rs::digest::{Context, SHA512};
 
 use crate::error::AgentError;
 use crate::limits::CHUNK_BYTES;
 
 /// A digest that is being computed. A clone goes on from where it was taken.
 #[derive(Clone)]
-pub(crate) struct Sha512(Context);
+pub(crate) struct Sha512(openssl::sha::Sha512);
 
 impl Sha512 {
     pub fn new() -> Sha512 {
-        Sha512(Context::new(&SHA512))
+        Sha512(openssl::sha::Sha512::new())
     }
 
     pub fn update(&mut self, bytes: &[u8]) {
