@@ -82,7 +82,7 @@ fn one_volume(world: &World, name: &str) -> anyhow::Result<()> {
     });
     world.apply(&serde_yaml_ng::to_string(&claim)?)?;
     let path = world.scratch("mount").to_string_lossy().into_owned();
-    world.cli(&["volume", "mount", name, "--node", "node-1", "--path", &path])?;
+    world.cli(&["volume", "mount", name, "--node", "node-1", &path])?;
     world.cli(&["volume", "detach", name])?;
     let volume = world.get(&["pvc", name])?["spec"]["volumeName"].as_str().unwrap_or_default().to_owned();
     world.cli(&["delete", "pvc", name])?;
