@@ -394,11 +394,14 @@ fn continues(headers: &HeaderMap, have: u64, length: Option<u64>) -> Option<Opti
     (have > 0 && start == have && is_same && total.is_none_or(|total| total >= have)).then_some(total)
 }
 
-/// The start and the total of `bytes 5-9/10`.
+/// The start and the total of `bytes 5-9/10`; none when that makes no sense. A total of `*` is not known.
 pub fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let start = range.split_once('-')?.0.parse().ok()?;
-    Some((start, total.parse().ok()))
+    let (start, last) = range.split_once('-')?;
+    let (start, last) = (number(start)?, number(last)?);
+    let total = if total == "*" { None } else { Some(number(total)?) };
+    (start <= last && total.is_none_or(|total| last < total)).then_some((start, total))
 }
 
 /// Whether a body without length says itself where it ends.
@@ -418,7 +421,11 @@ mod tests {
     fn reads_content_range() {
         assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, Some(10))));
         assert_eq!(parse_content_range("bytes 5-9/*"), Some((5, None)));
-        assert_eq!(parse_content_range("bytes */10"), None);
+        for wrong in
+            ["bytes */10", "bytes 5-4/10", "bytes 5-10/10", "bytes 5-/10", "bytes 5-9/", "bytes 5-9/x", "bytes +5-9/10"]
+        {
+            assert_eq!(parse_content_range(wrong), None, "{wrong}");
+        }
         assert_eq!(parse_content_range("items 5-9/10"), None);
     }
 

@@ -99,6 +99,7 @@ pub fn run(config_path: &Path, engine_command: Vec<OsString>) -> Result<(), Engi
         waits_since: SystemTime::now(),
         failed_starts: 0,
     };
+    runtime::memory::release_startup_code();
     let result = holder.hold();
     match &result {
         Ok(()) => {

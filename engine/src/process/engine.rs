@@ -324,6 +324,10 @@ impl Engine {
                 for reply in replies {
                     self.core.handle(now, Event::ControlReply { replica, reply });
                 }
+                let restored = control.restore();
+                if let Err(reason) = restored.and_then(|new| watch(&self.epoll, replica, control, new)) {
+                    self.core.handle(now, Event::ConnectionLost { replica, reason });
+                }
             }
             Err(reason) => self.core.handle(now, Event::ControlLost { replica, reason }),
         }
@@ -395,14 +399,8 @@ impl Engine {
             ControlRequest::Close { generation } => Request::Close { generation },
         };
         let Some(control) = &mut self.controls[replica] else { return };
-        let sent = control.ensure_connected().and_then(|new| {
-            if new && let Some(descriptor) = control.descriptor() {
-                let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-                let added = epoll::add(&self.epoll, descriptor, data(Source::ReplicaControl(replica)), flags);
-                added.map_err(|error| error.to_string())?;
-            }
-            control.send(&request)
-        });
+        let connected = control.ensure_connected().and_then(|new| watch(&self.epoll, replica, control, new));
+        let sent = connected.and_then(|()| control.send(&request));
         if let Err(reason) = sent {
             self.core.handle(self.started.elapsed(), Event::ControlLost { replica, reason });
         }
@@ -467,4 +465,11 @@ impl Engine {
 
 pub(super) fn data(source: Source) -> epoll::EventData {
     epoll::EventData::new_u64(source.encode())
+}
+
+/// Asks for the events of a control connection that is new.
+fn watch(epoll: &OwnedFd, replica: usize, control: &ReplicaControl, new: bool) -> Result<(), String> {
+    let Some(descriptor) = control.descriptor().filter(|_| new) else { return Ok(()) };
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+    epoll::add(epoll, descriptor, data(Source::ReplicaControl(replica)), flags).map_err(|error| error.to_string())
 }

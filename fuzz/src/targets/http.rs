@@ -30,7 +30,9 @@ pub fn source_url(data: &[u8]) {
     let others = [api::validation::url::redact(text), shown.clone()];
     let secrets =
         [Some(url.expose().username()), url.expose().password(), url.expose().query(), url.expose().fragment()];
-    for secret in secrets.into_iter().flatten().filter(|secret| secret.starts_with("SECRET")) {
+    let open = format!("{} {}", url.expose().host_str().unwrap_or_default(), url.expose().path());
+    let hidden = |secret: &&str| secret.starts_with("SECRET") && !open.contains(*secret);
+    for secret in secrets.into_iter().flatten().filter(hidden) {
         assert!(!others.iter().any(|other| other.contains(secret)), "`{secret}` is shown in {others:?}");
     }
     assert!(!shown.chars().any(char::is_control), "{shown:?}");

@@ -48,7 +48,12 @@ fn accepted(given: &BTreeMap<String, String>, parameters: &Parameters) {
     for url in image.source_parameters.values().filter_map(|value| SourceUrl::parse(value).ok()) {
         let url = url.expose();
         let secrets = [Some(url.username()), url.password(), url.query(), url.fragment()].into_iter().flatten();
-        for secret in secrets.filter(|secret| secret.starts_with("SECRET")) {
+        // It may stand elsewhere as well, where it is no secret.
+        let hidden = |secret: &&str| {
+            let all: String = given.values().map(String::as_str).collect();
+            secret.starts_with("SECRET") && all.matches(*secret).count() == 1
+        };
+        for secret in secrets.filter(hidden) {
             assert!(!shown.contains(secret), "`{secret}` is shown in {shown:?}");
         }
     }

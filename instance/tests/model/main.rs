@@ -81,3 +81,18 @@ fn random_requests_leave_what_an_array_of_bytes_has() {
         }
     }
 }
+
+/// The daemon of a replica process that was killed ends with its next request; an idle volume has none.
+#[test]
+fn an_idle_volume_notices_that_the_process_of_a_replica_died() {
+    for number in [0, 1] {
+        let mut world = world::World::new(&Shape { image: None, replicas: 3 }, 1);
+        world.attach();
+        let _frozen = world.freeze_daemon(number);
+        world.kill_replica(number);
+        world.wait_dropped(number);
+        world.wait_generation(2);
+        assert_eq!(world.status().faulted, None);
+        world.detach();
+    }
+}

@@ -156,6 +156,9 @@ impl World {
             replica_timeout_ms: 30_000,
             no_replica_hold_ms: 2_000,
             holder_limit_ms: 60_000,
+            silence_limit_ms: 10_000,
+            replace_engine: true,
+            program: None,
         };
         World {
             volume_bytes,
@@ -183,8 +186,7 @@ impl World {
         // As the controller decides it.
         let highest = records.iter().map(|record| record.generation).max().unwrap();
         self.config.compare_replicas = records.iter().any(|record| !record.clean || record.generation != highest);
-        self.config.replicas =
-            self.replicas.iter().enumerate().map(|(number, replica)| replica.address(number)).collect();
+        self.config.replicas = self.replicas.iter().map(|replica| replica.address()).collect();
         let source = self.current.iter().nth(self.attachments % self.current.len()).unwrap();
         self.config.read_from = Some(format!("r{source}"));
         self.attachments += 1;
@@ -268,6 +270,17 @@ impl World {
         self.attach();
     }
 
+    /// Stops the daemon of a replica where it stands. It is killed when the result is dropped.
+    pub fn freeze_daemon(&self, number: usize) -> Frozen {
+        let process = self.replicas[number].child.as_ref().unwrap().id();
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+        let children = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).unwrap());
+        let daemon = children.collect::<String>().trim().parse().expect("it has one child");
+        let daemon = Pid::from_raw(daemon).unwrap();
+        kill_process(daemon, Signal::STOP).unwrap();
+        Frozen(daemon)
+    }
+
     pub fn kill_replica(&mut self, number: usize) {
         self.replicas[number].end(Signal::KILL);
     }
@@ -304,6 +317,10 @@ impl World {
         self.folder.path()
     }
 
+    pub fn wait_generation(&self, generation: u64) {
+        wait_until("the others recorded it", || self.status().generation == generation);
+    }
+
     /// The chain of a replica as QEMU opens it by hand, when its processes have ended.
     pub fn chain(&self, number: usize) -> String {
         let replica = &self.replicas[number].config;
@@ -337,6 +354,15 @@ impl World {
     }
 }
 
+/// A daemon that does nothing any more.
+pub struct Frozen(Pid);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
 impl Replica {
     fn launch(&mut self) {
         if self.child.is_some() {
@@ -366,13 +392,8 @@ impl Replica {
         read_record(&self.config.directory).unwrap().unwrap()
     }
 
-    /// Replicas of other nodes are reached by TCP, the first one is on this node.
-    fn address(&self, number: usize) -> (String, ReplicaAddress) {
-        let address = match number {
-            0 => ReplicaAddress::Directory(self.config.directory.clone()),
-            _ => ReplicaAddress::Tcp(self.config.listen.to_string()),
-        };
-        (self.config.replica.clone(), address)
+    fn address(&self) -> (String, ReplicaAddress) {
+        (self.config.replica.clone(), ReplicaAddress::Tcp(self.config.listen.to_string()))
     }
 
     /// Its daemon ends with it, at once or in order.
