@@ -191,16 +191,21 @@ func TestDetachedVolumeHasNoEngineToUpgrade(t *testing.T) {
 
 // Without an engine for too long the device fails, the volume says so, and nothing acknowledged is lost.
 func TestEngineThatCannotStartAgainIsGivenUpInTime(t *testing.T) {
-	i := ownInstance(t, 2, "--engine-limit", "5s")
+	i := ownInstance(t, 2, "--engine-limit", "10s")
 	volume, mount, w, image := mountedVolume(t, i, "given-up", 2)
 	w.finish(t)
 	replicas := replicasOf(t, i, volume)
+	// Stopped first, so that it does not drop them before it dies.
+	pid := enginePid(i, volume)
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
 	for _, r := range replicas {
 		killStorageDaemon(t, r)
 	}
-	killProcess(t, enginePid(i, volume))
+	killProcess(t, pid)
 	untilWhy(t, i, volume, 20*time.Second, "its holder is starting a new engine", "given up at")
-	lost(t, i, "given-up", volume, mount, w, image, "no engine came to serve", "within 5000 ms")
+	lost(t, i, "given-up", volume, mount, w, image, "no engine came to serve", "within 10000 ms")
 }
 
 // Where engines are not replaced, as on a kernel before 6.9, the end of one is the end of its device, at once.

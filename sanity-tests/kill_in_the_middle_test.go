@@ -96,6 +96,7 @@ func duringDownload(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 	case <-time.After(30 * time.Second):
 		t.Fatalf("the download did not begin: %s", m.i.why("backingimage", m.name))
 	}
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	release()
 	m.becomesReady(t, sum, 1)
@@ -117,6 +118,7 @@ func duringHandOver(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 	until(t, m.i, 30*time.Second, "backingimagedatasource", m.name, "is ready to hand over", func(o waiting) bool {
 		return o.Status.CurrentState == "ready-for-transfer"
 	})
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	for _, agent := range agents {
 		syscall.Kill(agent.pid, syscall.SIGCONT)
@@ -137,6 +139,7 @@ func duringSync(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 		t.Fatalf("want one copy, found %v", copies)
 	}
 	held := holdSync(t, m.i, m.name, copies[0], size, func() { m.i.apply(t, imageYAML(m.name, url, sum, 2)) })
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	// It is no more, when it was killed.
 	syscall.Kill(held.sender, syscall.SIGCONT)
@@ -192,6 +195,7 @@ func duringDetach(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 		close(asked)
 	}()
 	untilState(t, m.i, id, "detaching")
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	syscall.Kill(slow, syscall.SIGCONT)
 	<-asked

@@ -17,10 +17,10 @@ const (
 	nbdFlush = 3
 )
 
-// dialNBD opens an export on a unix socket.
-func dialNBD(t testing.TB, socket, export string) nbdClient {
+// dialNBD opens an export over TCP.
+func dialNBD(t testing.TB, address, export string) nbdClient {
 	t.Helper()
-	conn, err := net.Dial("unix", socket)
+	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func dialNBD(t testing.TB, socket, export string) nbdClient {
 		t.Fatal(err)
 	}
 	if _, err := io.ReadFull(conn, make([]byte, 10)); err != nil {
-		t.Fatalf("export `%s` on %s: %v", export, socket, err)
+		t.Fatalf("export `%s` on %s: %v", export, address, err)
 	}
 	return nbdClient{conn}
 }

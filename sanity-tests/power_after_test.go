@@ -187,7 +187,10 @@ func (m machine) checkVolume(t *testing.T, i *instance, made []promise) {
 		node = "node-1"
 	} // Else it is mounted again where it was, as a kubelet does.
 	mount := filepath.Join(m.Root, "mount")
-	i.cli(t, "volume", "mount", powerVolume, "--node", node, mount)
+	eventually(t, 60*time.Second, "the volume is mounted", func() (bool, string) {
+		stdout, stderr, code := i.run("", "volume", "mount", powerVolume, "--node", node, mount)
+		return code == 0, stdout + stderr
+	})
 	content, err := os.ReadFile(filepath.Join(mount, recordsFile))
 	if err != nil && written > 0 {
 		t.Errorf("%d records were written: %v", written, err)

@@ -27,7 +27,7 @@ import (
 //	POWER_CUTS=400 POWER_CUT_SEED=7 go test -count=1 -timeout 2h -run TestWhatWasReadySurvivesALossOfPower -v .
 
 const (
-	powerCuts    = 48
+	powerCuts    = 40
 	powerSeed    = 1
 	powerWorkers = 2
 	sectorBytes  = 512

@@ -26,10 +26,12 @@ func TestARecordedGenerationSurvivesALossOfPower(t *testing.T) {
 }
 
 const (
-	replicaCuts  = 30
+	replicaCuts  = 20
 	replicaName  = "r-1"
 	replicaBytes = 16 * mib
 	patternBytes = 65536
+	// In a network of its own.
+	replicaAddress = "127.0.0.1:10000"
 	// patternWritten: on the replica, the first Count patterns.
 	patternWritten = "pattern was written"
 )
@@ -52,7 +54,8 @@ func (m machine) startReplica(t *testing.T) *soloReplica {
 	}
 	r := &soloReplica{dir: m.replicaDir(), ended: make(chan struct{})}
 	config := filepath.Join(m.Root, "replica-config.json")
-	text := fmt.Sprintf(`{"volume":"v","replica":%q,"directory":%q,"sizeBytes":%d,"image":null,"listen":"127.0.0.1:10000"}`, replicaName, r.dir, replicaBytes)
+	text := fmt.Sprintf(`{"volume":"v","replica":%q,"directory":%q,"sizeBytes":%d,"image":null,"listen":%q}`,
+		replicaName, r.dir, replicaBytes, replicaAddress)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +116,7 @@ func (r *soloReplica) open(t *testing.T, generation int64) (export string) {
 // write writes pattern number n, and flushes if asked to.
 func (r *soloReplica) write(t *testing.T, export string, n int64, flush bool) {
 	t.Helper()
-	client := dialNBD(t, filepath.Join(r.dir, "nbd.sock"), export)
+	client := dialNBD(t, replicaAddress, export)
 	defer client.Close()
 	err := client.do(nbdWrite, patternOffset(n), pattern(n))
 	if err == nil && flush {
@@ -174,7 +177,7 @@ func TestPowerReplicaAfter(t *testing.T) {
 	r := m.startReplica(t)
 	next := int64(r.ask(t, `{"request":"status"}`).Record.Generation) + 1
 	export := r.open(t, next)
-	client := dialNBD(t, filepath.Join(r.dir, "nbd.sock"), export)
+	client := dialNBD(t, replicaAddress, export)
 	defer client.Close()
 	for _, p := range made {
 		if p.Kind != patternWritten {

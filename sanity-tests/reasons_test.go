@@ -79,6 +79,15 @@ func watchReasons(t *testing.T, i *instance) (stop func()) {
 	return stop
 }
 
+// everythingSaysWhy fails the test unless everything that waits now gives its reason soon.
+func everythingSaysWhy(t *testing.T, i *instance) {
+	t.Helper()
+	eventually(t, reasonWithin, "everything says what it waits for", func() (bool, string) {
+		silent := withoutReason(i, nil)
+		return len(silent) == 0, fmt.Sprint(silent)
+	})
+}
+
 // withoutReason is what waits now without saying why; nil when nobody can be asked. What is told is not asked for again until it changes.
 func withoutReason(i *instance, told map[string]waiting) map[string]string {
 	silent := map[string]string{}
@@ -96,7 +105,9 @@ func withoutReason(i *instance, told map[string]waiting) map[string]string {
 				silent[key] = what
 				continue
 			}
-			told[key] = o
+			if told != nil {
+				told[key] = o
+			}
 		}
 	}
 	return silent

@@ -95,14 +95,14 @@ func TestImageVerifyFindsAndRepairsDamage(t *testing.T) {
 	mentions(t, "the error", stderr, "node-9/disk-1", one)
 }
 
-// Damage of the only copy is told, not hidden: it is not ready any more, and says so.
+// Damage of the only copy is told, not hidden: it is not ready any more, says so, and is downloaded again after a while.
 func TestDamageOfTheOnlyCopyIsTold(t *testing.T) {
-	i := sharedInstance(t)
+	i := ownInstance(t, 1)
 	image := ext4Image(t, 16)
 	i.apply(t, imageYAML("alone", serve(t, image.path)+"/"+filepath.Base(image.path), image.checksum, 1))
-	removeImage(t, i, "alone")
 	object := untilImageReady(t, i, "alone")
-	flip(t, copyPaths(i, "alone", object.Status.UUID)[0], 3*mib)
+	path := copyPaths(i, "alone", object.Status.UUID)[0]
+	flip(t, path, 3*mib)
 	_, stderr, code := i.run("", "image", "verify", "alone", "--timeout", "60s")
 	if code != 8 {
 		t.Errorf("exit code %d, want 8: %s", code, stderr)
@@ -113,6 +113,13 @@ func TestDamageOfTheOnlyCopyIsTold(t *testing.T) {
 		t.Errorf("%+v", ready)
 	}
 	mentions(t, "why", i.why("backingimage", "alone"), "1 of 16 chunks differ", "next attempt")
+
+	i.apply(t, "apiVersion: longhorn.io/v1beta2\nkind: Setting\nmetadata:\n  name: backing-image-recovery-wait-interval\n  namespace: longhorn-system\nvalue: \"1\"\n")
+	untilImageReady(t, i, "alone")
+	if got := checksumOf(t, path); got != image.checksum {
+		t.Errorf("SHA-512 %s", got)
+	}
+	noTemporaryFiles(t, i, "alone")
 }
 
 // Without being asked the same happens, only slower and later.

@@ -9,6 +9,7 @@
 pub mod client;
 pub mod config_file;
 pub mod data_source;
+mod direct;
 pub mod download;
 mod durable;
 pub mod error;

@@ -1,4 +1,4 @@
-//! SHA-512 of image files: which library does it stands here and nowhere else (docs/decisions/0004-sha512-library.md).
+//! SHA-512 of image files: which library does it stands here and nowhere else (docs/decisions/0005-sha512-library.md).
 
 use std::fs::File;
 use std::io::Read;

@@ -267,7 +267,7 @@ async fn slow_server(bytes: Vec<u8>, pieces: usize, pause: Duration) -> SocketAd
             ticks.tick().await;
             stream.write_all(piece).await.unwrap();
         }
-        stream.read(&mut request).await.unwrap();
+        let _ = stream.read(&mut request).await;
     });
     address
 }
@@ -298,7 +298,8 @@ async fn each_failure_says_of_what_kind_it_is() {
     };
     let good = || Reply::whole(&[1; 512]);
     let wrong = "a".repeat(128);
-    let cases: [(fn() -> Reply, Option<&str>, ErrorKind, &str); 10] = [
+    type Case<'a> = (fn() -> Reply, Option<&'a str>, ErrorKind, &'a str);
+    let cases: [Case<'_>; 10] = [
         (|| Reply::status("404 Not Found"), None, ErrorKind::NotFound, "answered 404"),
         (|| Reply::status("410 Gone"), None, ErrorKind::NotFound, "answered 410"),
         (|| Reply::status("403 Forbidden"), None, ErrorKind::Invalid, "answered 403"),

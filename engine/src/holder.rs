@@ -61,7 +61,7 @@ struct Ended {
     /// The volume was unmounted on request while no engine served.
     unmounted: bool,
     clean: bool,
-    /// It served for long enough to count as one that works, or made room on purpose.
+    /// It served for long enough to count as one that works.
     settled: bool,
     served: bool,
     /// How, in words.
@@ -99,6 +99,7 @@ pub fn run(config_path: &Path, engine_command: Vec<OsString>) -> Result<(), Engi
         waits_since: SystemTime::now(),
         failed_starts: 0,
     };
+    runtime::memory::release_startup_code();
     let result = holder.hold();
     match &result {
         Ok(()) => {
@@ -276,8 +277,7 @@ impl Holder {
             let (over, asked_to_end) = self.wait(Some(&process), pause)?;
             if over {
                 let status = child.wait().map_err(events)?;
-                let lasted = served_since.is_some_and(|since: Instant| since.elapsed() >= limits::HOLDER_SETTLED);
-                let settled = self.life.take_handed_over() || lasted;
+                let settled = served_since.is_some_and(|since: Instant| since.elapsed() >= limits::HOLDER_SETTLED);
                 let how = match (killed, self.life.take_failure()) {
                     (Some(why), _) => why,
                     (None, Some(sentence)) => sentence,

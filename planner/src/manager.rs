@@ -364,8 +364,7 @@ fn one_file(
         attempt.kind = file.as_ref().and_then(|f| f.error_kind);
         attempt.is_running = false;
     }
-    let step =
-        if attempt.retry.is_due(o.now) { step(o, image, &known, failed.is_some(), before, &attempt) } else { None };
+    let step = if attempt.retry.is_due(o.now) { step(o, image, &known, file.as_ref(), before, &attempt) } else { None };
     match step {
         Some(step) => {
             let is_got_anew = matches!(step, Action::SyncFile { .. } | Action::FetchFile { from: Some(_), .. });
@@ -409,7 +408,7 @@ fn step(
     o: &Observed,
     image: &BackingImage,
     known: &BackingImageStatus,
-    is_failed: bool,
+    failed: Option<&FileInfo>,
     before: Option<&FileInfo>,
     attempt: &Attempt,
 ) -> Option<Action> {
@@ -436,14 +435,16 @@ fn step(
         }
         _ => {
             let was_held = before.is_some_and(|b| matches!(b.state, CopyState::Ready | CopyState::Unknown));
-            if !is_failed && was_held && attempt.retry.failures == 0 && !attempt.is_running {
+            // Damage is not cured by looking again; that would only put off the day on which the image is downloaded again.
+            let is_damaged = failed.is_some_and(|f| f.error_kind == Some(ErrorKind::Corrupt));
+            if failed.is_none() && was_held && attempt.retry.failures == 0 && !attempt.is_running {
                 return adopt(file);
             }
             match sync(file.clone()) {
                 Some(sync) => Some(sync),
                 // No ready copy anywhere: what lies on the disk is the best there is. Not before the first file was whole,
                 // also when its data source is still to be created.
-                None if source.is_none() && !known.checksum.is_empty() => adopt(file),
+                None if source.is_none() && !known.checksum.is_empty() && !is_damaged => adopt(file),
                 None => None,
             }
         }

@@ -357,7 +357,7 @@ pub(crate) fn name_of_replica(replica: &Replica) -> &str {
 }
 
 /// Reason of `Ready`: the engine ended for good under users of the device.
-const ENGINE_LOST: &str = "EngineLost";
+pub(crate) const ENGINE_LOST: &str = "EngineLost";
 
 pub(crate) const DETACHED_CONDITION: &str = DETACHED;
 

@@ -41,6 +41,10 @@ impl ProcessIdentity {
     /// A descriptor of the process, or `None` when it has ended.
     fn open(&self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = Pid::from_raw(self.pid as i32) else { return Ok(None) };
+        // Checked before too, because the number may be that of a thread by now, for which there is no descriptor but an error.
+        if !self.is_alive() {
+            return Ok(None);
+        }
         match pidfd_open(pid, PidfdFlags::NONBLOCK) {
             // Checked after opening: the descriptor now belongs to one process, and it is ours if it is alive.
             Ok(fd) => Ok(self.is_alive().then_some(fd)),
@@ -200,6 +204,27 @@ mod tests {
         assert!(!other.is_alive());
         assert!(!other.signal(Signal::KILL).unwrap());
         other.wait().await.unwrap();
+    }
+
+    /// Numbers are given to processes and threads alike, and after a restart of the machine they begin anew.
+    #[tokio::test]
+    async fn a_thread_that_got_the_number_of_an_ended_process_is_not_it() {
+        let (say, said) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            say.send(rustix::thread::gettid()).unwrap();
+            let _ = ended.recv();
+        });
+        let number = said.recv().unwrap().as_raw_nonzero().get() as u32;
+        let process = ProcessIdentity { pid: number, start_ticks: 1, boot_id: boot_id().unwrap() };
+        let outcomes = [
+            process.signal(Signal::KILL).map_err(|e| e.to_string()),
+            process.wait().await.map(|()| false).map_err(|e| e.to_string()),
+            process.terminate(Duration::ZERO).await.map(|()| false).map_err(|e| e.to_string()),
+        ];
+        drop(end);
+        thread.join().unwrap();
+        assert_eq!(outcomes, [Ok(false), Ok(false), Ok(false)]);
     }
 
     #[tokio::test]

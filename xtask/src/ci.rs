@@ -41,12 +41,21 @@ const STEPS: [Step; 11] = [
 ];
 
 /// The long form of what searches at random: hours instead of seconds.
-const LONG_STEPS: [Step; 2] = [
+const LONG_STEPS: [Step; 5] = [
+    Step { name: "simulate", what: Work::Run(&["cargo", "xtask", "simulate", "--long"], "") },
+    Step { name: "fuzz", what: Work::Run(&["cargo", "xtask", "fuzz", "--long"], "") },
     Step { name: "release", what: Work::Run(&["cargo", "build", "--release", "--locked"], "") },
     Step {
         name: "rounds",
         what: Work::Run(
             &["go", "test", "-count=1", "-timeout=6h", "-v", "-run=TestKillsAtRandom", ".", "-long"],
+            "sanity-tests",
+        ),
+    },
+    Step {
+        name: "power",
+        what: Work::Run(
+            &["env", "POWER_CUTS=400", "go", "test", "-count=1", "-timeout=6h", "-v", "-run=LossOfPower", "."],
             "sanity-tests",
         ),
     },

@@ -4,7 +4,7 @@
 //! copy have the file open, and see the right bytes at once. A torn repair leaves what was there before, a bad chunk.
 
 use std::fs::File;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -304,17 +304,15 @@ async fn give(
     Err(AgentError::ChunkBadEverywhere { chunk, peers: reasons.join("; ") })
 }
 
-/// One range of a copy; the connection ends when this is dropped.
-async fn ask(peer: &Peer, key: &ImageKey, range: std::ops::Range<u64>) -> Result<Vec<u8>, PeerError> {
-    let broken = |error: std::io::Error| PeerError::Transfer(error.to_string());
+async fn ask(peer: &Peer, key: &ImageKey, range: Range<u64>) -> Result<Vec<u8>, PeerError> {
+    let broken = |error: &dyn std::error::Error| PeerError::Transfer(chain(error));
     let mut connection = peer.connect().await?;
-    let _hang_up = connection.hang_up().map_err(broken)?;
+    // Ends the reading when nobody waits for it any more.
+    let _hang_up = connection.hang_up().map_err(|error| broken(&error))?;
     let key = key.clone();
-    let read = move || {
+    let work = blocking(move || {
         let mut bytes = vec![0; (range.end - range.start) as usize];
-        connection.ask(&key, &range)?;
-        connection.read_exact(&mut bytes)?;
-        Ok(bytes)
-    };
-    tokio::task::spawn_blocking(read).await.map_err(|error| broken(error.into()))?
+        Ok(connection.ask(&key, &range).and_then(|()| connection.read_exact(&mut bytes)).map(|()| bytes))
+    });
+    work.await.map_err(|error| broken(&error))?
 }

@@ -193,7 +193,8 @@ fn refuses_tables_that_overlap() {
     let entry = (0..8192).map(|i| l2 as usize + i * 8).find(|at| be64(&whole, *at) != 0).unwrap();
     let data = |offset: u64| (be64(&whole, entry) & !OFFSET_MASK | offset).to_be_bytes();
     let table = |offset: u64| (1u64 << 63 | offset).to_be_bytes();
-    let cases: &[(&str, &[(usize, &[u8])], &str)] = &[
+    type Case<'a> = (&'a str, &'a [(usize, &'a [u8])], &'a str);
+    let cases: &[Case<'_>] = &[
         ("L1 = refcount", &[(40, &refcounts.to_be_bytes())], "the L1 table and the refcount table overlap"),
         ("L2 = header", &[(l1 as usize, &table(0x200))], "an invalid L1 entry"),
         ("L2 = L1", &[(l1 as usize, &table(l1))], "an L2 table and the L1 table overlap"),

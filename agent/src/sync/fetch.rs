@@ -7,7 +7,6 @@
 //! task costs more than the hash.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -17,6 +16,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::{Pull, Report, Step, runs};
+use crate::direct::{Buffer, DirectFile};
 use crate::error::{AgentError, blocking, chain};
 use crate::layout::ImageKey;
 use crate::limits::{CHUNK_BYTES, CHUNKS_PER_REQUEST, MAX_PEER_FAILURES, STREAMS_PER_PEER};
@@ -35,7 +35,7 @@ struct Fetch {
     partial: PathBuf,
     peers: Vec<Peer>,
     manifest: Arc<Manifest>,
-    file: Arc<File>,
+    file: Arc<DirectFile>,
     report: Report,
     work: Mutex<Work>,
     wake: Notify,
@@ -77,7 +77,7 @@ pub(super) async fn all(
     what: &Pull,
     peers: Vec<Peer>,
     manifest: &Arc<Manifest>,
-    file: &Arc<File>,
+    file: &Arc<DirectFile>,
     missing: Vec<u64>,
     report: &Report,
     cancel: &CancellationToken,
@@ -203,19 +203,19 @@ impl Fetch {
         if let Err(problem) = connection.ask(&self.key, &bytes) {
             return Ok(Err(problem));
         }
-        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        let mut buffer = Buffer::new(CHUNK_BYTES as usize);
         for chunk in chunks {
             if !self.work().begin(worker, chunk) {
                 return Ok(Ok(false));
             }
             let range = self.manifest.range(chunk);
-            let data = &mut buffer[..(range.end - range.start) as usize];
+            let data = buffer.first((range.end - range.start) as usize);
             if let Err(problem) = connection.read_exact(data) {
                 return Ok(Err(problem));
             }
             if self.manifest.accepts(chunk, data) {
-                sparse::write_at(&self.file, range.start, data, true)
-                    .map_err(AgentError::io("write", &self.partial))?;
+                let written = self.file.write_at(range.start, data);
+                written.map_err(AgentError::io("write", &self.partial))?;
                 outcome.good += 1;
                 self.count(chunk);
             } else {
@@ -223,7 +223,7 @@ impl Fetch {
             }
             self.work().end(worker, chunk);
         }
-        sparse::write_back(&self.file, bytes);
+        sparse::write_back(self.file.file(), bytes);
         Ok(Ok(true))
     }
 

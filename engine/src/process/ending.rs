@@ -202,9 +202,6 @@ impl Engine {
 
     /// Nothing is in flight: the end of this engine, which is not the end of the volume.
     pub(super) fn hand_over(&mut self) -> EngineError {
-        if let Err(error) = self.life.set_handed_over() {
-            warn!(volume = %self.config.volume, %error, "cannot tell the holder that this end is wished");
-        }
         if let Some(asker) = self.handing_over.take() {
             self.answer_asker(&asker, &Reply::Done);
         }

@@ -28,7 +28,6 @@ pub struct LifeFiles {
     differ: PathBuf,
     failure: PathBuf,
     repeats: PathBuf,
-    handed: PathBuf,
     holder: PathBuf,
     lock: PathBuf,
 }
@@ -61,7 +60,6 @@ impl LifeFiles {
             differ: beside(control_socket, ".differ"),
             failure: beside(control_socket, ".failure"),
             repeats: beside(control_socket, ".repeats"),
-            handed: beside(control_socket, ".handed"),
             holder: beside(control_socket, ".holder"),
             lock: beside(control_socket, ".lock"),
         }
@@ -69,9 +67,7 @@ impl LifeFiles {
 
     /// Forgets an earlier attachment.
     pub fn forget(&self) -> io::Result<()> {
-        let files =
-            [&self.known, &self.claimed, &self.differ, &self.failure, &self.repeats, &self.handed, &self.holder];
-        for path in files {
+        for path in [&self.known, &self.claimed, &self.differ, &self.failure, &self.repeats, &self.holder] {
             runtime::files::remove_if_present(path)?;
         }
         Ok(())
@@ -136,15 +132,6 @@ impl LifeFiles {
         let sentence = std::fs::read_to_string(&self.failure).ok();
         let _ = std::fs::remove_file(&self.failure);
         sentence
-    }
-
-    /// The engine ends on purpose, so that its end says nothing against it.
-    pub fn set_handed_over(&self) -> io::Result<()> {
-        std::fs::write(&self.handed, b"")
-    }
-
-    pub fn take_handed_over(&self) -> bool {
-        std::fs::remove_file(&self.handed).is_ok()
     }
 
     pub fn lock_path(&self) -> &Path {

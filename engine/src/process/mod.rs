@@ -109,6 +109,7 @@ fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result
     info!(volume = %config.volume, generation = started.generation, lives, "engine serves");
     let mount_file = config.mount_file.clone();
     let mut engine = Engine::new(config, names, life.clone(), lives, started, fuse_device, signals)?;
+    runtime::memory::release_startup_code();
     let clean = engine.run()?;
     drop(engine);
     fuse::mount::detach(&mount_file);

@@ -186,8 +186,7 @@ impl World {
         // As the controller decides it.
         let highest = records.iter().map(|record| record.generation).max().unwrap();
         self.config.compare_replicas = records.iter().any(|record| !record.clean || record.generation != highest);
-        self.config.replicas =
-            self.replicas.iter().enumerate().map(|(number, replica)| replica.address(number)).collect();
+        self.config.replicas = self.replicas.iter().map(|replica| replica.address()).collect();
         let source = self.current.iter().nth(self.attachments % self.current.len()).unwrap();
         self.config.read_from = Some(format!("r{source}"));
         self.attachments += 1;
@@ -393,13 +392,8 @@ impl Replica {
         read_record(&self.config.directory).unwrap().unwrap()
     }
 
-    /// Replicas of other nodes are reached by TCP, the first one is on this node.
-    fn address(&self, number: usize) -> (String, ReplicaAddress) {
-        let address = match number {
-            0 => ReplicaAddress::Directory(self.config.directory.clone()),
-            _ => ReplicaAddress::Tcp(self.config.listen.to_string()),
-        };
-        (self.config.replica.clone(), address)
+    fn address(&self) -> (String, ReplicaAddress) {
+        (self.config.replica.clone(), ReplicaAddress::Tcp(self.config.listen.to_string()))
     }
 
     /// Its daemon ends with it, at once or in order.

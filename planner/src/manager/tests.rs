@@ -117,6 +117,7 @@ fn world(text: &str) -> Observed {
                 state: CopyState::Ready,
                 ..Default::default()
             }),
+            "kind" => files.last_mut().unwrap().error_kind = ErrorKind::from_name(value),
             "verified" => files.last_mut().unwrap().verified_at = value.into(),
             "requested" => o.images[0].spec.verify_requested_at = value.into(),
             "on" => o.images[0].spec.verify_disks = vec![value.into()],
@@ -258,6 +259,15 @@ fn tries_a_failed_copy_again_after_its_back_off() {
     check(
         "wanted; held=failed; process=running; file=failed; due",
         expect!["adopt | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+    // Reading damage again does not make it better.
+    check(
+        "wanted; held=failed; process=running; file=failed; kind=Corrupt; due",
+        expect!["nothing | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+    check(
+        "wanted; held=failed; process=running; file=failed; kind=Corrupt; due; peers",
+        expect!["sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed broken 2026-01-01T00:00:00Z"],
     );
 }
 

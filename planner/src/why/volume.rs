@@ -101,9 +101,12 @@ impl Story<'_> {
         let mut own: Vec<_> = self.world.replicas.iter().filter(|r| r.spec.volume_name == name).cloned().collect();
         own.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
         let good = own.iter().filter(|r| r.spec.failed_at.is_empty()).count();
+        let ready = status.conditions.iter().find(|c| c.r#type == types::READY);
+        let lost = ready.is_some_and(|ready| ready.reason == crate::volume::ENGINE_LOST);
         let robustness = match status.robustness {
             Robustness::Healthy => ", healthy",
             Robustness::Degraded => ", degraded",
+            Robustness::Faulted if lost => ", faulted (its device fails; the data is untouched)",
             Robustness::Faulted => ", faulted (no usable replica; the data is untouched)",
             Robustness::Unknown => "",
         };

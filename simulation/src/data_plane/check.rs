@@ -34,9 +34,11 @@ impl World {
             }
             self.replicas[replica].lossy = false;
         }
-        if compare {
+        if compare || self.attachments[a].differ {
+            // Also when only one is left of those that were being compared.
             self.oracle.forget_observations();
-        } else {
+        }
+        if !compare {
             self.check_equal_but_for_repeated(a, members);
         }
         false

@@ -253,6 +253,12 @@ impl World {
         for replica in &mut self.replicas {
             (replica.stopped_until, replica.slow_until, replica.erring_until) = (0, 0, 0);
         }
+        // A node that comes back after it was given up for gone was started anew.
+        while let Some(a) = self.attachments.iter().position(|a| a.disowned) {
+            self.attachments[a].holder = false;
+            self.end_life(a, false);
+            self.attachments.remove(a);
+        }
         for node in 0..self.nodes.len() {
             (self.nodes[node].silent_until, self.nodes[node].instance_down_until) = (0, 0);
             self.nodes[node].removed = false;

@@ -32,9 +32,9 @@ fn check(name: &str, spec: Value, expected: Expect) {
 
 #[test]
 fn a_wish_to_verify_is_a_time() {
-    check("a", with(download(URL), "verifyRequestedAt", "2026-01-02T03:04:05Z"), expect!["fine"]);
+    check("a1", with(download(URL), "verifyRequestedAt", "2026-01-02T03:04:05Z"), expect!["fine"]);
     check(
-        "a",
+        "a1",
         with(download(URL), "verifyRequestedAt", "now"),
         expect!["spec.verifyRequestedAt is `now`: it is no time; give one like 2026-01-02T03:04:05Z, or leave it out"],
     );
