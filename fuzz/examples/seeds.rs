@@ -243,14 +243,14 @@ fn qcow2_files() -> Vec<Vec<u8>> {
     files.into_iter().chain([extended()]).collect()
 }
 
-/// Extended L2 entries need clusters of 16 KiB; here all tables share one, which a reader does not mind.
+/// Extended L2 entries need clusters of 16 KiB: one for the header and each table.
 fn extended() -> Vec<u8> {
-    let mut bytes = vec![0; 48 << 10];
+    let mut bytes = vec![0; 64 << 10];
     bytes[..4].copy_from_slice(&agent::qcow2::MAGIC);
     for (at, value) in [(4, 3u32), (20, 14), (36, 1), (56, 1), (96, 4), (100, 112)] {
         bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
     }
-    for (at, value) in [(24, 1u64 << 20), (40, 16 << 10), (48, 32 << 10), (72, 16), (16 << 10, 1 << 63 | 16 << 10)] {
+    for (at, value) in [(24, 1u64 << 20), (40, 16 << 10), (48, 32 << 10), (72, 16), (16 << 10, 1 << 63 | 48 << 10)] {
         bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
     }
     bytes

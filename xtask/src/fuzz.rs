@@ -31,7 +31,7 @@ const FLAGS: [&str; 8] = [
     "-Cdebug-assertions=on",
 ];
 
-/// Longest input. The tables of a qcow2 file with the smallest clusters of extended entries need 48 KiB, all else far less.
+/// Longest input. The tables of a qcow2 file with the smallest clusters of extended entries fill it, all else far less.
 const MAX_INPUT_BYTES: u64 = 64 << 10;
 /// No parser needs a hundredth of it.
 const MAX_MEMORY_MIB: u64 = 512;

@@ -138,7 +138,7 @@ fn answer(
     reads: &mut Vec<(u64, usize)>,
     asked: &mut Vec<u64>,
 ) {
-    let result = if request.offset % 3 == 0 { Err(Failure::Io) } else { Ok(()) };
+    let result = if request.offset.is_multiple_of(3) { Err(Failure::Io) } else { Ok(()) };
     asked.push(request.cookie);
     if request.operation == Operation::Read {
         reads.push((request.cookie, request.length as usize));

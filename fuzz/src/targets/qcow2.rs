@@ -23,7 +23,7 @@ fn assert_harmless(bytes: &[u8], header: &Header) {
     let cluster_bits = be32(bytes, 20);
     assert!((9..=21).contains(&cluster_bits) && u64::from(header.cluster_bits) == cluster_bits);
     let size = be64(bytes, 24);
-    assert!(size > 0 && size <= MAX_VIRTUAL_BYTES && size % 512 == 0 && size == header.virtual_size_bytes);
+    assert!(size > 0 && size <= MAX_VIRTUAL_BYTES && size.is_multiple_of(512) && size == header.virtual_size_bytes);
     assert_eq!(be32(bytes, 32), 0, "encryption");
     assert!(be32(bytes, 36) * 8 <= 32 << 20, "an L1 table that costs more memory than QEMU allows");
     assert!(be32(bytes, 56) << cluster_bits <= 8 << 20, "a refcount table that costs more memory than QEMU allows");

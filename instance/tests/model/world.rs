@@ -89,7 +89,7 @@ fn free_address() -> SocketAddr {
 pub fn image_content(length: u64) -> Vec<u8> {
     let mut bytes = vec![0; length as usize];
     for (index, part) in bytes.chunks_mut(24 << 10).enumerate().filter(|(index, _)| index % 3 != 1) {
-        let repeat = if index % 2 == 0 { part.len() } else { 512 };
+        let repeat = if index.is_multiple_of(2) { part.len() } else { 512 };
         // Some of it compresses.
         for (at, part) in part.chunks_mut(repeat).enumerate() {
             fill(0x1_0000 + index as u64, if repeat == 512 { 0 } else { at as u64 }, part);
