@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -37,6 +38,8 @@ type instance struct {
 	exited    chan struct{}
 	conns     map[string]*grpc.ClientConn
 	explained map[testing.TB]bool
+	// Tests that run at the same time share an instance.
+	explaining sync.Mutex
 }
 
 // startInstance starts a daemon on a new directory and waits until it is ready.
@@ -45,6 +48,11 @@ func startInstance(nodes int, flags ...string) (*instance, error) {
 	if err != nil {
 		return nil, err
 	}
+	return startInstanceOf(program, nodes, flags...)
+}
+
+// startInstanceOf does it with another binary.
+func startInstanceOf(program string, nodes int, flags ...string) (*instance, error) {
 	root, err := os.MkdirTemp("", "backing-image-")
 	if err != nil {
 		return nil, err
@@ -73,6 +81,12 @@ func ownInstance(t *testing.T, nodes int, flags ...string) *instance {
 	if err != nil {
 		t.Fatalf("cannot start an instance: %v", err)
 	}
+	i.endWith(t)
+	return i
+}
+
+// endWith ends an instance with its test.
+func (i *instance) endWith(t *testing.T) {
 	t.Cleanup(func() {
 		if err := i.end(); err != nil {
 			t.Errorf("%v", err)
@@ -82,7 +96,6 @@ func ownInstance(t *testing.T, nodes int, flags ...string) *instance {
 		}
 	})
 	i.explainOnFailure(t)
-	return i
 }
 
 // sharedInstance is the instance of TestMain; on failure it says how its objects do.
@@ -243,6 +256,8 @@ func (i *instance) explainOnFailure(t *testing.T) {
 
 // explain does that now, when the test has failed.
 func (i *instance) explain(t testing.TB) {
+	i.explaining.Lock()
+	defer i.explaining.Unlock()
 	if !t.Failed() || i.explained[t] {
 		return
 	}

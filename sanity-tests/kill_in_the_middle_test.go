@@ -20,6 +20,8 @@ type middle struct {
 	name  string
 	image imageFile
 	url   string
+	// replicas of the volume, if it is about one.
+	replicas int
 }
 
 // A process is killed while a download, a sync, an attachment or a detachment is under way: it ends as wished, with the right
@@ -49,6 +51,9 @@ func TestWhatWasKilledInTheMiddleEndsAsWished(t *testing.T) {
 			"replica process": killOne("replica"), "storage daemon": killOne("qemu-storage-daemon"), "engine": killOne("engine"),
 			"engine holder": killOne("engine-holder"), "standalone": whenThere("engine-holder", restartInstance),
 		}},
+		{"attach alone", duringAttachAlone, map[string]func(*testing.T, *middle){
+			"replica process": killOne("replica"), "storage daemon": killOne("qemu-storage-daemon"),
+		}},
 		{"detach", duringDetach, map[string]func(*testing.T, *middle){
 			"replica process": killOne("replica"), "storage daemon": killOne("qemu-storage-daemon"), "engine": killOne("engine"),
 			"engine holder": killOne("engine-holder"), "standalone": restartInstance,
@@ -64,7 +69,7 @@ func TestWhatWasKilledInTheMiddleEndsAsWished(t *testing.T) {
 			t.Run(c.phase+": "+name, func(t *testing.T) {
 				i.explainOnFailure(t)
 				id := strings.NewReplacer(": ", "-", " ", "-").Replace(c.phase + ": " + name)
-				c.during(t, &middle{i: i, name: id, image: attachment.image, url: attachment.url}, c.kills[name])
+				c.during(t, &middle{i: i, name: id, image: attachment.image, url: attachment.url, replicas: 3}, c.kills[name])
 			})
 		}
 	}
@@ -91,6 +96,7 @@ func duringDownload(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 	case <-time.After(30 * time.Second):
 		t.Fatalf("the download did not begin: %s", m.i.why("backingimage", m.name))
 	}
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	release()
 	m.becomesReady(t, sum, 1)
@@ -112,6 +118,7 @@ func duringHandOver(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 	until(t, m.i, 30*time.Second, "backingimagedatasource", m.name, "is ready to hand over", func(o waiting) bool {
 		return o.Status.CurrentState == "ready-for-transfer"
 	})
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	for _, agent := range agents {
 		syscall.Kill(agent.pid, syscall.SIGCONT)
@@ -132,6 +139,7 @@ func duringSync(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 		t.Fatalf("want one copy, found %v", copies)
 	}
 	held := holdSync(t, m.i, m.name, copies[0], size, func() { m.i.apply(t, imageYAML(m.name, url, sum, 2)) })
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	// It is no more, when it was killed.
 	syscall.Kill(held.sender, syscall.SIGCONT)
@@ -157,6 +165,12 @@ func duringAttach(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 	m.leavesNothing(t)
 }
 
+// duringAttachAlone does so with a volume of a single replica, which nobody can do without.
+func duringAttachAlone(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
+	m.replicas = 1
+	duringAttach(t, m, kill)
+}
+
 // duringDetach kills while an engine wants to end and one of its replicas is stopped.
 func duringDetach(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 	volume := m.newVolume(t)
@@ -175,17 +189,17 @@ func duringDetach(t *testing.T, m *middle, kill func(*testing.T, *middle)) {
 		t.Fatal(err)
 	}
 	asked, controller, node := make(chan struct{}), m.i.controller(t), nodeID(t, m.i, 1)
-	ctx, cancel := context.WithTimeout(context.Background(), callWithin)
+	ctx := call(t)
 	go func() {
 		controller.ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: id, NodeId: node})
 		close(asked)
 	}()
 	untilState(t, m.i, id, "detaching")
+	everythingSaysWhy(t, m.i)
 	kill(t, m)
 	syscall.Kill(slow, syscall.SIGCONT)
-	untilState(t, m.i, id, "detached")
-	cancel()
 	<-asked
+	untilState(t, m.i, id, "detached")
 	withdraw()
 	m.serves(t, volume, 2, blocks)
 	m.leavesNothing(t)
@@ -239,10 +253,10 @@ func (m *middle) becomesReady(t *testing.T, sum string, copies int) {
 	})
 }
 
-// newVolume is a block volume of three replicas over the common image.
+// newVolume is a block volume over the common image.
 func (m *middle) newVolume(t *testing.T) *csi.Volume {
 	t.Helper()
-	parameters := imageParameters("middle", m.url, m.image.checksum, 3)
+	parameters := imageParameters("middle", m.url, m.image.checksum, m.replicas)
 	parameters["backingImageMinNumberOfCopies"] = "3"
 	request := createRequest(m.name, 32*mib, parameters)
 	request.VolumeCapabilities = []*csi.VolumeCapability{blockCapability()}

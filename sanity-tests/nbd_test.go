@@ -17,7 +17,7 @@ const (
 	nbdFlush = 3
 )
 
-// dialNBD opens an export that is served at a TCP address.
+// dialNBD opens an export over TCP.
 func dialNBD(t testing.TB, address, export string) nbdClient {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)

@@ -59,9 +59,12 @@ type imageObject struct {
 }
 
 type diskFileStatus struct {
-	State    string `json:"state"`
-	Progress int    `json:"progress"`
-	Message  string `json:"message"`
+	State      string `json:"state"`
+	Progress   int    `json:"progress"`
+	Message    string `json:"message"`
+	ErrorKind  string `json:"errorKind"`
+	VerifiedAt string `json:"verifiedAt"`
+	Damage     string `json:"damage"`
 }
 
 type volumeObject struct {
@@ -129,6 +132,7 @@ type engineObject struct {
 		Endpoint       string            `json:"endpoint"`
 		Generation     int               `json:"generation"`
 		ReplicaModeMap map[string]string `json:"replicaModeMap"`
+		Version        string            `json:"version"`
 	} `json:"status"`
 }
 

@@ -3,6 +3,7 @@ package sanitytests
 import (
 	"fmt"
 	"reflect"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -25,17 +26,20 @@ type waiting struct {
 	} `json:"status"`
 }
 
+// replicaNames finds the names of replicas in a sentence.
+var replicaNames = regexp.MustCompile(`\S+-r-[0-9a-f]{8}`)
+
 const (
 	// reasonWithin is how long something may be new before it says what it waits for.
 	reasonWithin = 2 * time.Second
-	sampleEvery  = 250 * time.Millisecond
+	sampleEvery  = 400 * time.Millisecond
 )
 
 // watchReasons looks at everything that waits, until stopped or the end of the test: each has a reason in a condition, and `why` tells it.
 func watchReasons(t *testing.T, i *instance) (stop func()) {
 	t.Helper()
 	end, ended := make(chan struct{}), make(chan struct{})
-	since := map[string]time.Time{}
+	since, told := map[string]time.Time{}, map[string]waiting{}
 	go func() {
 		defer close(ended)
 		tick := time.NewTicker(sampleEvery)
@@ -46,7 +50,7 @@ func watchReasons(t *testing.T, i *instance) (stop func()) {
 				return
 			case <-tick.C:
 			}
-			silent := withoutReason(i)
+			silent := withoutReason(i, told)
 			if silent == nil {
 				// Nobody answers while the instance is dead.
 				clear(since)
@@ -75,8 +79,17 @@ func watchReasons(t *testing.T, i *instance) (stop func()) {
 	return stop
 }
 
-// withoutReason is what waits now without saying why; nil when nobody can be asked.
-func withoutReason(i *instance) map[string]string {
+// everythingSaysWhy fails the test unless everything that waits now gives its reason soon.
+func everythingSaysWhy(t *testing.T, i *instance) {
+	t.Helper()
+	eventually(t, reasonWithin, "everything says what it waits for", func() (bool, string) {
+		silent := withoutReason(i, nil)
+		return len(silent) == 0, fmt.Sprint(silent)
+	})
+}
+
+// withoutReason is what waits now without saying why; nil when nobody can be asked. What is told is not asked for again until it changes.
+func withoutReason(i *instance, told map[string]waiting) map[string]string {
 	silent := map[string]string{}
 	for _, kind := range []string{"backingimage", "volume", "replica", "engine", "backingimagemanager", "backingimagedatasource"} {
 		objects, err := tryList[waiting](i, kind)
@@ -84,8 +97,16 @@ func withoutReason(i *instance) map[string]string {
 			return nil
 		}
 		for _, o := range objects {
+			key := kind + " " + o.Metadata.Name
+			if reflect.DeepEqual(told[key], o) {
+				continue
+			}
 			if what := silence(i, kind, o); what != "" {
-				silent[kind+" "+o.Metadata.Name] = what
+				silent[key] = what
+				continue
+			}
+			if told != nil {
+				told[key] = o
 			}
 		}
 	}
@@ -114,19 +135,24 @@ func silence(i *instance, kind string, o waiting) string {
 		}
 	}
 	seen := fmt.Sprintf("%+v", o.Status)
-	message := ""
+	var reason condition
 	for _, name := range about {
 		c := conditionOf(o.Status.Conditions, name)
-		if message == "" && c.Reason != "" && !strings.HasSuffix(strings.TrimSpace(c.Message), ":") {
-			message = c.Message
+		if reason.Message == "" && c.Reason != "" && !strings.HasSuffix(strings.TrimSpace(c.Message), ":") {
+			reason = c
 		}
 	}
-	if message == "" {
+	if reason.Message == "" {
 		return "no condition has a reason and a message: " + seen
 	}
-	if why := i.why(kind, o.Metadata.Name); !strings.Contains(why, message[1:]) {
+	told := []string{reason.Message[1:]}
+	if reason.Status == "True" {
+		// A volume that is degraded, and works: why tells it replica by replica.
+		told = append(replicaNames.FindAllString(reason.Message, -1), "degraded")
+	}
+	if why := i.why(kind, o.Metadata.Name); !says(why, told) {
 		if now, _, err := tryGet[waiting](i, kind, o.Metadata.Name); err == nil && reflect.DeepEqual(now, o) {
-			return fmt.Sprintf("its condition says `%s`, but why says: %s", message, why)
+			return fmt.Sprintf("its condition says `%s`, but why says: %s", reason.Message, why)
 		}
 	}
 	return ""

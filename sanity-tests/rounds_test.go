@@ -78,6 +78,7 @@ func newLane(t *testing.T) *lane {
 	for name := range l.images {
 		until(t, l.i, 60*time.Second, "backingimage", name, "has three copies", func(o imageObject) bool { return len(readyCopies(o)) == 3 })
 	}
+	watchReasons(t, l.i)
 	return l
 }
 

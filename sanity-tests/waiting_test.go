@@ -3,6 +3,7 @@ package sanitytests
 import (
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -102,4 +103,35 @@ func TestVolumeSmallerThanAnImageOfUnknownSize(t *testing.T) {
 		t.Errorf("the volume is %s", got)
 	}
 	noTemporaryFiles(t, i, "surprise")
+}
+
+// A user who gives up a pending attachment need not wait until its call has run out of time. An attachment that was ended by
+// that says so; one that has run out of time says what it waited for.
+func TestADetachmentEndsAPendingAttachment(t *testing.T) {
+	i := sharedInstance(t)
+	image := ext4Image(t, 16)
+	url, _ := gatedServer(t, image.path)
+	t.Cleanup(func() { removeClaim(t, i, "gated") })
+	i.apply(t, classYAML("gated", "gated", url, image.checksum, 1)+"---\n"+claimYAML("gated", "gated", 32, "Filesystem"))
+	ended := make(chan string, 1)
+	go func() {
+		_, stderr, _ := i.run("", "volume", "attach", "gated", "--node", "node-1")
+		ended <- stderr
+	}()
+	volume := volumeOf(t, i, "gated")
+	until(t, i, 20*time.Second, "volume", volume, "is wished attached", func(v volumeObject) bool {
+		return v.Spec.NodeID == "node-1"
+	})
+	i.cli(t, "volume", "detach", "gated")
+	mentions(t, "the pending attachment", <-ended, "gated")
+	log, err := os.ReadFile(i.logPath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		if strings.Contains(line, volume) && strings.Contains(line, "was told to leave node") {
+			return
+		}
+	}
+	t.Error("the call that attached ran out of time before the volume was detached")
 }

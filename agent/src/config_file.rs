@@ -55,6 +55,12 @@ pub struct FileConfig {
     /// Ours: `raw` or `qcow2`; empty in a file of Longhorn's.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub format: String,
+    /// Ours: when the whole file was last read and found right, RFC 3339; empty: not since it was made.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub verified_at: String,
+    /// Ours: the last damage that was found and repaired, a sentence.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub damage: String,
 }
 
 impl FileConfig {
@@ -126,6 +132,7 @@ mod tests {
             current_checksum: "c".into(),
             modification_time: go_time(0, 0),
             format: "raw".into(),
+            ..Default::default()
         };
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(

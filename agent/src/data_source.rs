@@ -1,8 +1,8 @@
 //! Role `data-source`: makes the first file of one image, then offers it for transfer.
 //!
 //! It works in `<disk>/tmp/`, reports over HTTP on port 8000 (LF 5.2), and waits until the manager of the disk has taken the
-//! file over. Started again after a kill it offers a finished file at once, and begins an unfinished one anew: within one
-//! process a broken download goes on where it stopped.
+//! file over. Started again after a kill it offers a finished file at once, and goes on with an unfinished one where the last
+//! checkpoint was, when the server proves that its file is still the same.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config_file::{FileConfig, Format};
 use crate::download::{Download, Event, Patience, download};
+use crate::durable;
 use crate::error::{AgentError, blocking};
 use crate::layout::{Disk, FileSet, ImageKey};
 use crate::limits::DRAIN_TIMEOUT;
@@ -71,16 +72,22 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
 
     let server = http::serve(listener, status.clone(), shutdown.clone());
     let work = async {
-        if let Err(error) = prepare(&config, &files, &status, &shutdown).await {
-            tracing::error!(image = %key, error = error.chain(), "preparation failed");
-            status.send_modify(|s| s.fail(error.chain()));
+        match prepare(&config, &files, &status, &shutdown).await {
+            Ok(()) | Err(AgentError::Cancelled) => {}
+            Err(error) => {
+                tracing::error!(image = %key, error = error.chain(), "preparation failed");
+                status.send_modify(|s| s.fail(&error));
+            }
         }
-        // The server alone decides about the end.
-        std::future::pending::<()>().await;
+    };
+    // The server decides about the end; the work may still remove what it has.
+    let ended = async {
+        let served = server.await;
+        shutdown.cancel();
+        served
     };
     let served = tokio::select! {
-        served = server => served,
-        () = work => unreachable!("the work waits for the server"),
+        (served, ()) = async { tokio::join!(ended, work) } => served,
         () = async { shutdown.cancelled().await; tokio::time::sleep(DRAIN_TIMEOUT).await } => Ok(()),
     };
     served.map_err(|e| AgentError::Serve { what: "data source", source: e.into() })
@@ -112,7 +119,7 @@ async fn prepare(
     status.send_modify(|s| s.state = CopyState::Starting);
     let reporter = status.clone();
     let report = move |event: Event| reporter.send_modify(|s| s.apply(event));
-    let ingested = download(&what, &files.partial, &config.patience, &report, shutdown).await?;
+    let ingested = download(&what, files, &config.patience, &report, shutdown).await?;
     let manifest = Manifest {
         uuid: config.uuid.clone(),
         sha512: ingested.sha512,
@@ -124,10 +131,12 @@ async fn prepare(
     let (file, files) = (ingested.file, files.clone());
     let expected = config.checksum.as_ref().map(ToString::to_string).unwrap_or_default();
     let sealed = blocking(move || {
-        seal(&file, &files.partial, &files, &manifest, &expected).inspect_err(|_| {
+        let sealed = seal(&file, &files.partial, &files, &manifest, &expected).inspect_err(|_| {
             // Nothing of a failed preparation stays; the error of the seal is the one to report.
             let _ = files.remove();
-        })
+        })?;
+        durable::remove_file(&files.unfinished)?;
+        Ok(sealed)
     })
     .await?;
     tracing::info!(file = sealed.name, sha512 = sealed.current_checksum, "file ready for transfer");
@@ -150,7 +159,7 @@ fn what_to_download(config: &Config) -> Result<Download, AgentError> {
 }
 
 /// The file that an earlier life of this data source finished: still here, or taken over already by the manager.
-/// Anything else of it is removed.
+/// Anything else of it is removed, but the part of a download that was not finished.
 async fn adopt(config: &Config, files: &FileSet) -> Result<Option<(FileConfig, CopyState)>, AgentError> {
     let key = ImageKey { name: config.name.clone(), uuid: config.uuid.clone() };
     let (config, files, copy) = (config.clone(), files.clone(), Disk::new(&config.disk_path).copy(&key));
@@ -158,8 +167,14 @@ async fn adopt(config: &Config, files: &FileSet) -> Result<Option<(FileConfig, C
         if let Some(found) = finished(&config, &files) {
             return Ok(Some((found, CopyState::ReadyForTransfer)));
         }
-        files.remove()?;
-        Ok(finished(&config, &copy).map(|found| (found, CopyState::Ready)))
+        let taken_over = finished(&config, &copy);
+        for path in [&files.file, &files.config, &files.manifest] {
+            durable::remove_file(path)?;
+        }
+        if taken_over.is_some() {
+            files.remove()?;
+        }
+        Ok(taken_over.map(|found| (found, CopyState::Ready)))
     })
     .await
 }

@@ -1,17 +1,17 @@
 //! A file from an HTTP server, in one pass, through every interruption.
 //!
 //! Only GET is needed. A broken transfer goes on where it stopped when the server supports ranges and proves by a validator
-//! (ETag or Last-Modified in `If-Range`) that the file is the same; else it begins again and says so. There is no limit in
-//! time, only one for silence. A transfer counts as whole when the server's length was reached, or its framing said so, or
+//! (ETag or Last-Modified in `If-Range`) that the file is the same; else it begins again and says so. So does the next process
+//! after a kill, with what [`crate::unfinished`] says. There is no limit in time, only one for silence. A transfer counts as whole when the server's length was reached, or its framing said so, or
 //! the expected checksum matches.
 
-use std::path::Path;
 use std::time::Duration;
 
+use api::ErrorKind;
 use api::ids::Sha512Digest;
 use jiff::Timestamp;
 use reqwest::header::{
-    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, IF_RANGE,
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, DATE, ETAG, HeaderMap, HeaderValue, IF_RANGE,
     LAST_MODIFIED, RANGE, TRANSFER_ENCODING,
 };
 use reqwest::{Client, Response, StatusCode, Version};
@@ -22,8 +22,10 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{AgentError, chain};
 use crate::http_client;
 use crate::ingest::{Ingest, Ingested};
+use crate::layout::FileSet;
 use crate::limits;
 use crate::source_url::SourceUrl;
+use crate::unfinished::{self, Earlier, Keeper, Unfinished};
 
 /// What to download.
 #[derive(Clone, Debug)]
@@ -42,6 +44,8 @@ pub struct Patience {
     pub backoff: Backoff,
     /// Tries in a row that bring no byte.
     pub tries_without_progress: u32,
+    /// How often what is here is made durable.
+    pub checkpoint_interval: Duration,
 }
 
 impl Default for Patience {
@@ -50,6 +54,7 @@ impl Default for Patience {
             idle_timeout: limits::IDLE_TIMEOUT,
             backoff: Backoff { initial: limits::RETRY_INITIAL, max: limits::RETRY_MAX },
             tries_without_progress: limits::MAX_TRIES_WITHOUT_PROGRESS,
+            checkpoint_interval: limits::CHECKPOINT_INTERVAL,
         }
     }
 }
@@ -63,6 +68,8 @@ pub enum Event {
     Received { bytes: u64 },
     /// It broke; the next try comes at that time.
     Waiting { problem: String, next_retry: Timestamp },
+    /// An earlier process had received so many bytes, which are kept.
+    Resumed { bytes: u64 },
     /// What was here is of no use any more.
     Restarted { reason: &'static str },
 }
@@ -88,32 +95,80 @@ struct Known {
     validator: Option<HeaderValue>,
 }
 
+/// A file that is being received.
+struct Receiving {
+    ingest: Ingest,
+    keeper: Keeper,
+    /// A part of it was received by an earlier process.
+    is_resumed: bool,
+}
+
+impl Receiving {
+    fn start(ingest: Ingest, record: Unfinished, place: &Place<'_>, is_resumed: bool) -> Receiving {
+        let keeper = Keeper::start(record, place.files, ingest.written(), place.patience.checkpoint_interval);
+        Receiving { ingest, keeper, is_resumed }
+    }
+
+    /// Ends the work and removes everything of it.
+    async fn abandon(self, files: &FileSet) -> Result<(), AgentError> {
+        self.keeper.stop().await;
+        self.ingest.abandon().await?;
+        unfinished::remove(files)
+    }
+}
+
+/// Where to, how, and who is told.
+struct Place<'a> {
+    files: &'a FileSet,
+    patience: &'a Patience,
+    report: &'a (dyn Fn(Event) + Send + Sync),
+}
+
 /// Downloads into the partial file and judges the result. On failure no file is left.
 pub async fn download(
     what: &Download,
-    partial: &Path,
+    files: &FileSet,
     patience: &Patience,
     report: &(dyn Fn(Event) + Send + Sync),
     cancel: &CancellationToken,
 ) -> Result<Ingested, AgentError> {
-    let mut ingest = None;
-    let received = tokio::select! {
-        result = transfer(what, partial, patience, report, &mut ingest) => result,
-        () = cancel.cancelled() => Err(AgentError::Cancelled),
-    };
-    let result = match (received, ingest.take()) {
-        (Ok(framed), Some(ingest)) => judge(what, ingest, framed).await,
-        (Ok(_), None) => Err(AgentError::Empty),
-        (Err(error), Some(ingest)) => {
-            ingest.abandon().await?;
-            Err(error)
-        }
-        (Err(error), None) => Err(error),
-    };
-    if result.is_err() {
-        crate::durable::remove_file(partial)?;
+    let place = Place { files, patience, report };
+    let (mut result, is_resumed) = once(what, &place, cancel).await;
+    if is_resumed
+        && let Err(error) = &result
+        && matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid)
+    {
+        // It may be the earlier part that is wrong. What is received in one go tells.
+        let reason = "with what an earlier process had it is not a valid image";
+        tracing::warn!(url = %what.url, error = error.chain(), reason, "download begins again");
+        report(Event::Restarted { reason });
+        (result, _) = once(what, &place, cancel).await;
     }
     result
+}
+
+/// One download, from where an earlier process was; and whether that was anywhere.
+async fn once(what: &Download, place: &Place<'_>, cancel: &CancellationToken) -> (Result<Ingested, AgentError>, bool) {
+    let mut slot = None;
+    let received = tokio::select! {
+        result = transfer(what, place, &mut slot) => result,
+        () = cancel.cancelled() => Err(AgentError::Cancelled),
+    };
+    let is_resumed = slot.as_ref().is_some_and(|receiving: &Receiving| receiving.is_resumed);
+    let result = match (received, slot.take()) {
+        (Ok(framed), Some(receiving)) => {
+            receiving.keeper.stop().await;
+            judge(what, receiving.ingest, framed).await
+        }
+        (Ok(_), None) => Err(AgentError::Empty),
+        (Err(error), Some(receiving)) => receiving.abandon(place.files).await.and(Err(error)),
+        (Err(error), None) => Err(error),
+    };
+    let result = match result {
+        Err(error) => unfinished::remove(place.files).and(Err(error)),
+        whole => whole,
+    };
+    (result, is_resumed)
 }
 
 /// Whether a body without length ended by its framing, or may have been cut.
@@ -148,24 +203,22 @@ async fn judge(what: &Download, ingest: Ingest, framed: Framed) -> Result<Ingest
     Ok(ingested)
 }
 
-async fn transfer(
-    what: &Download,
-    partial: &Path,
-    patience: &Patience,
-    report: &(dyn Fn(Event) + Send + Sync),
-    ingest: &mut Option<Ingest>,
-) -> Result<Framed, AgentError> {
+async fn transfer(what: &Download, place: &Place<'_>, slot: &mut Option<Receiving>) -> Result<Framed, AgentError> {
+    let (patience, report) = (place.patience, place.report);
     let client = http_client::external(&what.url)?;
     let mut known = Known::default();
+    if resume(what, place, slot, &mut known).await? {
+        return Ok(Framed::Yes);
+    }
     let mut tries = 0;
     loop {
-        let before = ingest.as_ref().map_or(0, Ingest::received_bytes);
-        let problem = match attempt(&client, what, partial, patience, report, ingest, &mut known).await {
+        let before = received(slot);
+        let problem = match attempt(&client, what, place, slot, &mut known).await {
             Ok(framed) => return Ok(framed),
             Err(Broken::Failed(error)) => return Err(error),
             Err(Broken::Retry(problem)) => problem,
         };
-        let after = ingest.as_ref().map_or(0, Ingest::received_bytes);
+        let after = received(slot);
         tries = if after > before { 1 } else { tries + 1 };
         if tries >= patience.tries_without_progress {
             return Err(AgentError::Exhausted { url: what.url.to_string(), problem, tries });
@@ -178,16 +231,48 @@ async fn transfer(
     }
 }
 
+fn received(slot: &Option<Receiving>) -> u64 {
+    slot.as_ref().map_or(0, |receiving| receiving.ingest.received_bytes())
+}
+
+/// Takes over what an earlier process had; returns whether that was everything.
+async fn resume(
+    what: &Download,
+    place: &Place<'_>,
+    slot: &mut Option<Receiving>,
+    known: &mut Known,
+) -> Result<bool, AgentError> {
+    let (files, url) = (place.files.clone(), what.url.clone());
+    let record = match crate::error::blocking(move || Unfinished::find(&files, &url)).await? {
+        Earlier::Nothing => return Ok(false),
+        Earlier::Useless(reason) => {
+            tracing::warn!(url = %what.url, reason, "download begins again");
+            (place.report)(Event::Restarted { reason });
+            return Ok(false);
+        }
+        Earlier::Part(record) => record,
+    };
+    let bytes = record.durable_bytes;
+    let validator = record.validator.as_deref().and_then(|text| HeaderValue::from_str(text).ok());
+    *known = Known { length: record.length, validator };
+    tracing::info!(url = %what.url, bytes, "download goes on with what an earlier process had");
+    (place.report)(Event::Started { length: known.length });
+    let ingest = Ingest::resume(&place.files.partial, known.length, bytes).await?;
+    *slot = Some(Receiving::start(ingest, record, place, true));
+    (place.report)(Event::Resumed { bytes });
+    (place.report)(Event::Received { bytes });
+    Ok(known.length == Some(bytes))
+}
+
 async fn attempt(
     client: &Client,
     what: &Download,
-    partial: &Path,
-    patience: &Patience,
-    report: &(dyn Fn(Event) + Send + Sync),
-    slot: &mut Option<Ingest>,
+    place: &Place<'_>,
+    slot: &mut Option<Receiving>,
     known: &mut Known,
 ) -> Result<Framed, Broken> {
-    let have = slot.as_ref().map_or(0, Ingest::received_bytes);
+    let (patience, report) = (place.patience, place.report);
+    let have = received(slot);
     let mut request = client.get(what.url.expose().clone()).header(ACCEPT_ENCODING, "identity");
     if have > 0
         && let Some(validator) = &known.validator
@@ -213,22 +298,28 @@ async fn attempt(
         return Err(failed(what, problem));
     }
 
-    let resumed = response.status() == StatusCode::PARTIAL_CONTENT && continues(response.headers(), have, known.length);
-    if !resumed {
-        if response.status() != StatusCode::OK {
+    let continued = (response.status() == StatusCode::PARTIAL_CONTENT)
+        .then(|| continues(response.headers(), have, known.length))
+        .flatten();
+    match continued {
+        Some(total) => known.length = known.length.or(total),
+        None if response.status() != StatusCode::OK => {
             // An unusable range: drop what is here, the next try asks for all of it.
-            restart(slot, report, "the server sent a range that does not fit").await?;
+            restart(slot, place, "the server sent a range that does not fit").await?;
             return Err(Broken::Retry(format!("the server answered {} to a range request", response.status())));
         }
-        if slot.is_some() {
-            restart(slot, report, "the server does not support ranges, or its file has changed").await?;
+        None => {
+            restart(slot, place, "the server does not support ranges, or its file has changed").await?;
+            *known = Known { length: length(response.headers()), validator: validator(response.headers()) };
+            let ingest = Ingest::begin(&place.files.partial, known.length).await?;
+            let validator = known.validator.as_ref().and_then(|value| value.to_str().ok()).map(str::to_owned);
+            let record = Unfinished::new(&what.url, known.length, validator);
+            *slot = Some(Receiving::start(ingest, record, place, false));
+            report(Event::Started { length: known.length });
         }
-        *known = Known { length: length(response.headers()), validator: validator(response.headers()) };
-        *slot = Some(Ingest::begin(partial, known.length).await?);
-        report(Event::Started { length: known.length });
     }
     let framed = if known.length.is_some() || is_framed(&response) { Framed::Yes } else { Framed::ByClose };
-    let ingest = slot.as_mut().expect("begun above or in an earlier try");
+    let ingest = &mut slot.as_mut().expect("begun above or in an earlier try").ingest;
     loop {
         let bytes = match timeout(patience.idle_timeout, response.chunk()).await {
             Err(_) => return Err(Broken::Retry(silence(patience))),
@@ -248,15 +339,11 @@ async fn attempt(
     }
 }
 
-async fn restart(
-    slot: &mut Option<Ingest>,
-    report: &(dyn Fn(Event) + Send + Sync),
-    reason: &'static str,
-) -> Result<(), AgentError> {
+async fn restart(slot: &mut Option<Receiving>, place: &Place<'_>, reason: &'static str) -> Result<(), AgentError> {
     if let Some(old) = slot.take() {
-        tracing::warn!(reason, lost_bytes = old.received_bytes(), "download begins again");
-        old.abandon().await?;
-        report(Event::Restarted { reason });
+        tracing::warn!(reason, lost_bytes = old.ingest.received_bytes(), "download begins again");
+        old.abandon(place.files).await?;
+        (place.report)(Event::Restarted { reason });
     }
     Ok(())
 }
@@ -291,23 +378,30 @@ fn length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// What proves in `If-Range` that the file is still the same: a strong ETag, else the modification time.
+/// What proves in `If-Range` that the file is still the same: a strong ETag, else the modification time, unless that is this
+/// very second, in which the file may change once more.
 fn validator(headers: &HeaderMap) -> Option<HeaderValue> {
     let strong = headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"));
-    strong.or_else(|| headers.get(LAST_MODIFIED)).cloned()
+    let old = headers.get(LAST_MODIFIED).filter(|time| headers.get(DATE) != Some(time));
+    strong.or(old).cloned()
 }
 
-/// Whether a partial answer begins exactly where ours ends, and is of the same whole.
-fn continues(headers: &HeaderMap, have: u64, length: Option<u64>) -> bool {
+/// Whether a partial answer begins exactly where ours ends and is of the same whole; if so, the length of that when it says it.
+fn continues(headers: &HeaderMap, have: u64, length: Option<u64>) -> Option<Option<u64>> {
     let range = headers.get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).and_then(parse_content_range);
-    range.is_some_and(|(start, total)| have > 0 && start == have && (total.is_none() || total == length))
+    let (start, total) = range?;
+    let is_same = length.is_none() || total.is_none() || total == length;
+    (have > 0 && start == have && is_same && total.is_none_or(|total| total >= have)).then_some(total)
 }
 
-/// The start and the total of `bytes 5-9/10`.
+/// The start and the total of `bytes 5-9/10`; none when that makes no sense. A total of `*` is not known.
 pub fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let start = range.split_once('-')?.0.parse().ok()?;
-    Some((start, total.parse().ok()))
+    let (start, last) = range.split_once('-')?;
+    let (start, last) = (number(start)?, number(last)?);
+    let total = if total == "*" { None } else { Some(number(total)?) };
+    (start <= last && total.is_none_or(|total| last < total)).then_some((start, total))
 }
 
 /// Whether a body without length says itself where it ends.
@@ -327,7 +421,11 @@ mod tests {
     fn reads_content_range() {
         assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, Some(10))));
         assert_eq!(parse_content_range("bytes 5-9/*"), Some((5, None)));
-        assert_eq!(parse_content_range("bytes */10"), None);
+        for wrong in
+            ["bytes */10", "bytes 5-4/10", "bytes 5-10/10", "bytes 5-/10", "bytes 5-9/", "bytes 5-9/x", "bytes +5-9/10"]
+        {
+            assert_eq!(parse_content_range(wrong), None, "{wrong}");
+        }
         assert_eq!(parse_content_range("items 5-9/10"), None);
     }
 
@@ -338,6 +436,8 @@ mod tests {
         assert_eq!(validator(&headers), None);
         headers.insert(LAST_MODIFIED, HeaderValue::from_static("Sun, 22 Nov 2026 07:00:00 GMT"));
         assert!(validator(&headers).is_some());
+        headers.insert(DATE, HeaderValue::from_static("Sun, 22 Nov 2026 07:00:00 GMT"));
+        assert_eq!(validator(&headers), None, "it may change once more within this second");
         headers.insert(ETAG, HeaderValue::from_static("\"a\""));
         assert_eq!(validator(&headers).unwrap(), "\"a\"");
     }

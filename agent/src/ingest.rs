@@ -4,18 +4,21 @@
 //! BLAKE3 and writes what is not zero. Queues are bounded; nothing is read again, apart from the tables of a qcow2 file.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use api::ids::Sha512Digest;
-use aws_lc_rs::digest;
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::config_file::Format;
 use crate::error::{AgentError, blocking};
-use crate::limits::{CHUNK_BYTES, INGEST_QUEUE, MAX_FILE_BYTES};
+use crate::limits::{CHUNK_BYTES, INGEST_QUEUE, MAX_FILE_BYTES, WRITE_BACK_BYTES};
 use crate::manifest::{ChunkHash, hash_chunk};
+use crate::sha512::Sha512;
 use crate::{durable, qcow2, sparse};
 
 const SECTOR_BYTES: u64 = 512;
@@ -27,10 +30,12 @@ pub struct Ingest {
     received_bytes: u64,
     format: Option<Format>,
     to_hasher: mpsc::Sender<Hash>,
-    to_writer: mpsc::Sender<Bytes>,
+    to_writer: mpsc::Sender<Write>,
     hasher: JoinHandle<Digests>,
     /// `None` after it ended early with an error.
     writer: Option<JoinHandle<Result<Written, AgentError>>>,
+    /// Bytes that the writer has written; see [`Ingest::written`].
+    written: Arc<AtomicU64>,
 }
 
 /// A whole file, synced, under its partial name.
@@ -53,9 +58,15 @@ enum Hash {
     Mark,
 }
 
+enum Write {
+    Data(Bytes),
+    /// It is in the file already.
+    Present(Bytes),
+}
+
 struct Digests {
-    stored: digest::Digest,
-    unpadded: Option<digest::Digest>,
+    stored: Sha512Digest,
+    unpadded: Option<Sha512Digest>,
 }
 
 struct Written {
@@ -71,11 +82,48 @@ impl Ingest {
         }
         let own = path.to_path_buf();
         let file = blocking(move || create(&own, length)).await?;
+        Ok(Ingest::start(path, file, length.is_some()))
+    }
+
+    /// Goes on with a partial file of which the first bytes, a whole number of chunks, are known to be on the disk. They are
+    /// hashed again; what lies behind them is forgotten.
+    pub async fn resume(path: &Path, length: Option<u64>, bytes: u64) -> Result<Ingest, AgentError> {
+        assert!(bytes.is_multiple_of(CHUNK_BYTES), "a checkpoint lies between two chunks");
+        let own = path.to_path_buf();
+        let (file, source) = blocking(move || {
+            let file = open_again(&own, length, bytes)?;
+            let source = file.try_clone().map_err(AgentError::io("open", &own))?;
+            Ok((file, Arc::new(source)))
+        })
+        .await?;
+        let mut ingest = Ingest::start(path, file, length.is_some());
+        while ingest.received_bytes < bytes {
+            let (own, source, offset) = (ingest.path.clone(), source.clone(), ingest.received_bytes);
+            let chunk = blocking(move || {
+                let mut chunk = vec![0; CHUNK_BYTES as usize];
+                source.read_exact_at(&mut chunk, offset).map_err(AgentError::io("read", &own))?;
+                Ok(Bytes::from(chunk))
+            })
+            .await?;
+            if ingest.format.is_none() {
+                ingest.buffer.extend_from_slice(&chunk[..qcow2::HEADER_BYTES]);
+                ingest.probe()?;
+                ingest.buffer.clear();
+            }
+            ingest.received_bytes += CHUNK_BYTES;
+            ingest.send_hash(Hash::Data(chunk.clone())).await?;
+            ingest.send_write(Write::Present(chunk)).await?;
+        }
+        Ok(ingest)
+    }
+
+    fn start(path: &Path, file: File, reserved: bool) -> Ingest {
         let (to_hasher, hashes) = mpsc::channel(INGEST_QUEUE);
         let (to_writer, writes) = mpsc::channel(INGEST_QUEUE);
         let own = path.to_path_buf();
-        let reserved = length.is_some();
-        Ok(Ingest {
+        let written = Arc::new(AtomicU64::new(0));
+        let count = written.clone();
+        Ingest {
             path: path.to_path_buf(),
             buffer: BytesMut::with_capacity(CHUNK_BYTES as usize),
             received_bytes: 0,
@@ -83,8 +131,14 @@ impl Ingest {
             to_hasher,
             to_writer,
             hasher: tokio::task::spawn_blocking(move || hash_all(hashes)),
-            writer: Some(tokio::task::spawn_blocking(move || write_all(file, &own, reserved, writes))),
-        })
+            writer: Some(tokio::task::spawn_blocking(move || write_all(file, &own, reserved, &count, writes))),
+            written,
+        }
+    }
+
+    /// How many bytes are in the file by now, while the work goes on. Whether they are on the disk is another matter.
+    pub fn written(&self) -> Arc<AtomicU64> {
+        self.written.clone()
     }
 
     /// Bytes received so far: where a broken transfer goes on.
@@ -130,7 +184,7 @@ impl Ingest {
             self.send_hash(Hash::Data(Bytes::from(vec![0; padding]))).await?;
             let mut chunk = BytesMut::from(&data[..]);
             chunk.resize(data.len() + padding, 0);
-            self.send_write(chunk.freeze()).await?;
+            self.send_write(Write::Data(chunk.freeze())).await?;
             size_bytes += padding as u64;
         } else if !self.buffer.is_empty() {
             self.flush().await?;
@@ -152,8 +206,8 @@ impl Ingest {
                 size_bytes,
                 virtual_size_bytes,
                 format,
-                sha512: to_hex(&digests.stored),
-                unpadded_sha512: digests.unpadded.as_ref().map(to_hex),
+                sha512: digests.stored,
+                unpadded_sha512: digests.unpadded,
                 chunks,
             })
         })
@@ -193,15 +247,15 @@ impl Ingest {
         self.probe()?;
         let chunk = std::mem::replace(&mut self.buffer, BytesMut::with_capacity(CHUNK_BYTES as usize)).freeze();
         self.send_hash(Hash::Data(chunk.clone())).await?;
-        self.send_write(chunk).await
+        self.send_write(Write::Data(chunk)).await
     }
 
     async fn send_hash(&mut self, hash: Hash) -> Result<(), AgentError> {
         self.to_hasher.send(hash).await.map_err(|_| AgentError::Cancelled)
     }
 
-    async fn send_write(&mut self, chunk: Bytes) -> Result<(), AgentError> {
-        if self.to_writer.send(chunk).await.is_ok() {
+    async fn send_write(&mut self, write: Write) -> Result<(), AgentError> {
+        if self.to_writer.send(write).await.is_ok() {
             return Ok(());
         }
         // The writer ended early: its error says why.
@@ -229,21 +283,33 @@ fn create(path: &Path, length: Option<u64>) -> Result<File, AgentError> {
         .truncate(true)
         .open(path)
         .map_err(AgentError::io("create", path))?;
-    if let Some(length) = length.filter(|length| *length > 0) {
-        // The length comes first: behind the end of a file ext4 makes no holes, so reserved zeros would keep their blocks.
-        let room = sparse::check_free(parent, length)
-            .and_then(|()| file.set_len(length).map_err(AgentError::io("set the length of", path)))
-            .and_then(|()| sparse::reserve(&file, path, 0, length));
-        if let Err(error) = room {
-            durable::remove_file(path)?;
-            return Err(error);
-        }
-    }
+    take_room(&file, path, 0, length)?;
     Ok(file)
 }
 
+/// Opens a partial file of which the first bytes are right; what was written behind them is dropped.
+fn open_again(path: &Path, length: Option<u64>, bytes: u64) -> Result<File, AgentError> {
+    let file = File::options().read(true).write(true).open(path).map_err(AgentError::io("open", path))?;
+    file.set_len(bytes).map_err(AgentError::io("set the length of", path))?;
+    take_room(&file, path, bytes, length)?;
+    Ok(file)
+}
+
+/// Takes room for what is still to come. On failure the file is removed.
+fn take_room(file: &File, path: &Path, start: u64, length: Option<u64>) -> Result<(), AgentError> {
+    let Some(length) = length.filter(|length| *length > start) else { return Ok(()) };
+    // The length comes first: behind the end of a file ext4 makes no holes, so reserved zeros would keep their blocks.
+    let room = sparse::check_free(path.parent().unwrap_or(Path::new("/")), length - start)
+        .and_then(|()| file.set_len(length).map_err(AgentError::io("set the length of", path)))
+        .and_then(|()| sparse::reserve(file, path, start, length - start));
+    if room.is_err() {
+        durable::remove_file(path)?;
+    }
+    room
+}
+
 fn hash_all(mut hashes: mpsc::Receiver<Hash>) -> Digests {
-    let mut context = digest::Context::new(&digest::SHA512);
+    let mut context = Sha512::new();
     let mut unpadded = None;
     while let Some(hash) = hashes.blocking_recv() {
         match hash {
@@ -258,13 +324,27 @@ fn write_all(
     file: File,
     path: &Path,
     reserved: bool,
-    mut writes: mpsc::Receiver<Bytes>,
+    written: &AtomicU64,
+    mut writes: mpsc::Receiver<Write>,
 ) -> Result<Written, AgentError> {
     let mut chunks = vec![];
-    while let Some(chunk) = writes.blocking_recv() {
+    let mut written_back = 0;
+    while let Some(write) = writes.blocking_recv() {
         let offset = chunks.len() as u64 * CHUNK_BYTES;
-        chunks.push(hash_chunk(&chunk));
-        sparse::write_at(&file, offset, &chunk, reserved).map_err(AgentError::io("write", path))?;
+        let chunk = match &write {
+            Write::Data(chunk) => {
+                sparse::write_at(&file, offset, chunk, reserved).map_err(AgentError::io("write", path))?;
+                chunk
+            }
+            Write::Present(chunk) => chunk,
+        };
+        chunks.push(hash_chunk(chunk));
+        let end = offset + chunk.len() as u64;
+        written.store(end, Ordering::Release);
+        if end - written_back >= WRITE_BACK_BYTES {
+            sparse::write_back(&file, written_back..end);
+            written_back = end;
+        }
     }
     Ok(Written { file, chunks })
 }
@@ -275,10 +355,6 @@ async fn join<T>(task: impl Future<Output = Result<T, tokio::task::JoinError>>) 
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
         Err(_) => Err(AgentError::Cancelled),
     }
-}
-
-fn to_hex(digest: &digest::Digest) -> Sha512Digest {
-    hex::encode(digest).parse().expect("SHA-512 has 64 bytes")
 }
 
 #[cfg(test)]
@@ -296,7 +372,9 @@ mod tests {
     }
 
     fn sha512(bytes: &[u8]) -> String {
-        hex::encode(digest::digest(&digest::SHA512, bytes))
+        let mut digest = Sha512::new();
+        digest.update(bytes);
+        digest.finish().to_string()
     }
 
     #[tokio::test]

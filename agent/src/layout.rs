@@ -106,6 +106,7 @@ impl Disk {
             partial: with_suffix(&base, ".tmp"),
             config: with_suffix(&base, ".cfg"),
             manifest: with_suffix(&base, ".chunks"),
+            unfinished: with_suffix(&base, ".resume"),
             file: base,
         }
     }
@@ -127,6 +128,7 @@ impl Disk {
             partial: with_suffix(&base, ".tmp"),
             config: with_suffix(&base, ".cfg"),
             manifest: with_suffix(&base, ".chunks"),
+            unfinished: with_suffix(&base, ".resume"),
             file: base,
         }
     }
@@ -173,12 +175,14 @@ pub struct FileSet {
     pub config: PathBuf,
     /// The chunk manifest.
     pub manifest: PathBuf,
+    /// What the partial file is a part of, so that another process can go on with it.
+    pub unfinished: PathBuf,
 }
 
 impl FileSet {
     /// Removes all of them.
     pub fn remove(&self) -> Result<(), AgentError> {
-        for path in [&self.file, &self.partial, &self.config, &self.manifest] {
+        for path in [&self.file, &self.partial, &self.config, &self.manifest, &self.unfinished] {
             durable::remove_file(path)?;
         }
         Ok(())

@@ -9,6 +9,7 @@
 pub mod client;
 pub mod config_file;
 pub mod data_source;
+mod direct;
 pub mod download;
 mod durable;
 pub mod error;
@@ -21,10 +22,12 @@ pub mod manifest;
 pub mod peer;
 pub mod qcow2;
 mod seal;
+pub mod sha512;
 pub mod source_url;
 mod sparse;
 pub mod ssync;
 pub mod sync;
+mod unfinished;
 mod verify;
 
 pub use error::AgentError;

@@ -19,6 +19,10 @@ pub const MAX_VIRTUAL_BYTES: u64 = 16 << 40;
 /// Chunks that may wait between the network and the disk: together with the hasher's queue, about 16 MiB at most.
 pub const INGEST_QUEUE: usize = 8;
 
+/// Bytes after which a file that is being written is begun to be brought to the disk: large requests for the disk, and little
+/// left to do for the sync at the end. As many as one request of a sync has.
+pub const WRITE_BACK_BYTES: u64 = CHUNKS_PER_REQUEST as u64 * CHUNK_BYTES;
+
 /// Redirects that a download follows.
 pub const MAX_REDIRECTS: usize = 10;
 
@@ -37,6 +41,9 @@ pub const RETRY_MAX: Duration = Duration::from_secs(60);
 /// The controller then decides when to begin afresh.
 pub const MAX_TRIES_WITHOUT_PROGRESS: u32 = 8;
 
+/// How often a download makes durable what it has: so much is fetched again after a power loss or `kill -9`.
+pub const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(2);
+
 /// Shortest time between two reports that differ in progress only.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -45,6 +52,12 @@ pub const MAX_SYNCS: usize = 4;
 
 /// Files that a disk verifies at a time: verification must not starve the volumes on it.
 pub const MAX_VERIFICATIONS: usize = 1;
+
+/// Copies of a disk that are read slowly in the background at a time.
+pub const MAX_SCRUBS: usize = 1;
+
+/// Bad chunks up to which a damaged copy is repaired where it lies; with more it is made anew, from all peers at once.
+pub const MAX_REPAIRED_CHUNKS: usize = 64;
 
 /// Range requests that a manager serves at a time; further ones wait.
 pub const MAX_PEER_READS: usize = 16;

@@ -23,6 +23,7 @@ mod operations;
 mod registry;
 mod serve;
 mod service;
+mod verification;
 
 use registry::Registry;
 

@@ -4,11 +4,9 @@
 //! of the file. Nothing here changes anything. The reader believes only what matches the manifest.
 
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use reqwest::header::RANGE;
 use reqwest::{Client, Response, StatusCode};
 use tokio::time::timeout;
 
@@ -17,6 +15,10 @@ use crate::http_client;
 use crate::layout::ImageKey;
 use crate::limits::CONNECT_TIMEOUT;
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest};
+
+mod connection;
+
+pub(crate) use connection::Connection;
 
 /// A manager that may have a copy.
 #[derive(Clone, Debug)]
@@ -77,14 +79,15 @@ impl Peer {
         self.address
     }
 
-    fn url(&self, key: &ImageKey, what: &str) -> String {
-        let data = SocketAddr::new(self.address.ip(), self.address.port() + 1);
-        format!("http://{data}/v1/copies/{key}/{what}")
+    /// Where it gives its copies.
+    fn data_address(&self) -> SocketAddr {
+        SocketAddr::new(self.address.ip(), self.address.port() + 1)
     }
 
     /// The manifest of a copy.
     pub async fn manifest(&self, key: &ImageKey) -> Result<Manifest, PeerError> {
-        let mut response = self.send(self.client.get(self.url(key, "manifest")), StatusCode::OK).await?;
+        let url = format!("http://{}/v1/copies/{key}/manifest", self.data_address());
+        let mut response = self.send(self.client.get(url)).await?;
         let mut bytes = BytesMut::new();
         while let Some(part) = self.read(&mut response).await? {
             bytes.extend_from_slice(&part);
@@ -95,27 +98,25 @@ impl Peer {
         Ok(Manifest::decode(&bytes)?)
     }
 
-    /// Begins to read a range of a copy.
-    pub async fn range(&self, key: &ImageKey, range: Range<u64>) -> Result<Response, PeerError> {
-        let header = format!("bytes={}-{}", range.start, range.end - 1);
-        self.send(self.client.get(self.url(key, "data")).header(RANGE, header), StatusCode::PARTIAL_CONTENT).await
+    /// A connection for the bytes of copies.
+    pub(crate) async fn connect(&self) -> Result<Connection, PeerError> {
+        Connection::open(self.data_address(), self.idle_timeout).await
     }
 
-    /// The next bytes of an answer.
-    pub async fn read(&self, response: &mut Response) -> Result<Option<bytes::Bytes>, PeerError> {
+    async fn read(&self, response: &mut Response) -> Result<Option<bytes::Bytes>, PeerError> {
         match timeout(self.idle_timeout, response.chunk()).await {
             Err(_) => Err(PeerError::Silent(self.idle_timeout)),
             Ok(part) => part.map_err(|e| PeerError::Transfer(chain(&e.without_url()))),
         }
     }
 
-    async fn send(&self, request: reqwest::RequestBuilder, wanted: StatusCode) -> Result<Response, PeerError> {
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Response, PeerError> {
         let response = match timeout(self.idle_timeout, request.send()).await {
             Err(_) => return Err(PeerError::Silent(self.idle_timeout)),
             Ok(response) => response.map_err(|e| PeerError::Transfer(chain(&e.without_url())))?,
         };
         match response.status() {
-            status if status == wanted => Ok(response),
+            StatusCode::OK => Ok(response),
             StatusCode::NOT_FOUND => Err(PeerError::Without),
             status => Err(PeerError::Status(status)),
         }

@@ -1,10 +1,9 @@
 //! A look at a qcow2 file that nobody vouches for: what it claims, and whether that is safe and whole.
 //!
 //! Refused is whatever would make another file be opened (backing file, external data file), what we do not offer
-//! (encryption, internal snapshots), what was not closed properly, and tables or clusters that lie outside of the file,
-//! which is how a cut file shows. Only header and tables are read, never data; all arithmetic is checked.
+//! (encryption, internal snapshots), what was not closed properly, tables that overlap, and tables or clusters that lie outside
+//! of the file, which is how a cut file shows. Only header and tables are read, never data; all arithmetic is checked.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -32,6 +31,10 @@ const EXTENDED_L2: u64 = 1 << 4;
 const EXTENSION_END: u32 = 0;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
+const EXTENSION_BITMAPS: u32 = 0x2385_2875;
+const BITMAPS_EXTENSION_BYTES: u64 = 24;
+/// QEMU's own limit for the directory of bitmaps.
+const MAX_BITMAP_DIRECTORY_BYTES: u64 = 64 << 20;
 
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -73,6 +76,10 @@ pub enum Qcow2Error {
     Truncated { what: &'static str, offset: u64, size_bytes: u64 },
     #[error("the qcow2 file is corrupt: {problem} at byte {offset}")]
     Corrupt { problem: &'static str, offset: u64 },
+    #[error("the qcow2 file is corrupt: {one} and {other} overlap at byte {offset}")]
+    Overlap { one: &'static str, other: &'static str, offset: u64 },
+    #[error("the qcow2 file is corrupt: {what} at byte {offset} is used twice")]
+    UsedTwice { what: &'static str, offset: u64 },
     #[error("cannot read the qcow2 tables")]
     Read(#[from] io::Error),
 }
@@ -226,17 +233,61 @@ pub fn inspect(file: &File, size_bytes: u64) -> Result<Header, Qcow2Error> {
     let mut bytes = vec![0; HEADER_BYTES.min(usize::try_from(size_bytes).unwrap_or(HEADER_BYTES))];
     file.read_exact_at(&mut bytes, 0)?;
     let header = Header::parse(&bytes)?;
-    let inspection = Inspection { file, size_bytes, header: &header };
+    let mut tables = Tables { cluster_bytes: header.cluster_bytes(), clusters: vec![] };
+    tables.add("the header", 0, header.cluster_bytes());
+    tables.add("the L1 table", header.l1_offset, header.l1_entries * 8);
+    tables.add("the refcount table", header.refcount_table_offset, header.refcount_table_bytes);
+    let mut inspection = Inspection { file, size_bytes, header: &header, tables };
+    inspection.tables.check_overlap()?;
     inspection.check_extensions()?;
     inspection.check_refcounts()?;
-    inspection.check_clusters()?;
+    let l2_tables = inspection.check_l1()?;
+    inspection.tables.check_overlap()?;
+    inspection.check_clusters(&l2_tables)?;
     Ok(header)
+}
+
+/// The clusters that hold tables. Each belongs to one of them.
+struct Tables {
+    cluster_bytes: u64,
+    /// Number of the cluster, and what lies there; sorted by [`Tables::check_overlap`].
+    clusters: Vec<(u64, &'static str)>,
+}
+
+impl Tables {
+    /// The caller has checked that it lies within a file, or that its size is limited.
+    fn add(&mut self, what: &'static str, offset: u64, length: u64) {
+        let first = offset / self.cluster_bytes;
+        let count = length.div_ceil(self.cluster_bytes);
+        self.clusters.extend((first..first.saturating_add(count)).map(|cluster| (cluster, what)));
+    }
+
+    fn check_overlap(&mut self) -> Result<(), Qcow2Error> {
+        self.clusters.sort_unstable();
+        match self.clusters.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            Some(pair) if pair[0].1 == pair[1].1 => {
+                Err(Qcow2Error::UsedTwice { what: pair[0].1, offset: pair[0].0 * self.cluster_bytes })
+            }
+            Some(pair) => {
+                Err(Qcow2Error::Overlap { one: pair[0].1, other: pair[1].1, offset: pair[0].0 * self.cluster_bytes })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The table at an offset, if there is one.
+    fn at(&self, offset: u64) -> Option<&'static str> {
+        let cluster = offset / self.cluster_bytes;
+        let found = self.clusters.binary_search_by_key(&cluster, |(cluster, _)| *cluster).ok()?;
+        Some(self.clusters[found].1)
+    }
 }
 
 struct Inspection<'a> {
     file: &'a File,
     size_bytes: u64,
     header: &'a Header,
+    tables: Tables,
 }
 
 impl Inspection<'_> {
@@ -254,7 +305,7 @@ impl Inspection<'_> {
         Ok(bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect())
     }
 
-    fn check_extensions(&self) -> Result<(), Qcow2Error> {
+    fn check_extensions(&mut self) -> Result<(), Qcow2Error> {
         let mut offset = self.header.extensions.start;
         for _ in 0..MAX_EXTENSIONS {
             if offset + 8 > self.header.extensions.end.min(self.size_bytes) {
@@ -266,6 +317,7 @@ impl Inspection<'_> {
                 EXTENSION_END => return Ok(()),
                 EXTENSION_DATA_FILE => return Err(Qcow2Error::ExternalDataFile),
                 EXTENSION_ENCRYPTION => return Err(Qcow2Error::Encrypted),
+                EXTENSION_BITMAPS => self.check_bitmaps(offset + 8, u64::from(be32(&bytes, 4)))?,
                 _ => {}
             }
             let length = u64::from(be32(&bytes, 4)).next_multiple_of(8);
@@ -277,7 +329,26 @@ impl Inspection<'_> {
         Err(Qcow2Error::Header { problem: "there are too many header extensions" })
     }
 
-    fn check_refcounts(&self) -> Result<(), Qcow2Error> {
+    /// QEMU reads the directory of bitmaps when it opens the file, and refuses the file when it is not there.
+    fn check_bitmaps(&mut self, offset: u64, length: u64) -> Result<(), Qcow2Error> {
+        let lie = || Qcow2Error::Header { problem: "the header extension of bitmaps is not what it should be" };
+        if length != BITMAPS_EXTENSION_BYTES {
+            return Err(lie());
+        }
+        self.check_within("the header extension of bitmaps", offset, length)?;
+        let mut bytes = [0; BITMAPS_EXTENSION_BYTES as usize];
+        self.file.read_exact_at(&mut bytes, offset)?;
+        let (directory_bytes, directory) = (be64(&bytes, 8), be64(&bytes, 16));
+        let cluster = self.header.cluster_bytes();
+        if directory_bytes > MAX_BITMAP_DIRECTORY_BYTES || !directory.is_multiple_of(cluster) {
+            return Err(lie());
+        }
+        self.check_within("the directory of bitmaps", directory, directory_bytes)?;
+        self.tables.add("the directory of bitmaps", directory, directory_bytes);
+        Ok(())
+    }
+
+    fn check_refcounts(&mut self) -> Result<(), Qcow2Error> {
         let header = self.header;
         let table = self.read_table("the refcount table", header.refcount_table_offset, header.refcount_table_bytes)?;
         for block in table.into_iter().filter(|block| *block != 0) {
@@ -285,30 +356,46 @@ impl Inspection<'_> {
                 return Err(Qcow2Error::Corrupt { problem: "an unaligned refcount block", offset: block });
             }
             self.check_within("a refcount block", block, header.cluster_bytes())?;
+            self.tables.add("a refcount block", block, header.cluster_bytes());
         }
         Ok(())
     }
 
-    fn check_clusters(&self) -> Result<(), Qcow2Error> {
+    /// The offsets of all L2 tables; 0 where there is none.
+    ///
+    /// Without snapshots every L2 table belongs to one L1 entry. A file that uses one twice would cost unbounded reading.
+    fn check_l1(&mut self) -> Result<Vec<u64>, Qcow2Error> {
         let header = self.header;
-        // Without snapshots every L2 table belongs to one L1 entry. A file that uses one twice would cost unbounded reading.
-        let mut seen = HashSet::new();
-        let l1 = self.read_table("the L1 table", header.l1_offset, header.l1_entries * 8)?;
-        for (index, entry) in l1.into_iter().enumerate() {
-            let offset = entry & OFFSET_MASK;
-            if entry & L1_RESERVED != 0 || !offset.is_multiple_of(header.cluster_bytes()) {
-                return Err(Qcow2Error::Corrupt { problem: "an invalid L1 entry", offset: entry });
+        let mut l1 = self.read_table("the L1 table", header.l1_offset, header.l1_entries * 8)?;
+        for entry in &mut l1 {
+            let offset = *entry & OFFSET_MASK;
+            if *entry & L1_RESERVED != 0 || !offset.is_multiple_of(header.cluster_bytes()) {
+                return Err(Qcow2Error::Corrupt { problem: "an invalid L1 entry", offset: *entry });
             }
-            if offset == 0 {
-                continue;
+            if offset != 0 {
+                self.check_within("an L2 table", offset, header.cluster_bytes())?;
+                self.tables.add("an L2 table", offset, header.cluster_bytes());
             }
-            if !seen.insert(offset) {
-                return Err(Qcow2Error::Corrupt { problem: "an L2 table that is used twice", offset });
-            }
-            let l2 = self.read_table("an L2 table", offset, header.cluster_bytes())?;
+            *entry = offset;
+        }
+        Ok(l1)
+    }
+
+    fn check_clusters(&self, l2_tables: &[u64]) -> Result<(), Qcow2Error> {
+        let header = self.header;
+        for (index, offset) in l2_tables.iter().enumerate().filter(|(_, offset)| **offset != 0) {
+            let l2 = self.read_table("an L2 table", *offset, header.cluster_bytes())?;
             self.check_l2(index as u64 * header.guest_bytes_of_l2(), &l2)?;
         }
         Ok(())
+    }
+
+    /// What is data and a table at once is wrong as one of them, and QEMU does not notice when it reads.
+    fn check_data(&self, offset: u64) -> Result<(), Qcow2Error> {
+        match self.tables.at(offset) {
+            Some(other) => Err(Qcow2Error::Overlap { one: "a data cluster", other, offset }),
+            None => Ok(()),
+        }
     }
 
     fn check_l2(&self, guest_start: u64, words: &[u64]) -> Result<(), Qcow2Error> {
@@ -336,6 +423,7 @@ impl Inspection<'_> {
                 length = length.min(u64::from(32 - allocated.leading_zeros()) * subcluster);
             }
             self.check_within("a data cluster", offset, length)?;
+            self.check_data(offset)?;
         }
         Ok(())
     }
@@ -348,7 +436,9 @@ impl Inspection<'_> {
         // The length is given in sectors, the data ends anywhere in the last one, and so may the file.
         let end = (offset & !511).checked_add(sectors * 512);
         match end {
-            Some(end) if end <= self.size_bytes.next_multiple_of(512) && offset < self.size_bytes => Ok(()),
+            Some(end) if end <= self.size_bytes.next_multiple_of(512) && offset < self.size_bytes => {
+                self.check_data(offset)
+            }
             _ => Err(Qcow2Error::Truncated { what: "a compressed cluster", offset, size_bytes: self.size_bytes }),
         }
     }

@@ -48,5 +48,6 @@ pub(crate) fn describe(
         current_checksum: manifest.sha512.to_string(),
         modification_time: modification_time(&metadata),
         format: manifest.format.as_str().to_owned(),
+        ..Default::default()
     })
 }

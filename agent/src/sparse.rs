@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate, statvfs};
 
 use crate::error::AgentError;
 use crate::limits::HOLE_BYTES;
@@ -22,12 +24,23 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
 ///
 /// `punch` is needed where something may lie already: reserved blocks, or what an earlier try left.
 pub(crate) fn write_at(file: &File, offset: u64, bytes: &[u8], punch: bool) -> io::Result<()> {
+    write_with(file, offset, bytes, punch, |bytes, offset| file.write_all_at(bytes, offset))
+}
+
+/// As [`write_at`], with another way to write what is not zero.
+pub(crate) fn write_with(
+    file: &File,
+    offset: u64,
+    bytes: &[u8],
+    punch: bool,
+    write: impl Fn(&[u8], u64) -> io::Result<()>,
+) -> io::Result<()> {
     let mut run_start = 0;
     let mut run_is_zero = None;
     let mut position = 0;
     let flush = |start: usize, end: usize, zero: Option<bool>| match zero {
         Some(true) if punch => punch_hole(file, offset + start as u64, (end - start) as u64),
-        Some(false) => file.write_all_at(&bytes[start..end], offset + start as u64),
+        Some(false) => write(&bytes[start..end], offset + start as u64),
         _ => Ok(()),
     };
     for part in bytes.chunks(HOLE_BYTES) {
@@ -39,6 +52,15 @@ pub(crate) fn write_at(file: &File, offset: u64, bytes: &[u8], punch: bool) -> i
         position += part.len();
     }
     flush(run_start, position, run_is_zero)
+}
+
+/// Begins to bring a range to the disk, so that the sync at the end finds little to do. Volumes read images past the page
+/// cache: what is on the disk already need not stay in it.
+pub(crate) fn write_back(file: &File, range: Range<u64>) {
+    if let Some(length) = NonZeroU64::new(range.end.saturating_sub(range.start)) {
+        // A hint: without it the same is done later.
+        let _ = fadvise(file, range.start, Some(length), Advice::DontNeed);
+    }
 }
 
 /// Frees a range of a file, which then reads as zeros. Has no effect behind the end of the file.

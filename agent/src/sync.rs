@@ -14,6 +14,7 @@ use api::ids::Sha512Digest;
 use tokio_util::sync::CancellationToken;
 
 use crate::config_file::FileConfig;
+use crate::direct::DirectFile;
 use crate::durable;
 use crate::error::{AgentError, blocking, chain};
 use crate::layout::{FileSet, ImageKey};
@@ -97,7 +98,7 @@ async fn receive(
         }
         other => other?,
     };
-    let file = Arc::new(file);
+    let file = Arc::new(DirectFile::new(file, &what.files.partial));
     if !missing.is_empty() {
         let bytes: u64 = missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum();
         tracing::info!(image = %what.key, peers = peers.len(), missing_bytes = bytes, "fetching chunks");
@@ -106,7 +107,8 @@ async fn receive(
     let (files, expected, stop) = (what.files.clone(), what.expected_checksum.clone(), cancel.clone());
     blocking(move || {
         if is_disputed {
-            let made = make_manifest(&file, &files.partial, &manifest.uuid, Some(manifest.format), &stop, &|_| ())?;
+            let made =
+                make_manifest(file.file(), &files.partial, &manifest.uuid, Some(manifest.format), &stop, &|_| ())?;
             if made.sha512 != manifest.sha512 {
                 return Err(AgentError::Checksum {
                     expected: manifest.sha512.to_string(),
@@ -115,7 +117,7 @@ async fn receive(
                 });
             }
         }
-        seal(&file, &files.partial, &files, &manifest, &expected)
+        seal(file.file(), &files.partial, &files, &manifest, &expected)
     })
     .await
 }

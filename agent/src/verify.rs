@@ -4,8 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use api::ids::{ImageUuid, Sha512Digest};
-use aws_lc_rs::digest;
+use api::ids::ImageUuid;
 use tokio_util::sync::CancellationToken;
 
 use crate::config_file::Format;
@@ -13,6 +12,7 @@ use crate::error::AgentError;
 use crate::limits::{CHUNK_BYTES, MAX_FILE_BYTES};
 use crate::manifest::{Manifest, chunk_count, hash_chunk};
 use crate::qcow2;
+use crate::sha512::Sha512;
 
 /// Reads a whole file and tells its manifest's chunks that are wrong.
 pub(crate) fn bad_chunks(
@@ -72,7 +72,7 @@ pub(crate) fn make_manifest(
     if size_bytes > MAX_FILE_BYTES {
         return Err(AgentError::TooLarge { size_bytes, limit_bytes: MAX_FILE_BYTES });
     }
-    let mut context = digest::Context::new(&digest::SHA512);
+    let mut context = Sha512::new();
     let mut buffer = vec![0; CHUNK_BYTES as usize];
     let mut chunks = vec![];
     let mut format = recorded;
@@ -95,6 +95,6 @@ pub(crate) fn make_manifest(
         Format::Raw => size_bytes,
         Format::Qcow2 => qcow2::inspect(file, size_bytes).map_err(AgentError::Qcow2)?.virtual_size_bytes,
     };
-    let sha512: Sha512Digest = hex::encode(context.finish()).parse().expect("SHA-512 has 64 bytes");
+    let sha512 = context.finish();
     Ok(Manifest { uuid: uuid.clone(), sha512, format, size_bytes, virtual_size_bytes, chunks })
 }

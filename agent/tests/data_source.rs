@@ -200,25 +200,6 @@ async fn a_dangerous_header_ends_the_transfer_before_the_rest_is_fetched() {
     assert!(status.processed_size < 3 * MIB as u64, "{}", status.processed_size);
 }
 
-/// The start of the range that a request asks for.
-fn range_start(head: &str) -> Option<usize> {
-    let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with("range: "))?;
-    line.split_once('=')?.1.split_once('-')?.0.parse().ok()
-}
-
-fn partial(bytes: &[u8], start: usize) -> Reply {
-    let length = bytes.len();
-    Reply {
-        head: format!(
-            "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\nContent-Range: bytes {start}-{}/{length}\r\n",
-            length - start,
-            length - 1
-        ),
-        body: bytes[start..].to_vec(),
-        stall: false,
-    }
-}
-
 #[tokio::test]
 async fn a_cut_transfer_goes_on_where_it_stopped() {
     let (disk, bytes) = (TestDisk::new(), image());

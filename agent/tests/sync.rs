@@ -5,6 +5,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -52,6 +53,7 @@ async fn second(first: &RunningManager) -> (TestDisk, RunningManager) {
 struct FakePeer {
     address: SocketAddr,
     ranges: Arc<Mutex<Vec<String>>>,
+    hung_up: Arc<AtomicUsize>,
 }
 
 #[derive(Clone)]
@@ -60,6 +62,17 @@ struct FakeState {
     ranges: Arc<Mutex<Vec<String>>>,
     /// Requests for data that are answered; later ones stay silent.
     answers: usize,
+    /// Requests whose client went away before an answer.
+    hung_up: Arc<AtomicUsize>,
+}
+
+/// Counts when it is dropped.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 impl FakePeer {
@@ -67,7 +80,9 @@ impl FakePeer {
         let address = address(8000);
         let listener = TcpListener::bind(SocketAddr::new(address.ip(), 8001)).await.unwrap();
         let ranges = Arc::new(Mutex::new(vec![]));
-        let state = FakeState { files: disk.disk().copy(&key()), ranges: ranges.clone(), answers };
+        let hung_up = Arc::new(AtomicUsize::new(0));
+        let files = disk.disk().copy(&key());
+        let state = FakeState { files, ranges: ranges.clone(), answers, hung_up: hung_up.clone() };
         let app = Router::new()
             .route(
                 "/v1/copies/{key}/manifest",
@@ -76,7 +91,7 @@ impl FakePeer {
             .route("/v1/copies/{key}/data", get(FakePeer::data))
             .with_state(state);
         tokio::spawn(async move { axum::serve(listener, app).await });
-        FakePeer { address, ranges }
+        FakePeer { address, ranges, hung_up }
     }
 
     async fn data(State(state): State<FakeState>, headers: HeaderMap) -> Response {
@@ -87,6 +102,7 @@ impl FakePeer {
             ranges.len()
         };
         if number > state.answers {
+            let _counted = Counted(state.hung_up.clone());
             std::future::pending::<()>().await;
         }
         let (first, last) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
@@ -259,6 +275,21 @@ async fn delete_stops_a_running_sync_and_leaves_nothing() {
     backing_image_agent::client::delete(&url, "parrot", UUID).await.unwrap();
     assert!(!target_disk.disk().image_dir(&key()).exists());
     assert!(backing_image_agent::client::list(&url).await.unwrap().is_empty());
+}
+
+/// No thread may wait for a peer after its sync has ended: the limit for silence is far beyond that of the test.
+#[tokio::test]
+async fn a_sync_that_is_stopped_hangs_up() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    let silent = FakePeer::new(&disk, 0).await;
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_secs(3600)).await;
+    target.sync(spec(), &[silent.address]).await.unwrap();
+    wait_until("both streams ask", async || silent.ranges().len() == 2).await;
+    backing_image_agent::client::delete(&target.address.to_string(), "parrot", UUID).await.unwrap();
+    wait_until("both streams hang up", async || silent.hung_up.load(Ordering::SeqCst) == 2).await;
 }
 
 #[tokio::test]

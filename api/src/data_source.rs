@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::image::{CopyState, SourceType};
-use crate::{Condition, Unknown};
+use crate::{Condition, ErrorKind, Unknown};
 
 /// The wish for a first file.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -67,6 +67,9 @@ pub struct BackingImageDataSourceStatus {
     /// Ours: when the next attempt comes, RFC 3339; empty when none is scheduled.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub next_retry_time: String,
+    /// Ours: what kind of failure `message` tells of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_kind: Option<ErrorKind>,
     /// Ours.
     pub conditions: Vec<Condition>,
     #[serde(flatten)]

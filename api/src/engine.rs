@@ -82,6 +82,9 @@ pub struct EngineSpec {
     /// Ours: the last attachment did not end cleanly, so replicas may differ in writes that were in flight:
     /// reads stay on one replica until the others were compared with it.
     pub compare_replicas: bool,
+    /// Ours: the volume's `engineUpgradeRequestedAt`, for the instance role.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub upgrade_requested_at: String,
     #[serde(flatten)]
     pub other: Unknown,
 }
@@ -107,6 +110,11 @@ pub struct EngineStatus {
     pub replica_errors: BTreeMap<String, String>,
     /// Ours: path of the unix socket that serves the volume as NBD export, on its node.
     pub nbd_socket: String,
+    /// Ours: version of the program that the engine runs. There are no engine images: an engine is a process of the driver's binary.
+    pub version: String,
+    /// Ours: the `spec.upgradeRequestedAt` that condition `Upgraded` answers.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub upgrade_requested_at: String,
     pub conditions: Vec<Condition>,
     #[serde(flatten)]
     pub other: Unknown,

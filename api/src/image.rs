@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::de::IntoDeserializer;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{Condition, Unknown};
+use crate::{Condition, ErrorKind, Unknown};
 
 /// Where the first file of an image comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -138,6 +138,12 @@ pub struct BackingImageSpec {
     pub secret: String,
     pub secret_namespace: String,
     pub data_engine: DataEngine,
+    /// Ours: copies that were not verified since this time (RFC 3339) are read and compared with their manifest now.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub verify_requested_at: String,
+    /// Ours: the disks (UUIDs) that `verifyRequestedAt` is about; empty: all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub verify_disks: Vec<String>,
     /// Wanted copies by disk UUID.
     pub disk_file_spec_map: BTreeMap<String, DiskFileSpec>,
     #[serde(flatten)]
@@ -196,4 +202,13 @@ pub struct DiskFileStatus {
     /// Ours: when the next attempt comes, RFC 3339; empty when none is scheduled.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub next_retry_time: String,
+    /// Ours: what kind of failure `message` tells of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_kind: Option<ErrorKind>,
+    /// Ours: when the whole file was last read and found to match its manifest, RFC 3339; empty: not since it was made.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub verified_at: String,
+    /// Ours: the last damage that was found and repaired, a sentence; empty when there never was any.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub damage: String,
 }

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::image::CopyState;
-use crate::{Condition, Unknown};
+use crate::{Condition, ErrorKind, Unknown};
 
 /// State of an agent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -97,4 +97,13 @@ pub struct FileInfo {
     /// Ours: when the controller tries this file again, RFC 3339; empty when nothing is scheduled.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub next_retry_time: String,
+    /// Ours: what kind of failure `message` tells of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_kind: Option<ErrorKind>,
+    /// Ours: when the whole file was last read and found to match its manifest, RFC 3339; empty: not since it was made.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub verified_at: String,
+    /// Ours: the last damage that was found and repaired, a sentence; empty when there never was any.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub damage: String,
 }

@@ -48,6 +48,10 @@ pub mod condition {
     pub const SCHEDULABLE: &str = "Schedulable";
     /// Volume (Longhorn's name): every replica has a place.
     pub const SCHEDULED: &str = "Scheduled";
+    /// Engine: what came of the last request to replace it by one of the installed version.
+    pub const UPGRADED: &str = "Upgraded";
+    /// Node: an engine that dies there is replaced under a mounted filesystem.
+    pub const ENGINE_REPLACEMENT: &str = "EngineReplacement";
     /// Volume: its detachment or deletion waits for something.
     pub const DETACHED: &str = "Detached";
 }

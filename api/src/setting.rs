@@ -97,8 +97,11 @@ pub const ALLOW_EMPTY_DISK_SELECTOR: &str = "allow-empty-disk-selector-volume";
 /// Percent of a disk's size that may be promised.
 pub const OVER_PROVISIONING: &str = "storage-over-provisioning-percentage";
 
+/// Ours: hours after which a copy that nobody verified is read in the background and compared with its manifest; 0: never.
+pub const SCRUB_INTERVAL: &str = "backing-image-scrub-interval";
+
 /// Every setting that this version reads, with Longhorn's defaults.
-pub const KNOWN: [Known; 8] = [
+pub const KNOWN: [Known; 9] = [
     Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
@@ -117,6 +120,7 @@ pub const KNOWN: [Known; 8] = [
     Known { name: ALLOW_EMPTY_NODE_SELECTOR, default: "true", rule: "true or false", check: boolean },
     Known { name: ALLOW_EMPTY_DISK_SELECTOR, default: "true", rule: "true or false", check: boolean },
     Known { name: OVER_PROVISIONING, default: "100", rule: "percent, a whole number, 0 or more", check: whole_number },
+    Known { name: SCRUB_INTERVAL, default: "168", rule: "hours, a whole number, 0 or more", check: whole_number },
 ];
 
 /// The known setting of a name.

@@ -7,7 +7,7 @@ pub mod image;
 mod nearest;
 pub mod node;
 pub mod setting;
-mod url;
+pub mod url;
 pub mod volume;
 
 pub use nearest::nearest;

@@ -88,6 +88,10 @@ pub struct VolumeSpec {
     pub data_engine: DataEngine,
     /// Ours: the StorageClass parameters it was created with, to compare a repeated request.
     pub parameters: BTreeMap<String, String>,
+    /// Ours, RFC 3339: replace the running engine by one of the installed version, once for each time that is written here.
+    /// What came of it stands in condition `Upgraded` of the Engine.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub engine_upgrade_requested_at: String,
     #[serde(flatten)]
     pub other: Unknown,
 }

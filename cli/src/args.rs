@@ -42,6 +42,8 @@ enum Command {
     BackingImageManager(roles::ManagerFace),
     DataSource(roles::DataSource),
     #[command(hide = true)]
+    Sha512(roles::Sha512),
+    #[command(hide = true)]
     Replica(dataplane_roles::Replica),
     #[command(hide = true)]
     Engine(dataplane_roles::Engine),
@@ -103,6 +105,7 @@ async fn dispatch(command: Command, server: Option<&str>) -> anyhow::Result<()> 
         Command::Standalone(standalone) => standalone::run(standalone).await,
         Command::BackingImageManager(face) => roles::backing_image_manager(face).await,
         Command::DataSource(source) => roles::data_source(source).await,
+        Command::Sha512(file) => roles::sha512(&file),
         Command::Replica(replica) => dataplane_roles::replica(replica).await,
         // These two have no use for a runtime and are run by the caller.
         Command::Engine(engine) => dataplane_roles::engine(engine),

@@ -25,8 +25,11 @@ pub struct Engine {
     #[arg(long)]
     config: PathBuf,
     /// Number of the inherited descriptor of /dev/fuse.
+    #[arg(long, required_unless_present = "check")]
+    fuse_fd: Option<RawFd>,
+    /// Only read the configuration and print the version: whether an engine of this program could take over.
     #[arg(long)]
-    fuse_fd: RawFd,
+    check: bool,
     /// How many engines served this mount before.
     #[arg(long, default_value_t = 0)]
     lives: u32,
@@ -53,18 +56,21 @@ pub async fn replica(Replica { config }: Replica) -> anyhow::Result<()> {
 }
 
 /// Runs `engine`. It has an event loop of its own.
-pub fn engine(Engine { config, fuse_fd, lives }: Engine) -> anyhow::Result<()> {
+pub fn engine(Engine { config, fuse_fd, check, lives }: Engine) -> anyhow::Result<()> {
     start_logs(false);
+    let Some(fuse_fd) = fuse_fd.filter(|_| !check) else {
+        ::engine::process::read_config(&config).map_err(|e| engine_failure(&e))?;
+        println!("{}", env!("CARGO_PKG_VERSION"));
+        return Ok(());
+    };
     ::engine::process::run(&config, fuse_fd, lives).map_err(|e| engine_failure(&e))
 }
 
 /// Runs `engine-holder`. It has an event loop of its own.
 pub fn engine_holder(EngineHolder { config }: EngineHolder) -> anyhow::Result<()> {
     start_logs(false);
-    // The name in /proc works also when the file was replaced by a newer one: an engine that is started then is the newer one.
-    let program = std::env::current_exe().context("cannot find the own binary")?;
-    let program = program.to_str().and_then(|p| p.strip_suffix(" (deleted)")).map_or(program.clone(), PathBuf::from);
-    let command = vec![program.into_os_string(), "engine".into(), "--config".into(), config.clone().into_os_string()];
+    // This program itself, also when its file is gone; the configuration names the one that is installed.
+    let command = vec!["/proc/self/exe".into(), "engine".into(), "--config".into(), config.clone().into_os_string()];
     ::engine::holder::run(&config, command).map_err(|e| engine_failure(&e))
 }
 

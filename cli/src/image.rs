@@ -1,10 +1,12 @@
 //! `image`: images for people, with their copies disk by disk.
 
+mod verify;
+
 use std::time::Duration;
 
 use api::image::{BackingImageSpec, CopyState, DiskFileStatus, SourceType};
 use api::names::condition::READY;
-use api::{BackingImage, ConditionStatus, ErrorKind, Node, condition};
+use api::{BackingImage, BackingImageDataSource, ConditionStatus, ErrorKind, Node, condition};
 use clap::{Args, Subcommand};
 use futures::StreamExt;
 use jiff::Timestamp;
@@ -35,6 +37,8 @@ pub enum Image {
         #[arg(long, default_value = "10m", value_parser = duration::parse)]
         timeout: Duration,
     },
+    /// Reads copies again, compares them with what was downloaded, and repairs what is damaged from other copies.
+    Verify(verify::Verify),
 }
 
 /// What a new image is made of.
@@ -70,6 +74,7 @@ pub async fn run(client: &Client, image: Image, namespace: &str) -> anyhow::Resu
         Image::Create(create) => self::create(client, create, namespace).await,
         Image::List { name } => list(client, name.as_deref(), namespace).await,
         Image::Wait { name, timeout } => wait(client, &name, timeout, namespace).await,
+        Image::Verify(verify) => verify::run(client, verify, namespace).await,
     }
 }
 
@@ -222,8 +227,10 @@ async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -
                             return Ok(());
                         }
                         waits_for = waiting_for(&image, Timestamp::now());
-                        if let Some(sentence) = hopeless(&image) {
-                            return failed(ErrorKind::Invalid, sentence);
+                        if let Some((kind, sentence)) = hopeless(&image)
+                            && is_about_now(client, &image, namespace).await?
+                        {
+                            return failed(kind, sentence);
                         }
                     }
                     Event::Deleted(_) => return failed(ErrorKind::NotFound, format!("image `{name}` was deleted")),
@@ -288,13 +295,31 @@ fn state(state: CopyState) -> &'static str {
     if state == CopyState::NotStarted { "waiting" } else { state.as_str() }
 }
 
-/// Why waiting is useless, if it is: what is written can never succeed.
-fn hopeless(image: &BackingImage) -> Option<String> {
+/// Why waiting is useless, if it is: what is written can never succeed, or the source has something else than an image. The
+/// controller looks again from time to time all the same, since sources do change.
+fn hopeless(image: &BackingImage) -> Option<(ErrorKind, String)> {
     let status = image.status.as_ref()?;
-    let ready = condition::find(&status.conditions, READY)?;
-    let invalid =
-        ready.status == ConditionStatus::False && ready.next_retry_time.is_empty() && ready.reason == "Invalid";
-    invalid.then(|| format!("image `{}` cannot become ready: {}", image.name_any(), ready.message))
+    let ready = condition::find(&status.conditions, READY).filter(|c| c.status == ConditionStatus::False)?;
+    let kind = match ready.reason.as_str() {
+        "Invalid" => ErrorKind::Invalid,
+        "Unsupported" => ErrorKind::Unsupported,
+        "DataSourceFailed" => status
+            .disk_file_status_map
+            .values()
+            .filter(|copy| copy.state == CopyState::Failed && ready.message.contains(&copy.message))
+            .find_map(|copy| copy.error_kind.filter(|kind| kind.is_final()))?,
+        _ => return None,
+    };
+    let name = image.name_any();
+    Some((kind, format!("image `{name}` cannot become ready: {}", waiting_for(image, Timestamp::now()))))
+}
+
+/// Whether what the status says is about what the image asks for now: it may have been corrected a moment ago.
+async fn is_about_now(client: &Client, image: &BackingImage, namespace: &str) -> anyhow::Result<bool> {
+    let resource = ResourceType::of::<BackingImageDataSource>();
+    let source = client.find(&resource, Some(namespace), &image.name_any()).await?;
+    let Some(source) = source else { return Ok(true) };
+    Ok(planner::data_source::answers(&serde_json::from_value(source)?, image))
 }
 
 #[cfg(test)]
@@ -340,6 +365,21 @@ mod tests {
             one     1.0 MiB   -         qcow2    node-2/disk-1   starting   0 %        cannot download `http://x/y`: cannot connect: Connection refused (os error 111); next attempt in 8s
             two     1.0 MiB   -         qcow2    -               waiting               no disk can take the first copy
         "#]].assert_eq(&copies(&images, &disks, now));
+    }
+
+    #[test]
+    fn waiting_is_useless_only_when_the_failure_is_final() {
+        let failed = |reason: &str, kind: Option<ErrorKind>| {
+            let ready = Condition::new(READY, ConditionStatus::False, reason, "on node-1: the server answered 404");
+            let mut copy = copy(CopyState::Failed, 0, "the server answered 404", "");
+            copy.error_kind = kind;
+            hopeless(&image("one", &[("a", copy)], Some(ready))).map(|(kind, _)| kind)
+        };
+        assert_eq!(failed("DataSourceFailed", Some(ErrorKind::NotFound)), Some(ErrorKind::NotFound));
+        assert_eq!(failed("DataSourceFailed", Some(ErrorKind::Unavailable)), None);
+        assert_eq!(failed("DataSourceFailed", None), None);
+        assert_eq!(failed("DataSourceRetries", Some(ErrorKind::NotFound)), None);
+        assert_eq!(failed("Unsupported", None), Some(ErrorKind::Unsupported));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod dataplane_roles;
 mod delete;
 mod documents;
 mod duration;
+mod engine_upgrade;
 mod failure;
 mod get;
 mod image;

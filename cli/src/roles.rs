@@ -145,6 +145,18 @@ fn listen(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| format!("`{text}` is not an address to listen on; write for example 127.0.0.1:8000"))
 }
 
+/// Prints the SHA-512 of a file as an agent computes it, to be measured.
+#[derive(Args, Debug)]
+pub struct Sha512 {
+    file: PathBuf,
+}
+
+/// Runs `sha512 FILE`.
+pub fn sha512(Sha512 { file }: &Sha512) -> anyhow::Result<()> {
+    println!("{}  {}", agent::sha512::of_file(file).map_err(agent_failure)?, file.display());
+    Ok(())
+}
+
 /// Starts logging for a role.
 pub fn start_logs(debug: bool) {
     let filter = if debug { "info,backing_image=debug" } else { "info" };

@@ -12,6 +12,7 @@ mod stop;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use api::ErrorKind;
@@ -25,6 +26,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::duration;
 use crate::failure::{Failure, failed};
 use crate::orchestrator::Orchestrator;
 use lock::Lock;
@@ -67,6 +69,35 @@ pub struct Start {
     /// The namespace of our own objects.
     #[arg(long, env = "BACKING_IMAGE_CSI_SYSTEM_NAMESPACE", default_value = api::names::DEFAULT_NAMESPACE)]
     namespace: String,
+    #[command(flatten)]
+    engines: Engines,
+}
+
+/// How engines of attached volumes are kept alive.
+#[derive(Args, Clone, Debug, Default)]
+struct Engines {
+    /// How long I/O waits for a working engine before it fails, e.g. 60s. Applies to volumes that are attached from then on.
+    #[arg(long, env = "BACKING_IMAGE_CSI_ENGINE_LIMIT", value_parser = duration::parse)]
+    engine_limit: Option<Duration>,
+    /// After how long without an answer an engine is killed and replaced, e.g. 10s.
+    #[arg(long, env = "BACKING_IMAGE_CSI_ENGINE_SILENCE_LIMIT", value_parser = duration::parse)]
+    engine_silence_limit: Option<Duration>,
+    /// An engine that dies is not replaced under the users of its volume, as on a kernel before 6.9: their I/O fails at once.
+    #[arg(long, env = "BACKING_IMAGE_CSI_NO_ENGINE_REPLACEMENT")]
+    no_engine_replacement: bool,
+}
+
+impl Engines {
+    fn options(&self) -> instance::EngineOptions {
+        let usual = instance::EngineOptions::default();
+        // Below a second nothing could be told from a busy machine.
+        let least = Duration::from_secs(1);
+        instance::EngineOptions {
+            replace: !self.no_engine_replacement,
+            holder_limit: self.engine_limit.unwrap_or(usual.holder_limit).max(least),
+            silence_limit: self.engine_silence_limit.unwrap_or(usual.silence_limit).max(least),
+        }
+    }
 }
 
 /// Runs `standalone …`.
@@ -114,7 +145,7 @@ impl Layout {
 
 /// Runs an instance until `signals`, or with `end_all` until everything is detached and ended.
 async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> anyhow::Result<()> {
-    let Start { data, nodes, disks_per_node, listen, driver_name, namespace } = start;
+    let Start { data, nodes, disks_per_node, listen, driver_name, namespace, engines } = start;
     let Some(data) = data else {
         return failed(ErrorKind::Invalid, "where is the data? give --data DIR");
     };
@@ -147,6 +178,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
             node_names: node_names.clone(),
             subnet: subnet.clone(),
             metrics: metrics.clone(),
+            engines: engines.options(),
         })
         .await?;
     let state = controller::http::ApiState {

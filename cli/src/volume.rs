@@ -16,7 +16,7 @@ use crate::client::{Client, Event};
 use crate::failure::{Failure, failed};
 use crate::orchestrator::Operation;
 use crate::progress::Progress;
-use crate::{duration, image, table};
+use crate::{duration, engine_upgrade, image, table};
 
 /// Works with volumes. NAME is a PersistentVolumeClaim of the namespace, a PersistentVolume, or a volume.
 #[derive(Subcommand, Debug)]
@@ -50,6 +50,11 @@ pub enum VolumeCommand {
         #[arg(long)]
         node: String,
         path: PathBuf,
+    },
+    /// Replaces the running engine of an attached volume by one of the installed version; I/O waits for a moment, nothing else.
+    UpgradeEngine {
+        #[command(flatten)]
+        which: Which,
     },
     /// Unmounts a volume everywhere and detaches it.
     Detach {
@@ -106,6 +111,11 @@ pub async fn run(client: &Client, command: VolumeCommand, namespace: &str) -> an
             let operation = Operation { node: Some(node), path: Some(absolute(&path)?), ..which.operation() };
             operate(client, "unmount", &operation, namespace).await?;
             println!("{} unmounted from {}", which.name, path.display());
+            Ok(())
+        }
+        VolumeCommand::UpgradeEngine { which: Which { name, namespace: claims, timeout } } => {
+            let message = engine_upgrade::run(client, &name, &claims, namespace, timeout).await?;
+            println!("{message}");
             Ok(())
         }
         VolumeCommand::Detach { which, node } => {

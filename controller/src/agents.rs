@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
+use api::ErrorKind;
 use api::image::CopyState;
 use api::manager::FileInfo;
 use api::names::MANAGER_PORT;
@@ -10,7 +11,7 @@ use futures::StreamExt;
 use planner::data_source::Report;
 use planner::manager::{Agent, FileWish};
 use proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient;
-use proto::bimrpc::{BackingImageResponse, BackingImageSpec, DeleteRequest, FetchRequest, SyncRequest};
+use proto::bimrpc::{BackingImageResponse, BackingImageSpec, DeleteRequest, FetchRequest, SyncRequest, VerifyRequest};
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -43,6 +44,7 @@ struct FileStatus {
     progress: u32,
     current_checksum: String,
     message: String,
+    error_kind: Option<ErrorKind>,
     next_retry_time: String,
 }
 
@@ -74,7 +76,7 @@ impl Agents {
             Ok::<_, Status>(Agent {
                 api_version: version.backing_image_manager_api_version,
                 api_min_version: version.backing_image_manager_api_min_version,
-                files: files.into_iter().map(|(name, file)| (name, file_info(file))).collect(),
+                files: files.into_values().map(file_info).collect(),
             })
         };
         match tokio::time::timeout(READ_TIMEOUT, ask).await {
@@ -106,6 +108,12 @@ impl Agents {
         done.map(drop).map_err(failed("sync a copy", ip))
     }
 
+    /// Begins to read a ready copy again, or lets it go on.
+    pub async fn verify_file(&self, ip: &str, request: VerifyRequest) -> Result<(), ReconcileError> {
+        let done = self.client(ip)?.verify(timed(request)).await;
+        done.map(drop).map_err(failed("verify a copy", ip))
+    }
+
     /// What a data source says of its file; `Err` with the reason when it does not answer.
     pub async fn report(&self, ip: &str) -> Result<Report, String> {
         let ask = self.http.get(file_url(ip)).timeout(READ_TIMEOUT).send();
@@ -120,6 +128,7 @@ impl Agents {
             progress: status.progress,
             checksum: status.current_checksum,
             message: status.message,
+            kind: status.error_kind,
             next_retry_time: status.next_retry_time,
         })
     }
@@ -215,6 +224,11 @@ fn file_info(file: BackingImageResponse) -> FileInfo {
         progress: count(status.progress),
         format: file.format,
         next_retry_time: String::new(),
+        error_kind: Some(file.error_kind)
+            .filter(|name| !name.is_empty())
+            .map(|name| ErrorKind::from_name(&name).unwrap_or(ErrorKind::Internal)),
+        verified_at: file.verified_at,
+        damage: file.damage,
     }
 }
 

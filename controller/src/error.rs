@@ -26,7 +26,11 @@ impl ReconcileError {
         match self {
             ReconcileError::Store { source, .. } => source.kind(),
             ReconcileError::Workload { source, .. } => source.kind(),
-            ReconcileError::Agent { .. } | ReconcileError::Timeout => ErrorKind::Unavailable,
+            ReconcileError::Agent { source, .. } => {
+                let named = source.metadata().get(proto::ERROR_KIND_KEY).and_then(|name| name.to_str().ok());
+                named.and_then(ErrorKind::from_name).unwrap_or(ErrorKind::Unavailable)
+            }
+            ReconcileError::Timeout => ErrorKind::Unavailable,
             ReconcileError::Name { .. } => ErrorKind::Invalid,
         }
     }

@@ -10,6 +10,7 @@ use api::{BackingImage, BackingImageDataSource, BackingImageManager};
 use jiff::Timestamp;
 use planner::manager::{Action, Decision, Memory, Observed, decide};
 use planner::workload::State;
+use proto::bimrpc::VerifyRequest;
 
 use crate::error::{Doing, ReconcileError};
 use crate::queue::Kind;
@@ -46,6 +47,7 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
             shared.agents.follow(Kind::Manager, name, &workload.ip);
         }
     }
+    let scrub_interval = world::settings(store).await?.scrub_interval;
     let memory = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner()).get(name).cloned();
     Ok(Observed {
         now: Timestamp::now(),
@@ -57,6 +59,7 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
         workload,
         agent,
         images,
+        scrub_interval,
         data_sources: sources.into_iter().filter_map(|s| Some((s.metadata.name.clone()?, s))).collect(),
         memory: memory.unwrap_or_default(),
     })
@@ -144,6 +147,14 @@ async fn act(
                     return refused(name, &file.image, &error, observed.now, shared);
                 }
             }
+            Action::VerifyFile { image, uuid, requested_at, bytes_per_second } => {
+                let bytes_per_second = i64::try_from(bytes_per_second).unwrap_or(0);
+                let request = VerifyRequest { name: image.clone(), uuid, requested_at, bytes_per_second };
+                // It is asked again in the next pass; nothing else waits for it.
+                if let Err(error) = shared.agents.verify_file(&ip, request).await {
+                    tracing::warn!(image, manager = name, error = error.chain(), "copy cannot be verified");
+                }
+            }
             Action::Remove => {
                 if let Some(manager) = stored {
                     if manager.metadata.deletion_timestamp.is_none() {
@@ -183,6 +194,7 @@ fn refused(
     remember(name, shared, |memory| {
         let attempt = memory.copies.entry(image.to_owned()).or_default();
         attempt.retry = attempt.retry.failed(now, why);
+        attempt.kind = Some(error.kind());
         attempt.is_running = false;
     });
     // At once: the next pass reports it.

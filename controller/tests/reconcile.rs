@@ -6,7 +6,7 @@ use api::engine::{InstanceState, ReplicaMode};
 use api::image::CopyState;
 use api::names::condition::READY;
 use api::volume::{Robustness, VolumeState};
-use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, Replica, Volume, condition};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, ErrorKind, Replica, Volume, condition};
 use store::{Preconditions, Selector};
 use world::{World, eventually, world};
 
@@ -57,7 +57,13 @@ async fn an_image_gets_three_copies_soon() {
 #[tokio::test]
 async fn a_failed_download_is_tried_again_and_says_why() {
     let world = world().await;
-    world.workloads.script.lock().unwrap().source_failures.push("cannot download `x`: connection refused".into());
+    world
+        .workloads
+        .script
+        .lock()
+        .unwrap()
+        .source_failures
+        .push((ErrorKind::Unavailable, "cannot download `x`: connection refused".into()));
     world.create_image("ubuntu").await;
     eventually("reason", async || {
         let status = world.image("ubuntu").await;
@@ -72,7 +78,8 @@ async fn a_failed_download_is_tried_again_and_says_why() {
 #[tokio::test]
 async fn a_wrong_checksum_waits_long_but_a_new_wish_is_tried_at_once() {
     let world = world().await;
-    world.workloads.script.lock().unwrap().source_failures.push("SHA-512 is a, but b was expected".into());
+    let failure = (ErrorKind::Corrupt, "SHA-512 is a, but b was expected".into());
+    world.workloads.script.lock().unwrap().source_failures.push(failure);
     world.create_image("ubuntu").await;
     eventually("failed", async || {
         let source = world.store.get::<BackingImageDataSource>("ubuntu").await.unwrap();
@@ -98,6 +105,20 @@ async fn a_failed_copy_is_synced_again() {
     })
     .await;
     eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+}
+
+#[tokio::test]
+async fn a_wish_to_verify_is_answered_by_every_copy() {
+    let world = world().await;
+    world.create_image("ubuntu").await;
+    eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+    let wish = "2026-01-01T00:00:00Z";
+    world.store.modify::<BackingImage>("ubuntu", |i| i.spec.verify_requested_at = wish.into()).await.unwrap();
+    eventually("three answers", async || {
+        world.image("ubuntu").await.disk_file_status_map.values().all(|f| f.verified_at == wish)
+    })
+    .await;
+    assert_eq!(world.ready_copies("ubuntu").await, 3);
 }
 
 #[tokio::test]

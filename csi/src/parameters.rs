@@ -11,6 +11,7 @@ mod tests;
 use std::collections::BTreeMap;
 
 use api::ErrorKind;
+use api::validation::url;
 
 pub use image::{ImageWish, differences as image_differences};
 
@@ -98,8 +99,14 @@ impl Parameters {
         let text = |map: &BTreeMap<String, String>, field: &str| map.get(field).cloned().unwrap_or_default();
         fields
             .into_iter()
-            .map(|f| Difference { field: f.clone(), wanted: text(&wanted, f), has: text(&has, f) })
-            .filter(|d| d.wanted != d.has)
+            .map(|f| (f, text(&wanted, f), text(&has, f)))
+            // What is not shown counts as well: two addresses may differ in a password only.
+            .filter(|(_, wanted, has)| wanted != has)
+            .map(|(f, wanted, has)| Difference {
+                field: f.clone(),
+                wanted: url::redact(&wanted),
+                has: image::redacted_other(&has, &wanted),
+            })
             .collect()
     }
 

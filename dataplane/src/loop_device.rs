@@ -6,7 +6,6 @@ mod ioctl;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -55,8 +54,7 @@ pub fn at(path: &Path) -> Option<LoopDevice> {
 
 /// The device of a file: same whole path, or same device and inode when both can be asked.
 pub fn find(file: &Path) -> Result<Option<LoopDevice>, DataplaneError> {
-    // stat fails on a dead FUSE file; then the path alone decides.
-    let wanted = fs::metadata(file).ok().map(|m| (m.dev(), m.ino()));
+    let wanted = identity(file);
     for device in list()? {
         let behind = File::open(&device.path).ok().and_then(|f| ioctl::status(&f).ok());
         let same_file = match (wanted, behind) {
@@ -68,6 +66,14 @@ pub fn find(file: &Path) -> Result<Option<LoopDevice>, DataplaneError> {
         }
     }
     Ok(None)
+}
+
+/// Device and inode of a file, as far as they are known without asking a filesystem: behind a FUSE file may be an engine that
+/// does not answer, and whoever looks for its device wants to help with that rather than wait for it.
+fn identity(file: &Path) -> Option<(u64, u64)> {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
+    let found = statx(CWD, file, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
+    Some((makedev(found.stx_dev_major, found.stx_dev_minor), found.stx_ino))
 }
 
 /// Attaches a file with direct I/O; the device of the file when it has one already.
@@ -207,6 +213,39 @@ mod tests {
         assert!(device.direct_io);
         assert_eq!(found, Some(device));
         assert_eq!(find(&path).unwrap(), None);
+    }
+
+    /// A FUSE file whose server never answers; taken away also when a test fails.
+    struct Unanswered {
+        file: PathBuf,
+        _server: rustix::fd::OwnedFd,
+    }
+
+    impl Drop for Unanswered {
+        fn drop(&mut self) {
+            // The abort lets go whoever waits.
+            let flags = rustix::mount::UnmountFlags::FORCE | rustix::mount::UnmountFlags::DETACH;
+            let _ = rustix::mount::unmount(&self.file, flags);
+        }
+    }
+
+    #[test]
+    fn looking_for_a_device_does_not_wait_for_an_engine_that_does_not_answer() {
+        use std::os::fd::AsRawFd;
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder);
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        let server = rustix::fs::open("/dev/fuse", flags, rustix::fs::Mode::empty()).unwrap();
+        let options = format!("fd={},rootmode=100000,user_id=0,group_id=0", server.as_raw_fd());
+        let options = std::ffi::CString::new(options).unwrap();
+        let none = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("test", &path, "fuse", none, options.as_c_str()).unwrap();
+        let unanswered = Unanswered { file: path.clone(), _server: server };
+        let (sender, found) = std::sync::mpsc::channel();
+        std::thread::spawn(move || sender.send(find(&path)));
+        let found = found.recv_timeout(std::time::Duration::from_secs(10));
+        drop(unanswered);
+        assert_eq!(found.expect("it waits for the server").unwrap(), None);
     }
 
     #[tokio::test]

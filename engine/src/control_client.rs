@@ -35,7 +35,19 @@ pub fn status(control_socket: &Path, limit: Duration) -> Result<Status, EngineEr
 /// # Errors
 /// [`EngineError::Refused`] when the device is in use.
 pub fn shutdown(control_socket: &Path, limit: Duration) -> Result<(), EngineError> {
-    match ask(control_socket, &Request::Shutdown, limit)? {
+    order(control_socket, &Request::Shutdown, limit)
+}
+
+/// Makes the engine end for the next one; returns when nothing is in flight any more.
+///
+/// # Errors
+/// [`EngineError::Refused`] when the next one might not be able to go on.
+pub fn hand_over(control_socket: &Path, limit: Duration) -> Result<(), EngineError> {
+    order(control_socket, &Request::HandOver, limit)
+}
+
+fn order(control_socket: &Path, request: &Request, limit: Duration) -> Result<(), EngineError> {
+    match ask(control_socket, request, limit)? {
         Reply::Done => Ok(()),
         Reply::Refused { message } => Err(EngineError::Refused { message }),
         Reply::Status(_) => Err(unexpected(control_socket)),

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use api::ErrorKind;
 
+/// Why an engine may not have a successor under a mounted volume.
+pub const NOT_REPLACEABLE: &str = "this kernel cannot repeat the requests that it had taken (that takes Linux 6.9), or replacing engines is switched off";
+
 /// Why an engine or a holder ended, or a control request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -26,6 +29,16 @@ pub enum EngineError {
         "no engine came to serve volume `{volume}` within {limit_ms} ms, so its device was given up; the data stays on the replicas; the last engine: {last}"
     )]
     GaveUp { volume: String, limit_ms: u64, last: String },
+    #[error(
+        "the engine of volume `{volume}` ended ({last}) and is not replaced: {NOT_REPLACEABLE}; the data stays on the replicas, and the volume can be attached again"
+    )]
+    Lost { volume: String, last: String },
+    #[error("the engine of volume `{volume}` made room for the next one")]
+    HandedOver { volume: String },
+    #[error(
+        "the engine of volume `{volume}` was killed and does not end within {limit_ms} ms, so its device was given up; the data stays on the replicas"
+    )]
+    Undead { volume: String, limit_ms: u64 },
     #[error("cannot listen on `{path}`")]
     Listen { path: PathBuf, source: io::Error },
     #[error("the engine's connection to the kernel failed")]
@@ -46,9 +59,12 @@ impl EngineError {
         match self {
             EngineError::ParseConfig { .. } | EngineError::Config { .. } => ErrorKind::Invalid,
             EngineError::ReadConfig { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
-            EngineError::NoReplica { .. } | EngineError::GaveUp { .. } | EngineError::Control { .. } => {
-                ErrorKind::Unavailable
-            }
+            EngineError::NoReplica { .. }
+            | EngineError::GaveUp { .. }
+            | EngineError::Lost { .. }
+            | EngineError::HandedOver { .. }
+            | EngineError::Undead { .. }
+            | EngineError::Control { .. } => ErrorKind::Unavailable,
             EngineError::Served { .. } | EngineError::Refused { .. } => ErrorKind::NotReady,
             EngineError::ReadConfig { .. }
             | EngineError::Mount { .. }

@@ -2,7 +2,14 @@
 //!
 //! It mounts the volume, starts an engine with the connection's descriptor, and starts another one when that dies. Requests wait
 //! in the kernel meanwhile, and those that the dead engine had not answered are repeated. When no engine comes to serve within
-//! the limit, the holder aborts the connection, so that everything that waits fails instead of waiting for ever.
+//! the limit, the holder aborts the connection, so that everything that waits fails instead of waiting for ever. On a kernel that
+//! cannot repeat requests the connection ends with its first engine that dies.
+//!
+//! An engine that does not answer is killed after a while and replaced like one that died. It is gone for certain before the next
+//! one starts: a stopped process would go on some day. What the holder waits for stands in a file beside the control socket.
+//!
+//! The next engine is of the program that the configuration names at that moment. When that cannot be started or does not come to
+//! serve, every other engine is of the holder's own program, which the kernel keeps although its file may be gone.
 //!
 //! SIGTERM and SIGINT ask for a clean end, which happens only when nobody uses the volume: a mounted volume is not lost because
 //! somebody ends all processes.
@@ -16,46 +23,55 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use proto::engine::Config;
+use proto::engine::{Config, HolderReport};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tracing::{info, warn};
 
-use crate::control_client;
 use crate::error::EngineError;
 use crate::fuse::mount;
 use crate::limits;
 use crate::process::life::LifeFiles;
 use crate::process::read_config;
+use crate::pulse::{Beat, Pulse};
 use crate::sys;
 
 struct Holder {
     config: Config,
+    config_path: PathBuf,
     life: LifeFiles,
     command: Vec<OsString>,
     device: OwnedFd,
     signals: OwnedFd,
+    /// Since when no engine works, and the same for people.
+    without_engine: Instant,
+    waits_since: SystemTime,
+    /// Engines that did not come to serve since then.
+    failed_starts: u32,
 }
 
 /// How one engine ended.
 struct Ended {
     /// The volume was unmounted on request while no engine served.
     unmounted: bool,
-    status: ExitStatus,
+    clean: bool,
+    /// It served for long enough to count as one that works.
+    settled: bool,
     served: bool,
-    lasted: Duration,
+    /// How, in words.
+    how: String,
 }
 
 /// Mounts the volume and keeps an engine running until it ends cleanly.
 ///
-/// `engine_command` is a program and its arguments; `--fuse-fd NUMBER --lives NUMBER` is added, which it passes on to
-/// [`crate::process::run`].
+/// `engine_command` is the holder's own program and its arguments; the configuration may name another program.
+/// `--fuse-fd NUMBER --lives NUMBER` is added, which it passes on to [`crate::process::run`].
 ///
 /// # Errors
 /// When the volume cannot be mounted, is served already, or no engine came to serve in time (the device is dead then).
@@ -69,12 +85,31 @@ pub fn run(config_path: &Path, engine_command: Vec<OsString>) -> Result<(), Engi
     let _ = std::fs::write("/proc/self/oom_score_adj", "-999");
     let life = LifeFiles::of(&config.control_socket);
     let _lock = lock(&config, &life)?;
+    // Of an earlier attachment; no engine may take it for its own past.
+    life.forget().map_err(|source| EngineError::Write { path: life.lock_path().to_owned(), source })?;
     let device = mount_fresh(&config)?;
-    let mut holder = Holder { config, life, command: engine_command, device, signals };
+    let mut holder = Holder {
+        config,
+        config_path: config_path.to_owned(),
+        life,
+        command: engine_command,
+        device,
+        signals,
+        without_engine: Instant::now(),
+        waits_since: SystemTime::now(),
+        failed_starts: 0,
+    };
+    runtime::memory::release_startup_code();
     let result = holder.hold();
     match &result {
-        Ok(()) => mount::detach(&holder.config.mount_file),
-        Err(_) => mount::abort(&holder.config.mount_file),
+        Ok(()) => {
+            mount::detach(&holder.config.mount_file);
+            holder.life.set_holder_report(None);
+        }
+        Err(error) => {
+            mount::abort(&holder.config.mount_file);
+            holder.report_end(error);
+        }
     }
     result
 }
@@ -109,101 +144,199 @@ fn mount_fresh(config: &Config) -> Result<OwnedFd, EngineError> {
 
 impl Holder {
     fn hold(&mut self) -> Result<(), EngineError> {
-        let limit = Duration::from_millis(self.config.holder_limit_ms);
         let mut lives = 0;
         let mut quick_deaths = 0;
-        let mut without_engine = Instant::now();
         loop {
-            let started = Instant::now();
-            let child = self.start(lives)?;
-            let Some(ended) = self.watch(child, without_engine + limit, started)? else {
-                return Err(self.gave_up("it did not begin to serve in time"));
+            let ended = match self.start(lives) {
+                Ok(child) => self.watch(child)?,
+                // The file may be in the middle of being replaced.
+                Err(error) => Ended::before_it_served(error.chain()),
             };
             if ended.unmounted {
                 info!(volume = %self.config.volume, "volume unmounted on request before an engine served");
                 return Ok(());
             }
-            if ended.status.success() {
+            if ended.clean {
                 info!(volume = %self.config.volume, "engine ended cleanly");
                 return Ok(());
             }
-            if ended.served {
-                without_engine = Instant::now();
+            let how = ended.how.replace('\n', " ");
+            if !matches!(self.life.repeats(), Ok(None | Some(true))) {
+                return Err(EngineError::Lost { volume: self.config.volume.clone(), last: how });
             }
-            let last = match self.life.take_failure() {
-                Some(sentence) => sentence,
-                None if ended.served => format!("it died ({})", ended.status),
-                None => format!("it died before it served ({})", ended.status),
-            }
-            .replace('\n', " ");
-            warn!(volume = %self.config.volume, lives, reason = %last, "engine ended, starting the next");
+            warn!(volume = %self.config.volume, lives, reason = %how, "engine ended, starting the next");
             lives += 1;
-            quick_deaths = if ended.lasted < limits::HOLDER_QUICK_DEATH { quick_deaths + 1 } else { 0 };
+            if ended.settled || self.failed_starts == 0 && ended.served {
+                self.waits_since = SystemTime::now();
+            }
+            if ended.settled {
+                self.without_engine = Instant::now();
+            }
+            quick_deaths = if ended.settled { 0 } else { quick_deaths + 1 };
+            self.failed_starts = if ended.served { 0 } else { self.failed_starts + 1 };
             // The first one is replaced at once: requests are waiting.
-            if quick_deaths > 1 {
-                let pause = limits::HOLDER_FIRST_PAUSE * 2u32.pow((quick_deaths - 2).min(8));
-                let pause = pause.min(limits::HOLDER_LONGEST_PAUSE);
-                let left = (without_engine + limit).saturating_duration_since(Instant::now());
+            let pause = match quick_deaths {
+                0 | 1 => Duration::ZERO,
+                deaths => limits::HOLDER_FIRST_PAUSE * 2u32.pow((deaths - 2).min(8)),
+            };
+            let pause = pause.min(limits::HOLDER_LONGEST_PAUSE);
+            self.report(&how, Some(pause));
+            if !pause.is_zero() {
+                let left = self.gives_up_at().saturating_duration_since(Instant::now());
                 let (_, asked_to_end) = self.wait(None, pause.min(left))?;
                 if asked_to_end && self.unmount_unused() {
                     return Ok(());
                 }
             }
-            if without_engine.elapsed() >= limit {
-                return Err(self.gave_up(&last));
+            if Instant::now() >= self.gives_up_at() {
+                return Err(EngineError::GaveUp {
+                    volume: self.config.volume.clone(),
+                    limit_ms: self.config.holder_limit_ms,
+                    last: how,
+                });
             }
         }
     }
 
-    fn gave_up(&self, last: &str) -> EngineError {
-        EngineError::GaveUp {
-            volume: self.config.volume.clone(),
-            limit_ms: self.config.holder_limit_ms,
-            last: last.to_owned(),
-        }
+    fn limit(&self) -> Duration {
+        Duration::from_millis(self.config.holder_limit_ms)
+    }
+
+    fn gives_up_at(&self) -> Instant {
+        self.without_engine + self.limit()
+    }
+
+    /// Says what I/O waits for: an engine that is started again and again.
+    fn report(&self, problem: &str, pause: Option<Duration>) {
+        let now = SystemTime::now();
+        let left = self.gives_up_at().saturating_duration_since(Instant::now());
+        self.life.set_holder_report(Some(&HolderReport {
+            problem: problem.to_owned(),
+            silent: false,
+            since_ms: milliseconds(self.waits_since),
+            attempts: self.failed_starts,
+            then: "its device is given up".into(),
+            deadline_ms: milliseconds(now + left),
+            next_attempt_ms: pause.map(|pause| milliseconds(now + pause)),
+        }));
+    }
+
+    /// The last words, for whoever finds the holder gone.
+    fn report_end(&self, error: &EngineError) {
+        let problem = error.chain();
+        let since_ms = milliseconds(self.waits_since);
+        self.life.set_holder_report(Some(&HolderReport { problem, since_ms, ..HolderReport::default() }));
+    }
+
+    /// Says that an engine does not answer.
+    fn report_silence(&self, pid: u32, since: SystemTime) {
+        self.life.set_holder_report(Some(&HolderReport {
+            problem: format!("the engine (process {pid}) does not answer"),
+            silent: true,
+            since_ms: milliseconds(since),
+            attempts: 0,
+            then: "it is killed and replaced".into(),
+            deadline_ms: milliseconds(since + Duration::from_millis(self.config.silence_limit_ms)),
+            next_attempt_ms: None,
+        }));
     }
 
     fn start(&self, lives: u32) -> Result<Child, EngineError> {
-        let mut command = Command::new(&self.command[0]);
+        let own = &self.command[0];
+        let wished = read_config(&self.config_path).ok().and_then(|config| config.program).map(OsString::from);
+        let trusts_it = self.failed_starts < limits::HOLDER_FAILED_STARTS || self.failed_starts % 2 == 1;
+        let program = wished.filter(|_| trusts_it).unwrap_or_else(|| own.clone());
+        let mut command = Command::new(&program);
         command.args(&self.command[1..]);
         command.arg("--fuse-fd").arg(self.device.as_raw_fd().to_string());
         command.arg("--lives").arg(lives.to_string());
         command.stdin(Stdio::null());
-        command
-            .spawn()
-            .map_err(|source| EngineError::Spawn { command: self.command[0].to_string_lossy().into_owned(), source })
+        command.spawn().map_err(|source| EngineError::Spawn { command: program.to_string_lossy().into_owned(), source })
     }
 
-    /// Waits for the end of an engine; none when it did not come to serve before the deadline and was killed.
-    fn watch(&self, mut child: Child, deadline: Instant, started: Instant) -> Result<Option<Ended>, EngineError> {
+    /// Waits for the end of an engine. One that does not come to serve, or does not answer any more, is ended.
+    fn watch(&mut self, mut child: Child) -> Result<Ended, EngineError> {
         let events = |source| EngineError::Events { source };
         let pid = Pid::from_child(&child);
         let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|error| events(error.into()))?;
-        let (mut served, mut unmounted) = (false, false);
+        let mut pulse = Pulse::of(&self.config.control_socket);
+        let silence_limit = Duration::from_millis(self.config.silence_limit_ms);
+        let answer_limit = limits::HOLDER_ANSWER.min(silence_limit / 2);
+        // Half of the time, so that one that hangs while it starts leaves time for another one.
+        let serves_before = (Instant::now() + self.limit() / 2).min(self.gives_up_at());
+        let mut served_since = None;
+        let (mut unmounted, mut killed) = (false, None);
+        // Only time in which this process listened counts: both may have been stopped together.
+        let mut silence = Duration::ZERO;
         loop {
-            let pause = if served { Duration::MAX } else { limits::HOLDER_POLL };
+            let pause = match served_since {
+                None => limits::HOLDER_POLL,
+                Some(_) if silence.is_zero() => limits::HOLDER_HEARTBEAT,
+                Some(_) => Duration::ZERO,
+            };
             let (over, asked_to_end) = self.wait(Some(&process), pause)?;
             if over {
                 let status = child.wait().map_err(events)?;
-                return Ok(Some(Ended { unmounted, status, served, lasted: started.elapsed() }));
+                let settled = served_since.is_some_and(|since: Instant| since.elapsed() >= limits::HOLDER_SETTLED);
+                let how = match (killed, self.life.take_failure()) {
+                    (Some(why), _) => why,
+                    (None, Some(sentence)) => sentence,
+                    (None, None) if served_since.is_some() => format!("it died ({status})"),
+                    (None, None) => format!("it died before it served ({status})"),
+                };
+                let (served, clean) = (served_since.is_some(), status.success());
+                return Ok(Ended { unmounted, clean, settled, served, how });
             }
-            if asked_to_end && !served && self.unmount_unused() {
+            if asked_to_end && served_since.is_none() && self.unmount_unused() {
                 // An engine that is about to serve notices and closes the replicas; one that cannot has nothing to close.
                 unmounted = true;
             } else if asked_to_end {
                 // The engine decides: it ends when nobody uses the volume.
                 let _ = rustix::process::pidfd_send_signal(&process, Signal::TERM);
             }
-            if !served {
-                let status = control_client::status(&self.config.control_socket, limits::HOLDER_POLL);
-                served = status.is_ok_and(|status| status.serving && status.pid == child.id());
-                if !served && Instant::now() >= deadline {
-                    let _ = child.kill();
-                    let _ = child.wait();
-                    return Ok(None);
+            match pulse.beat(if served_since.is_some() { answer_limit } else { limits::HOLDER_POLL }) {
+                Beat::Answer(status) if status.pid == child.id() => {
+                    if served_since.is_none() && status.serving {
+                        served_since = Some(Instant::now());
+                        self.life.set_holder_report(None);
+                    } else if !silence.is_zero() {
+                        info!(volume = %self.config.volume, "engine answers again");
+                        self.life.set_holder_report(None);
+                    }
+                    silence = Duration::ZERO;
                 }
+                Beat::Silence if served_since.is_some() => {
+                    if silence.is_zero() {
+                        warn!(volume = %self.config.volume, pid = child.id(), "engine does not answer");
+                        self.report_silence(child.id(), SystemTime::now() - answer_limit);
+                    }
+                    silence += answer_limit;
+                }
+                Beat::Answer(_) | Beat::Nobody | Beat::Silence => {}
+            }
+            let sentence = if silence >= silence_limit {
+                format!("it did not answer for {silence_limit:?} and was killed")
+            } else if served_since.is_none() && Instant::now() >= serves_before {
+                "it did not begin to serve in time and was killed".to_owned()
+            } else {
+                continue;
+            };
+            self.kill(&mut child, &process)?;
+            killed = Some(sentence);
+        }
+    }
+
+    /// Returns when the engine is gone. Until then nobody may take its place (invariant 4), however long a kernel keeps it.
+    fn kill(&mut self, child: &mut Child, process: &OwnedFd) -> Result<(), EngineError> {
+        let _ = child.kill();
+        let deadline = Instant::now() + self.limit();
+        while !self.wait(Some(process), deadline.saturating_duration_since(Instant::now()))?.0 {
+            if Instant::now() >= deadline {
+                let (volume, limit_ms) = (self.config.volume.clone(), self.config.holder_limit_ms);
+                return Err(EngineError::Undead { volume, limit_ms });
             }
         }
+        Ok(())
     }
 
     /// Unmounts when nobody uses the volume. Nothing is lost by it: what nobody has open has nothing in flight.
@@ -238,4 +371,14 @@ impl Holder {
         }
         Ok((ready.get(1).copied().unwrap_or(false), ready[0]))
     }
+}
+
+impl Ended {
+    fn before_it_served(how: String) -> Ended {
+        Ended { unmounted: false, clean: false, settled: false, served: false, how }
+    }
+}
+
+fn milliseconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }

@@ -18,8 +18,9 @@ mod lines;
 pub mod link;
 pub mod nbd;
 pub mod process;
+mod pulse;
 mod queue;
 mod stream;
 mod sys;
 
-pub use error::EngineError;
+pub use error::{EngineError, NOT_REPLACEABLE};

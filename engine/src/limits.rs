@@ -82,10 +82,11 @@ pub const MAX_CONTROL_CLIENTS: usize = 64;
 /// What a control client may leave unread before it is disconnected (a watcher that does not read).
 pub const MAX_CONTROL_BACKLOG: usize = 4 << 20;
 
-/// An engine that worked for this long is replaced at once when it dies; one that did not is replaced after a pause.
-pub const HOLDER_QUICK_DEATH: Duration = Duration::from_secs(10);
+/// An engine that served for this long counts as one that works: it is replaced at once when it dies, and the holder's limit
+/// begins anew. One that dies sooner, such as at a request that is repeated to each next one, is replaced after a pause.
+pub const HOLDER_SETTLED: Duration = Duration::from_secs(1);
 
-/// The first pause after a quick death; it doubles with each further one.
+/// The first pause after a second quick death; it doubles with each further one.
 pub const HOLDER_FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// The longest pause.
@@ -93,3 +94,15 @@ pub const HOLDER_LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// How often the holder asks an engine that was just started whether it serves.
 pub const HOLDER_POLL: Duration = Duration::from_millis(100);
+
+/// How often the holder asks an engine that serves whether it is still there.
+pub const HOLDER_HEARTBEAT: Duration = Duration::from_secs(2);
+
+/// How long one answer to that may take before the engine counts as silent; a healthy one takes less than a millisecond.
+pub const HOLDER_ANSWER: Duration = Duration::from_secs(1);
+
+/// Engines of the wished program that may fail to serve before every other one is of the holder's own program.
+pub const HOLDER_FAILED_STARTS: u32 = 2;
+
+/// How long the kernel may take to say what its FUSE can do; it does so at once.
+pub const FUSE_PROBE: Duration = Duration::from_secs(5);

@@ -2,12 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use proto::engine::ReplicaAddress;
 use proto::replica::file;
+use rustix::net::RecvFlags;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::limits;
@@ -68,21 +69,32 @@ impl Stream {
         Ok(serde_json::from_slice(&line)?)
     }
 
-    /// One line, read byte by byte so that nothing behind it is taken; replies are short.
+    /// One line. What stands behind it is left for the next one.
     pub fn read_line(&mut self, deadline: Instant) -> io::Result<Vec<u8>> {
         let mut line = Vec::new();
-        let mut byte = [0];
+        let mut piece = [0; 1024];
         while line.last() != Some(&b'\n') {
             self.set_deadline(deadline)?;
-            if self.read(&mut byte)? == 0 {
+            let (_, seen) = rustix::net::recv(self.as_fd(), &mut piece[..], RecvFlags::PEEK)?;
+            let seen = &mut piece[..seen];
+            if seen.is_empty() {
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the connection ended before the reply"));
             }
-            line.push(byte[0]);
+            let end = seen.iter().position(|byte| *byte == b'\n').map_or(seen.len(), |at| at + 1);
+            self.read_exact(&mut seen[..end])?;
+            line.extend_from_slice(&seen[..end]);
             if line.len() > limits::MAX_CONTROL_LINE {
                 return Err(invalid("the reply is too long"));
             }
         }
         Ok(line)
+    }
+
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Unix(stream) => stream.as_fd(),
+            Stream::Tcp(stream) => stream.as_fd(),
+        }
     }
 
     pub fn into_socket(self) -> OwnedFd {
@@ -127,4 +139,23 @@ pub fn parse_address(address: &str) -> io::Result<SocketAddr> {
 fn left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() { Err(io::Error::from(io::ErrorKind::TimedOut)) } else { Ok(left) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_line_after_line_whatever_comes_at_once() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let mut stream = Stream::Unix(near);
+        let long = "x".repeat(5000);
+        far.write_all(format!("first\n{long}\nlast\nhalf").as_bytes()).unwrap();
+        drop(far);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        for expected in ["first", &long, "last"] {
+            assert_eq!(stream.read_line(deadline).unwrap(), format!("{expected}\n").as_bytes());
+        }
+        assert_eq!(stream.read_line(deadline).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
 }

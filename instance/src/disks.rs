@@ -62,7 +62,7 @@ pub fn is_there(path: &Path, uuid: &str) -> Result<(), String> {
 }
 
 /// Reports the disks of this node; makes what is missing where that is allowed.
-pub async fn reconcile(config: &Config) -> Result<Option<Duration>, InstanceError> {
+pub async fn reconcile(config: &Config, engine_replacement: &Condition) -> Result<Option<Duration>, InstanceError> {
     let Some(node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };
     let old = node.status.clone().unwrap_or_default();
     let (spec, create) = (node.spec.disks.clone(), config.create_disks);
@@ -85,6 +85,7 @@ pub async fn reconcile(config: &Config) -> Result<Option<Duration>, InstanceErro
     };
     let mut conditions = old.conditions.clone();
     condition::set(&mut conditions, Condition::new(READY, ConditionStatus::True, "Ready", ""), now);
+    condition::set(&mut conditions, engine_replacement.clone(), now);
     let status = NodeStatus {
         conditions,
         disk_status: looked.into_iter().map(report).collect(),

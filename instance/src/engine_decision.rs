@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use api::engine::{DesireState, InstanceState, ReplicaMode};
 use api::names::condition::{DETACHED, READY};
 use api::{Condition, ConditionStatus, Engine};
-use proto::engine::{ReplicaState, Status};
+use jiff::Timestamp;
+use proto::engine::{HolderReport, ReplicaState, Status};
 
 /// The holder and engine of a volume, as they were seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,10 +61,10 @@ pub fn is_wished(engine: &Engine) -> bool {
     engine.spec.desire_state == DesireState::Running && engine.metadata.deletion_timestamp.is_none()
 }
 
-/// Decides about one engine of this node.
-pub fn decide(engine: &Engine, process: &Process, device: &Device) -> Decision {
+/// Decides about one engine of this node. `trouble` is why requests wait although a holder or an engine is there.
+pub fn decide(engine: &Engine, process: &Process, device: &Device, trouble: Option<&Condition>) -> Decision {
     if is_wished(engine) {
-        return run(process, device);
+        return run(process, device, trouble);
     }
     let is_deleted = engine.metadata.deletion_timestamp.is_some();
     let busy = match device {
@@ -97,7 +98,7 @@ pub fn decide(engine: &Engine, process: &Process, device: &Device) -> Decision {
     }
 }
 
-fn run(process: &Process, device: &Device) -> Decision {
+fn run(process: &Process, device: &Device, trouble: Option<&Condition>) -> Decision {
     let attached = Condition::new(DETACHED, ConditionStatus::False, "Attached", "");
     let decide = |step, state, status, reason: &str, message: String| Decision {
         step,
@@ -130,6 +131,14 @@ fn run(process: &Process, device: &Device) -> Decision {
             let message = status.faulted.clone().unwrap_or_default();
             decide(Step::Nothing, InstanceState::Running, no, "Faulted", message)
         }
+        // An engine that serves may be stuck, and one that does not may have a reason.
+        (Process::Running(_), device) if trouble.is_some() => {
+            let state = match device {
+                Device::Attached { .. } => InstanceState::Running,
+                Device::None => InstanceState::Starting,
+            };
+            Decision { step: Step::Nothing, state, conditions: vec![trouble.cloned().unwrap_or_default(), attached] }
+        }
         (Process::Running(Some(status)), Device::None) if status.serving => {
             decide(Step::AttachDevice, InstanceState::Starting, no, "Starting", "the block device is being made".into())
         }
@@ -151,6 +160,65 @@ fn run(process: &Process, device: &Device) -> Decision {
             "Starting",
             "the engine is connecting to its replicas".into(),
         ),
+    }
+}
+
+/// Why requests wait although a holder or an engine is there, from what the holder says and from what this role sees itself.
+pub fn trouble(
+    said: Option<&HolderReport>,
+    silent_since: Option<Timestamp>,
+    has_holder: bool,
+    status: Option<&Status>,
+) -> Option<Condition> {
+    let no = |reason: &str, message: String| Condition::new(READY, ConditionStatus::False, reason, message);
+    let at = |ms: u64| Timestamp::from_millisecond(ms as i64).unwrap_or_default();
+    let who = status.map_or("the engine".to_owned(), |status| format!("the engine (process {})", status.pid));
+    match (said, silent_since) {
+        (Some(said), _) if has_holder && said.silent => {
+            let message = format!(
+                "{} since {}; I/O waits; at {} {}",
+                said.problem,
+                at(said.since_ms),
+                at(said.deadline_ms),
+                said.then
+            );
+            Some(no("EngineSilent", message).with_next_retry(at(said.deadline_ms)))
+        }
+        (Some(said), _) if has_holder => {
+            let tried = match said.attempts {
+                0 => String::new(),
+                1 => "; 1 engine was tried since".to_owned(),
+                many => format!("; {many} engines were tried since"),
+            };
+            let message = format!(
+                "its holder is starting a new engine; I/O waits since {}: {}{tried}; without one that serves {} at {}",
+                at(said.since_ms),
+                said.problem,
+                said.then,
+                at(said.deadline_ms)
+            );
+            let condition = no("EngineStarting", message);
+            Some(match said.next_attempt_ms {
+                Some(next) => condition.with_next_retry(at(next)),
+                None => condition,
+            })
+        }
+        (_, Some(since)) if has_holder => {
+            let message = format!(
+                "{who} does not answer since {since}; I/O waits; its holder kills and replaces it after a while"
+            );
+            Some(no("EngineSilent", message))
+        }
+        (_, Some(since)) => {
+            let message = format!(
+                "{who} does not answer since {since}, and its holder is gone, so that nobody replaces it; I/O waits"
+            );
+            Some(
+                no("EngineSilent", message)
+                    .with_hint("end that process by kill -9, unmount the volume and mount it again"),
+            )
+        }
+        (_, None) => None,
     }
 }
 
@@ -186,7 +254,7 @@ mod tests {
     fn comes_up_step_by_step() {
         let wish = engine(DesireState::Running);
         let step = |process, device| {
-            let decision = decide(&wish, &process, &device);
+            let decision = decide(&wish, &process, &device, None);
             (decision.step, decision.state)
         };
         assert_eq!(step(Process::None, Device::None), (Step::Start, InstanceState::Starting));
@@ -198,7 +266,7 @@ mod tests {
     #[test]
     fn goes_down_step_by_step() {
         let wish = engine(DesireState::Stopped);
-        let step = |process, device| decide(&wish, &process, &device).step;
+        let step = |process, device| decide(&wish, &process, &device, None).step;
         assert_eq!(step(serving(), attached(&[])), Step::DetachDevice);
         assert_eq!(step(serving(), Device::None), Step::Shutdown);
         assert_eq!(step(Process::Ended(String::new()), Device::None), Step::CleanUp);
@@ -207,14 +275,68 @@ mod tests {
 
     #[test]
     fn a_device_in_use_is_never_taken_away() {
-        let decision = decide(&engine(DesireState::Stopped), &serving(), &attached(&["/mnt/a"]));
+        let decision = decide(&engine(DesireState::Stopped), &serving(), &attached(&["/mnt/a"]), None);
         assert_eq!((decision.step, decision.state), (Step::Nothing, InstanceState::Stopping));
         assert_eq!(decision.conditions[0].message, "/dev/loop7 is in use by /mnt/a");
     }
 
     #[test]
+    fn says_what_requests_wait_for_and_until_when() {
+        let status = Status { pid: 7, ..Status::default() };
+        let said = HolderReport {
+            problem: "it died".into(),
+            then: "its device is given up".into(),
+            attempts: 3,
+            since_ms: 1_000,
+            next_attempt_ms: Some(2_000),
+            deadline_ms: 61_000,
+            ..HolderReport::default()
+        };
+        let check = |said: Option<&HolderReport>, since, has_holder, expected: &[&str]| {
+            let found = trouble(said, since, has_holder, Some(&status))
+                .map(|c| (c.reason, c.message, c.next_retry_time, c.hint));
+            let text = format!("{found:?}");
+            assert!(expected.iter().all(|part| text.contains(part)), "{text} lacks some of {expected:?}");
+        };
+        let since: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let words = [
+            "EngineStarting",
+            "it died; 3 engines",
+            "since 1970-01-01T00:00:01Z",
+            "1970-01-01T00:00:02Z",
+            "given up at 1970-01-01T00:01:01Z",
+        ];
+        check(Some(&said), None, true, &words);
+        let silent = HolderReport { silent: true, next_attempt_ms: None, ..said.clone() };
+        check(
+            Some(&silent),
+            Some(since),
+            true,
+            &["EngineSilent", "it died since 1970", "at 1970-01-01T00:01:01Z its device"],
+        );
+        check(None, Some(since), true, &["EngineSilent", "process 7", "2026-01-01", "replaces it after"]);
+        check(None, Some(since), false, &["its holder is gone", "kill -9"]);
+        // What a holder said before it died itself is of no interest while its engine goes on.
+        check(Some(&said), None, false, &["None"]);
+        check(None, None, true, &["None"]);
+    }
+
+    #[test]
+    fn trouble_of_a_running_engine_is_its_condition() {
+        let trouble = Condition::new(READY, ConditionStatus::False, "EngineSilent", "it does not answer");
+        for process in [serving(), Process::Running(None)] {
+            let decision = decide(&engine(DesireState::Running), &process, &attached(&["/mnt"]), Some(&trouble));
+            assert_eq!((decision.step, decision.state), (Step::Nothing, InstanceState::Running));
+            assert_eq!(decision.conditions[0], trouble);
+        }
+        // It does not keep one that is not wished any more.
+        let decision = decide(&engine(DesireState::Stopped), &serving(), &Device::None, Some(&trouble));
+        assert_eq!(decision.step, Step::Shutdown);
+    }
+
+    #[test]
     fn an_end_by_surprise_is_an_error_with_the_last_words() {
-        let decision = decide(&engine(DesireState::Running), &Process::Ended("gave up".into()), &attached(&[]));
+        let decision = decide(&engine(DesireState::Running), &Process::Ended("gave up".into()), &attached(&[]), None);
         assert_eq!((decision.step, decision.state), (Step::Nothing, InstanceState::Error));
         assert_eq!(decision.conditions[0].message, "the engine's holder ended; its last words: gave up");
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use api::engine::{EngineStatus, InstanceState};
 use api::names::{ENGINE_VOLUME_FILE, FINALIZER};
 use api::quantity::SizeBytes;
-use api::{Engine, Replica, condition};
+use api::{Condition, Engine, Replica, condition};
 use dataplane::loop_device::{self, LoopDevice};
 use dataplane::{DataplaneError, mount};
 use jiff::Timestamp;
@@ -18,20 +18,21 @@ use runtime::process::{Launch, ProcessIdentity};
 use tracing::{debug, info};
 
 use crate::control::{self, Connection};
-use crate::engine_decision::{Decision, Device, Process, Step, decide, is_wished, modes};
+use crate::engine_decision::{self, Decision, Device, Process, Step, decide, is_wished, modes};
+use crate::engine_upgrade;
 use crate::error::InstanceError;
-use crate::limits::{CONNECT, HOLDER_GRACE, HOLDER_LIMIT, NO_REPLICA_HOLD, REPLICA_TIMEOUT};
+use crate::limits::{CONNECT, HEARTBEAT, HEARTBEAT_ANSWER, HOLDER_GRACE, NO_REPLICA_HOLD, REPLICA_TIMEOUT};
 use crate::role::{Key, Role};
 
 /// How soon to look again while something is on its way that makes no event (a device that is being released).
 const SOON: Duration = Duration::from_millis(500);
 
 /// Where the parts of one engine are.
-struct Place {
-    directory: PathBuf,
-    config: PathBuf,
+pub struct Place {
+    pub directory: PathBuf,
+    pub config: PathBuf,
     mount_file: PathBuf,
-    control: PathBuf,
+    pub control: PathBuf,
     nbd: PathBuf,
 }
 
@@ -48,8 +49,10 @@ impl Place {
     }
 }
 
-struct Observed {
-    process: Process,
+pub struct Observed {
+    pub process: Process,
+    /// Why requests wait although a holder or an engine is there.
+    trouble: Option<Condition>,
     device: Device,
     loop_device: Option<LoopDevice>,
 }
@@ -61,9 +64,10 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
     let wished = engine.clone().unwrap_or_default();
     let place = Place::of(role, name);
     let observed = observe(role, name, &wished, &place).await?;
-    let decision = decide(&wished, &observed.process, &observed.device);
+    let decision = decide(&wished, &observed.process, &observed.device, observed.trouble.as_ref());
     if let Some(engine) = &engine {
-        report(role, engine, &decision, &observed, &place).await?;
+        let upgraded = engine_upgrade::answer(role, engine, &decision, &observed, &place).await?;
+        report(role, engine, &decision, &observed, &place, upgraded).await?;
     }
     let waits = matches!(decision.step, Step::Nothing) && decision.state == InstanceState::Stopping;
     match decision.step {
@@ -94,9 +98,12 @@ fn device_error(action: &str) -> impl FnOnce(DataplaneError) -> InstanceError {
 
 async fn observe(role: &Arc<Role>, name: &str, wished: &Engine, place: &Place) -> Result<Observed, InstanceError> {
     let read = |source| InstanceError::File { action: "read", path: place.directory.clone(), source };
+    let mut has_holder = false;
+    let said = engine::process::holder_report(&place.control).map_err(read)?;
     let process = match role.engines.record(name).map_err(read)? {
         None => Process::None,
         Some(record) if record.identity.is_alive() => {
+            has_holder = true;
             role.watch_end(&record.identity, Key::Engine(name.to_owned()));
             follow(role, name, &place.control, &record.identity);
             Process::Running(role.state().engine_status.get(name).cloned())
@@ -107,9 +114,22 @@ async fn observe(role: &Arc<Role>, name: &str, wished: &Engine, place: &Place) -
                 follow(role, name, &place.control, &record.identity);
                 Process::Running(Some(status))
             }
-            _ if is_served(place)? => Process::Running(None),
-            _ => Process::Ended(role.engines.last_words(name)),
+            _ if is_served(place)? => {
+                role.state().engine_silence.entry(name.to_owned()).or_insert_with(Timestamp::now);
+                Process::Running(None)
+            }
+            _ => Process::Ended(match &said {
+                Some(said) => said.problem.clone(),
+                None => role.engines.last_words(name),
+            }),
         },
+    };
+    let trouble = match &process {
+        Process::Running(status) => {
+            let silent_since = role.state().engine_silence.get(name).copied();
+            engine_decision::trouble(said.as_ref(), silent_since, has_holder, status.as_ref())
+        }
+        Process::None | Process::Ended(_) => None,
     };
     let file = place.mount_file.clone();
     // Looking for users goes through every process, so only where the decision asks for them.
@@ -128,7 +148,7 @@ async fn observe(role: &Arc<Role>, name: &str, wished: &Engine, place: &Place) -
             (Some(device), Device::Attached { path, users })
         }
     };
-    Ok(Observed { process, device, loop_device })
+    Ok(Observed { process, trouble, device, loop_device })
 }
 
 /// Keeps the last status of an engine, from its own words, for as long as its holder lives.
@@ -150,8 +170,12 @@ fn follow(role: &Arc<Role>, name: &str, socket: &Path, holder: &ProcessIdentity)
                     return;
                 }
                 // Between two engines of one holder there is nobody to ask.
-                if let Some(status) = role.state().engine_status.get_mut(&name) {
-                    status.serving = false;
+                {
+                    let mut state = role.state();
+                    state.engine_silence.remove(&name);
+                    if let Some(status) = state.engine_status.get_mut(&name) {
+                        status.serving = false;
+                    }
                 }
                 role.queue.add(Key::Engine(name.clone()));
                 attempt += 1;
@@ -162,6 +186,7 @@ fn follow(role: &Arc<Role>, name: &str, socket: &Path, holder: &ProcessIdentity)
         let mut state = role.state();
         state.followed.remove(&name);
         state.engine_status.remove(&name);
+        state.engine_silence.remove(&name);
         drop(state);
         role.queue.add(Key::Engine(name));
     });
@@ -170,12 +195,26 @@ fn follow(role: &Arc<Role>, name: &str, socket: &Path, holder: &ProcessIdentity)
 async fn listen(role: &Role, name: &str, socket: &Path, attempt: &mut u32) -> std::io::Result<()> {
     let mut connection = Connection::open(socket).await?;
     connection.send(&Request::Watch).await?;
+    let mut asked = false;
     loop {
-        let Reply::Status(status) = connection.receive().await? else { continue };
-        *attempt = 0;
+        let most = if asked { HEARTBEAT_ANSWER } else { HEARTBEAT };
+        let Ok(reply) = tokio::time::timeout(most, connection.receive()).await else {
+            if asked {
+                // The holder replaces it after a while; without a holder nobody does. The pass says which.
+                role.state().engine_silence.entry(name.to_owned()).or_insert_with(Timestamp::now);
+                role.queue.add(Key::Engine(name.to_owned()));
+            } else {
+                connection.send(&Request::Status).await?;
+                asked = true;
+            }
+            continue;
+        };
+        let Reply::Status(status) = reply? else { continue };
+        (*attempt, asked) = (0, false);
         let is_news = {
             let mut state = role.state();
-            let is_news = state.engine_status.get(name).is_none_or(|old| !is_same(old, &status));
+            let was_silent = state.engine_silence.remove(name).is_some();
+            let is_news = was_silent || state.engine_status.get(name).is_none_or(|old| !is_same(old, &status));
             state.engine_status.insert(name.to_owned(), status);
             is_news
         };
@@ -192,6 +231,8 @@ fn is_same(old: &proto::engine::Status, new: &proto::engine::Status) -> bool {
         && old.replicas == new.replicas
         && old.replica_errors == new.replica_errors
         && old.faulted == new.faulted
+        && old.pid == new.pid
+        && old.version == new.version
 }
 
 async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> Result<(), InstanceError> {
@@ -217,19 +258,28 @@ async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> 
         nbd_socket: place.nbd.clone(),
         replica_timeout_ms: REPLICA_TIMEOUT.as_millis() as u64,
         no_replica_hold_ms: NO_REPLICA_HOLD.as_millis() as u64,
-        holder_limit_ms: HOLDER_LIMIT.as_millis() as u64,
+        holder_limit_ms: role.config.engines.holder_limit.as_millis() as u64,
+        silence_limit_ms: role.config.engines.silence_limit.as_millis() as u64,
+        replace_engine: role.config.engines.replace,
+        program: Some(role.config.program.clone()),
     };
     fs::create_dir_all(&place.directory).map_err(at("make"))?;
     unmount(place).await?;
     File::create(&place.mount_file).map_err(at("write in"))?;
-    let text = serde_json::to_vec_pretty(&config)
-        .map_err(|source| InstanceError::Parse { path: place.config.clone(), source })?;
-    fs::write(&place.config, text).map_err(at("write in"))?;
+    write_config(place, &config)?;
     let launch = Launch::new(&role.config.program).arg("engine-holder").flag("--config", &place.config);
     let record = role.engines.start(name, launch, None);
     let record = record.map_err(|source| InstanceError::Start { what: format!("engine {name}"), source })?;
     info!(engine = name, pid = record.identity.pid, "engine started");
     Ok(())
+}
+
+/// The holder and its engines read it at any time, so it is always whole.
+pub fn write_config(place: &Place, config: &Config) -> Result<(), InstanceError> {
+    let parse = |source| InstanceError::Parse { path: place.config.clone(), source };
+    let text = serde_json::to_vec_pretty(config).map_err(parse)?;
+    let write = |source| InstanceError::File { action: "write", path: place.config.clone(), source };
+    runtime::files::write_durably(&place.config, &text).map_err(write)
 }
 
 /// Takes away what a holder that died left on the mount file.
@@ -301,6 +351,7 @@ async fn report(
     decision: &Decision,
     observed: &Observed,
     place: &Place,
+    upgraded: Option<Condition>,
 ) -> Result<(), InstanceError> {
     let now = Timestamp::now();
     let old = engine.status.clone().unwrap_or_default();
@@ -342,7 +393,16 @@ async fn report(
             None => old.replica_errors,
         },
         nbd_socket: if is_up { place.nbd.display().to_string() } else { String::new() },
-        conditions: decision.conditions.iter().cloned().fold(old.conditions, |mut list, c| {
+        version: match seen {
+            Some(status) => status.version.clone(),
+            None if is_gone => String::new(),
+            None => old.version,
+        },
+        upgrade_requested_at: match &upgraded {
+            Some(_) => engine.spec.upgrade_requested_at.clone(),
+            None => old.upgrade_requested_at,
+        },
+        conditions: decision.conditions.iter().cloned().chain(upgraded).fold(old.conditions, |mut list, c| {
             condition::set(&mut list, c, now);
             list
         }),

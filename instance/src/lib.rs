@@ -6,8 +6,10 @@
 mod control;
 mod disks;
 mod engine_decision;
+mod engine_upgrade;
 mod engines;
 mod error;
+mod kernel;
 mod limits;
 mod processes;
 mod replica_decision;
@@ -16,4 +18,4 @@ mod replicas;
 mod role;
 
 pub use error::InstanceError;
-pub use role::{Config, run};
+pub use role::{Config, EngineOptions, run};

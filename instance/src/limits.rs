@@ -33,6 +33,15 @@ pub const REPLICA_TIMEOUT: Duration = Duration::from_secs(8);
 pub const NO_REPLICA_HOLD: Duration = Duration::from_secs(30);
 /// The holder gives an engine this long to serve before it ends the device.
 pub const HOLDER_LIMIT: Duration = Duration::from_secs(60);
+/// An engine that answers nobody for this long is killed and replaced: longer than the deadline of a replica, after which an
+/// engine that works has said something.
+pub const ENGINE_SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// How often an engine that says nothing new is asked whether it is there.
+pub const HEARTBEAT: Duration = Duration::from_secs(2);
+/// How long the answer may take; a healthy engine takes less than a millisecond.
+pub const HEARTBEAT_ANSWER: Duration = Duration::from_secs(1);
+/// How long a newly installed program may take to say that it can be started.
+pub const PROGRAM_CHECK: Duration = Duration::from_secs(10);
 
 /// How much of the end of a log goes into a condition.
 pub const LOG_TAIL_BYTES: u64 = 2048;

@@ -138,6 +138,7 @@ async fn serve(config: &Config, replica: Replica, shutdown: CancellationToken) -
     tasks.spawn(control::serve_tcp(tcp, replica.clone(), stop.clone(), tasks.clone()));
     tasks.spawn(control::serve_unix(unix, replica.clone(), stop.clone(), tasks.clone()));
     tracing::info!(replica = %config.replica, address = %config.listen, "replica serves");
+    runtime::memory::release_startup_code();
 
     let ended = tokio::select! {
         message = replica.daemon_ended() => Some(message),

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use api::error::sentence;
 use api::ids::NodeName;
-use api::{BackingImage, Engine, Node, Replica};
+use api::{BackingImage, Condition, Engine, Node, Replica};
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use jiff::Timestamp;
 use runtime::process::ProcessIdentity;
 use runtime::queue::Queue;
 use store::{Selector, Store, StoreError, TypedEvent};
@@ -19,9 +20,9 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info_span, warn};
 
 use crate::error::InstanceError;
-use crate::limits::{RESYNC, RETRY, WORKERS};
+use crate::limits::{ENGINE_SILENCE_LIMIT, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
 use crate::processes::Processes;
-use crate::{disks, engines, replicas};
+use crate::{disks, engines, kernel, replicas};
 
 /// One node.
 #[derive(Clone)]
@@ -36,6 +37,24 @@ pub struct Config {
     pub store: Store,
     /// Disk directories are made when absent (standalone mode); otherwise an absent one is reported.
     pub create_disks: bool,
+    pub engines: EngineOptions,
+}
+
+/// How engines are kept alive.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineOptions {
+    /// Whether an engine that died may be replaced under its users, where the kernel can do that.
+    pub replace: bool,
+    /// How long requests wait for a working engine before they fail.
+    pub holder_limit: Duration,
+    /// After how long without an answer an engine is killed and replaced.
+    pub silence_limit: Duration,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        EngineOptions { replace: true, holder_limit: HOLDER_LIMIT, silence_limit: ENGINE_SILENCE_LIMIT }
+    }
 }
 
 /// What the role looks at.
@@ -56,6 +75,8 @@ pub struct Role {
     pub cancelled: CancellationToken,
     /// One port is given at a time.
     pub ports: tokio::sync::Mutex<()>,
+    /// Whether engines of this node can be replaced under their users; for the Node object.
+    pub engine_replacement: Condition,
     state: Mutex<State>,
 }
 
@@ -69,6 +90,8 @@ pub struct State {
     watched: BTreeSet<(u32, u64)>,
     /// The last status of each engine on this node.
     pub engine_status: BTreeMap<String, proto::engine::Status>,
+    /// Engines that are there and do not answer, and since when.
+    pub engine_silence: BTreeMap<String, Timestamp>,
     pub followed: BTreeSet<String>,
 }
 
@@ -106,6 +129,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         Processes::open(path.clone()).map_err(|source| InstanceError::File { action: "open", path, source })
     };
     let (replicas, engines) = (open("replicas")?, open("engines")?);
+    let engine_replacement = kernel::engine_replacement(&config).await;
     let role = Arc::new(Role {
         replicas,
         engines,
@@ -113,6 +137,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         tasks: TaskTracker::new(),
         cancelled: cancelled.child_token(),
         ports: tokio::sync::Mutex::new(()),
+        engine_replacement,
         state: Mutex::default(),
         config,
     });
@@ -175,7 +200,7 @@ impl Role {
         match key {
             Key::Replica(name) => replicas::reconcile(self, name).await,
             Key::Engine(name) => engines::reconcile(self, name).await,
-            Key::Disks => disks::reconcile(&self.config).await,
+            Key::Disks => disks::reconcile(&self.config, &self.engine_replacement).await,
         }
     }
 

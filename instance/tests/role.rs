@@ -31,6 +31,7 @@ fn config(store: &Store, folder: &Path) -> Config {
         program: program(),
         store: store.clone(),
         create_disks: true,
+        engines: Default::default(),
     }
 }
 

@@ -8,7 +8,7 @@ use api::ids::ImageName;
 use api::image::{CopyState, SourceType};
 use api::names::condition::READY;
 use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SYNC_PORT, data_source_workload_name, label};
-use api::{BackingImageDataSource, Condition, ConditionStatus, condition};
+use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, condition};
 use jiff::Timestamp;
 
 use crate::disk::{Disks, Health};
@@ -27,6 +27,8 @@ pub struct Report {
     pub progress: u32,
     pub checksum: String,
     pub message: String,
+    /// The kind of failure that `message` tells of, when it failed.
+    pub kind: Option<ErrorKind>,
     /// When the process itself tries again; empty when it does not wait.
     pub next_retry_time: String,
 }
@@ -76,7 +78,7 @@ pub fn decide(observed: &Observed) -> Decision {
                 status.message.clone(),
             );
             c.next_retry_time.clone_from(&status.next_retry_time);
-            c.with_hint(hint(&status.message))
+            c.with_hint(hint(status.error_kind))
         }
         CopyState::Unknown => Condition::new(READY, ConditionStatus::Unknown, "Unknown", status.message.clone()),
         // The process itself waits for its next attempt.
@@ -85,7 +87,7 @@ pub fn decide(observed: &Observed) -> Decision {
         {
             let mut c = Condition::new(READY, ConditionStatus::False, "Retrying", status.message.clone());
             c.next_retry_time.clone_from(&status.next_retry_time);
-            c.with_hint(hint(&status.message))
+            c.with_hint(hint(status.error_kind))
         }
         CopyState::InProgress => {
             Condition::new(READY, ConditionStatus::False, "InProgress", format!("{} % prepared", status.progress))
@@ -113,7 +115,7 @@ fn unsupported(spec: &BackingImageDataSourceSpec) -> Option<String> {
 fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>, Option<Duration>) {
     let spec = &o.source.spec;
     let Ok(image) = o.source.metadata.name.clone().unwrap_or_default().parse::<ImageName>() else {
-        fail_for_good(status, "its name is not a valid image name".into());
+        fail_for_good(status, ErrorKind::Invalid, "its name is not a valid image name".into());
         return (vec![], None);
     };
     let name = data_source_workload_name(&image);
@@ -130,7 +132,7 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         return (remove(), None);
     }
     if let Some(why) = unsupported(spec) {
-        fail_for_good(status, why);
+        fail_for_good(status, ErrorKind::Unsupported, why);
         return (remove(), None);
     }
 
@@ -209,7 +211,7 @@ fn follow(
             (vec![], None)
         }
         (State::Failed(_), _) if was_handed_over(o, status) => (remove, None),
-        (State::Failed(why), _) => (remove, Some(fail(o, status, why.clone()))),
+        (State::Failed(why), _) => (remove, Some(fail(o, status, None, why.clone()))),
         (State::Starting, _) | (State::Running, None) => {
             status.current_state = CopyState::Starting;
             (vec![], None)
@@ -222,7 +224,7 @@ fn follow(
         (State::Running, Some(Ok(report))) => {
             if matches!(report.state, CopyState::Failed | CopyState::FailedAndCleanup) {
                 status.size = report.size.max(status.size);
-                return (remove, Some(fail(o, status, report.message.clone())));
+                return (remove, Some(fail(o, status, report.kind, report.message.clone())));
             }
             status.current_state =
                 if report.state == CopyState::NotStarted { CopyState::Starting } else { report.state };
@@ -230,6 +232,7 @@ fn follow(
             status.progress = report.progress;
             status.checksum.clone_from(&report.checksum);
             status.message.clone_from(&report.message);
+            status.error_kind = None;
             status.next_retry_time.clone_from(&report.next_retry_time);
             if matches!(report.state, CopyState::ReadyForTransfer | CopyState::Ready) {
                 status.failures = 0;
@@ -257,76 +260,48 @@ fn finish(status: &mut BackingImageDataSourceStatus) {
     status.current_state = CopyState::Ready;
     status.progress = 100;
     status.message.clear();
+    status.error_kind = None;
     status.failures = 0;
     status.next_retry_time.clear();
     status.ip.clear();
     status.storage_ip.clear();
 }
 
-fn fail(o: &Observed, status: &mut BackingImageDataSourceStatus, message: String) -> Duration {
+fn fail(o: &Observed, status: &mut BackingImageDataSourceStatus, kind: Option<ErrorKind>, message: String) -> Duration {
     status.failures = Retry { failures: status.failures, ..Default::default() }.failed(o.now, "").failures;
-    let wait = if is_permanent(&message) { MAX } else { delay(status.failures) };
+    // What a repetition will hardly cure is tried again slowly, since sources do change.
+    let wait = if kind.is_some_and(ErrorKind::is_final) { MAX } else { delay(status.failures) };
     status.current_state = CopyState::Failed;
     status.message = message;
+    status.error_kind = kind;
     status.next_retry_time = after(o.now, wait).to_string();
     status.ip.clear();
     status.storage_ip.clear();
     wait
 }
 
-fn fail_for_good(status: &mut BackingImageDataSourceStatus, message: String) {
+fn fail_for_good(status: &mut BackingImageDataSourceStatus, kind: ErrorKind, message: String) {
     status.current_state = CopyState::Failed;
     status.message = message;
+    status.error_kind = Some(kind);
     status.next_retry_time.clear();
 }
 
-/// Whether a repetition will hardly help: the content or the address is wrong. It is tried again slowly, since sources do change.
-pub fn is_permanent(message: &str) -> bool {
-    let text = without_quotes(message).to_lowercase();
-    let signs = [
-        "checksum",
-        "sha-512",
-        "answered 400",
-        "answered 401",
-        "answered 403",
-        "answered 404",
-        "answered 410",
-        "is refused",
-        "qcow2",
-        "multiple of 512",
-        "encrypt",
-        "backing file",
-        "data file",
-        "is empty",
-        "that are accepted",
-        "not supported",
-        "not offered",
-        "invalid",
-        "source parameter",
-    ];
-    signs.iter().any(|sign| text.contains(sign))
-}
-
-/// Whether a failure says that the disk is full.
-pub fn says_no_room(message: &str) -> bool {
-    let text = without_quotes(message).to_lowercase();
-    ["no space left", "no room", "bytes free, the file needs", "disk is full"].iter().any(|sign| text.contains(sign))
-}
-
-/// A sentence without what it quotes: an address may contain any word.
-fn without_quotes(message: &str) -> String {
-    message.split('`').step_by(2).collect()
-}
-
 /// What the user can do about a failure.
-pub fn hint(message: &str) -> String {
-    if says_no_room(message) {
-        "free space or add a disk".into()
-    } else if is_permanent(message) {
-        "correct the image's source or checksum; a change is tried at once".into()
-    } else {
-        "check that the address of the source can be reached from the node of the disk".into()
+pub fn hint(kind: Option<ErrorKind>) -> String {
+    match kind {
+        Some(ErrorKind::Exhausted) => "free space or add a disk".into(),
+        Some(kind) if kind.is_final() => "correct the image's source or checksum; a change is tried at once".into(),
+        _ => "check that the address of the source can be reached from the node of the disk".into(),
     }
+}
+
+/// Whether what the status says is about what the image asks for now, and not about a former address or checksum.
+pub fn answers(source: &BackingImageDataSource, image: &BackingImage) -> bool {
+    let checksum = &image.spec.checksum;
+    is_about_this_attempt(source)
+        && source.spec.parameters == image.spec.source_parameters
+        && (checksum.is_empty() || source.spec.checksum == *checksum)
 }
 
 /// Whether the status speaks of the current wish, and not of a former disk or address.

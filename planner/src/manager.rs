@@ -2,16 +2,22 @@
 //!
 //! An entry stays in `spec.backingImages` until the agent has confirmed that the file is gone, so nothing is forgotten on a disk.
 
+mod object;
+mod verification;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use api::image::{BackingImageStatus, CopyState};
 use api::manager::{BackingImageManagerSpec, BackingImageManagerStatus, FileInfo, ManagerState};
+use api::names::MANAGER_PORT;
 use api::names::condition::READY;
-use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SYNC_PORT, label};
-use api::{BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, condition};
+use api::{
+    BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, ErrorKind, condition,
+};
 use jiff::Timestamp;
 
+use self::object::{object, wish};
 use crate::disk::{Disk, Disks, Health};
 use crate::image::difference;
 use crate::retry::{Retry, sooner};
@@ -22,8 +28,14 @@ use crate::workload::{State, Wish, Workload};
 pub struct Agent {
     pub api_version: i64,
     pub api_min_version: i64,
-    /// By image name.
-    pub files: BTreeMap<String, FileInfo>,
+    /// Two images of one name, one after the other, differ in their uuids.
+    pub files: Vec<FileInfo>,
+}
+
+impl Agent {
+    fn file(&self, image: &str, uuid: &str) -> Option<&FileInfo> {
+        self.files.iter().find(|file| file.name == image && file.uuid == uuid)
+    }
 }
 
 /// What the controller remembers of its attempts; a restart of it starts anew.
@@ -39,6 +51,8 @@ pub struct Memory {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attempt {
     pub retry: Retry,
+    /// The kind of failure that `retry` tells of.
+    pub kind: Option<ErrorKind>,
     /// An attempt was made whose end has not been seen.
     pub is_running: bool,
 }
@@ -60,6 +74,8 @@ pub struct Observed {
     pub data_sources: BTreeMap<String, BackingImageDataSource>,
     /// Image name → addresses of other agents that have a ready copy of it.
     pub peers: BTreeMap<String, Vec<String>>,
+    /// How old the last verification of a copy may become; zero: no limit.
+    pub scrub_interval: Duration,
     pub memory: Memory,
 }
 
@@ -84,6 +100,13 @@ pub enum Action {
     SyncFile {
         file: FileWish,
         from: Vec<String>,
+    },
+    /// Read a ready copy and compare it with its manifest; 0 bytes a second: as fast as possible.
+    VerifyFile {
+        image: String,
+        uuid: String,
+        requested_at: String,
+        bytes_per_second: u64,
     },
     /// Nothing is left: delete the object and its finalizer.
     Remove,
@@ -172,56 +195,6 @@ fn wanted(o: &Observed) -> BTreeMap<String, String> {
             Some((i.metadata.name.clone()?, uuid))
         })
         .collect()
-}
-
-fn object(o: &Observed, disk: &Disk, wanted: BTreeMap<String, String>) -> BackingImageManager {
-    let spec = BackingImageManagerSpec {
-        node_id: disk.node.clone(),
-        disk_uuid: disk.id.clone(),
-        disk_path: disk.path.clone(),
-        backing_images: wanted,
-        ..Default::default()
-    };
-    let mut manager = BackingImageManager::new(&o.name, spec);
-    manager.metadata.finalizers = Some(vec![FINALIZER.into()]);
-    let mut labels = labels(disk);
-    labels.insert(label::LONGHORN_NODE.into(), disk.node.clone());
-    labels.insert(label::LONGHORN_DISK_UUID.into(), disk.id.clone());
-    manager.metadata.labels = Some(labels);
-    manager
-}
-
-fn labels(disk: &Disk) -> BTreeMap<String, String> {
-    let labels = [
-        (label::COMPONENT, "backing-image-manager"),
-        (label::MANAGED_BY, MANAGED_BY),
-        (label::DISK_UUID, &disk.id),
-        (label::NODE, &disk.node),
-    ];
-    labels.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
-}
-
-fn wish(name: &str, disk: &Disk) -> Wish {
-    let args = [
-        "backing-image-manager",
-        "daemon",
-        "--listen",
-        &format!("$(POD_IP):{MANAGER_PORT}"),
-        "--sync-listen",
-        &format!("$(POD_IP):{SYNC_PORT}"),
-        "--disk-uuid",
-        &disk.id,
-        "--disk-path",
-        &disk.path,
-    ];
-    Wish {
-        name: name.into(),
-        node: disk.node.clone(),
-        labels: labels(disk),
-        args: args.map(str::to_owned).into(),
-        disk_path: disk.path.clone(),
-        ready_ports: vec![MANAGER_PORT, SYNC_PORT],
-    }
 }
 
 /// Reports an agent that cannot be asked: what it had is unknown, not gone.
@@ -324,9 +297,8 @@ fn files(
     // have been lost, and replicas may lie over it (invariant 6).
     let is_known = |image: &String| o.images.iter().any(|i| i.metadata.name.as_ref() == Some(image));
     let is_stray = |image: &String, uuid: &String| spec.backing_images.get(image).is_none_or(|known| known != uuid);
-    let strays = agent.files.iter().filter(|(image, file)| is_stray(image, &file.uuid) && is_known(image));
-    for (image, file) in strays {
-        decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: file.uuid.clone() });
+    for file in agent.files.iter().filter(|f| is_stray(&f.name, &f.uuid) && is_known(&f.name)) {
+        decision.actions.push(Action::DeleteFile { image: file.name.clone(), uuid: file.uuid.clone() });
     }
     if left != spec.backing_images {
         for (image, uuid) in wanted {
@@ -338,7 +310,7 @@ fn files(
     let held_before = std::mem::take(&mut decision.status.backing_image_file_map);
     for (image, uuid) in wanted.iter().filter(|(i, u)| spec.backing_images.get(*i) == Some(u)) {
         let Some(object) = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(image)) else { continue };
-        let reported = agent.files.get(image).filter(|f| f.uuid == *uuid).cloned();
+        let reported = agent.file(image, uuid).cloned();
         let before = held_before.get(image).filter(|f| f.uuid == *uuid);
         if let Some(file) = one_file(o, object, reported, before, decision) {
             decision
@@ -348,6 +320,8 @@ fn files(
         }
     }
     decision.memory.copies.retain(|image, _| wanted.contains_key(image));
+    let recheck = verification::plan(o, &decision.status.backing_image_file_map, &mut decision.actions);
+    decision.recheck_after = sooner(decision.recheck_after, recheck);
 }
 
 /// Plans the next step of one wanted copy; returns what to report of it.
@@ -368,6 +342,7 @@ fn one_file(
     {
         f.state = CopyState::Failed;
         f.message = why;
+        f.error_kind = Some(ErrorKind::Incompatible);
     }
     let failed = match &file {
         Some(f) if f.state == CopyState::Ready => {
@@ -386,13 +361,14 @@ fn one_file(
         && (attempt.is_running || attempt.retry.next.is_none())
     {
         attempt.retry = attempt.retry.failed(o.now, message.clone());
+        attempt.kind = file.as_ref().and_then(|f| f.error_kind);
         attempt.is_running = false;
     }
-    let step =
-        if attempt.retry.is_due(o.now) { step(o, image, &known, failed.is_some(), before, &attempt) } else { None };
+    let step = if attempt.retry.is_due(o.now) { step(o, image, &known, file.as_ref(), before, &attempt) } else { None };
     match step {
         Some(step) => {
-            if failed.is_some() && matches!(step, Action::SyncFile { .. } | Action::FetchFile { from: Some(_), .. }) {
+            let is_got_anew = matches!(step, Action::SyncFile { .. } | Action::FetchFile { from: Some(_), .. });
+            if failed.is_some() && is_got_anew && verification::must_go_first(reported.as_ref()) {
                 decision.actions.push(Action::DeleteFile { image: name.clone(), uuid: known.uuid.clone() });
             }
             decision.actions.push(step);
@@ -407,8 +383,8 @@ fn one_file(
         is_here && !matches!(state, CopyState::ReadyForTransfer | CopyState::Ready)
     });
     if file.is_none() && !attempt.retry.message.is_empty() && !is_history {
-        file =
-            Some(FileInfo { state: CopyState::Failed, message: attempt.retry.message.clone(), ..Default::default() });
+        let message = attempt.retry.message.clone();
+        file = Some(FileInfo { state: CopyState::Failed, message, error_kind: attempt.kind, ..Default::default() });
     }
     if file.is_none() {
         // Held before, and the agent has just been started again: it is asked to adopt it.
@@ -432,7 +408,7 @@ fn step(
     o: &Observed,
     image: &BackingImage,
     known: &BackingImageStatus,
-    is_failed: bool,
+    failed: Option<&FileInfo>,
     before: Option<&FileInfo>,
     attempt: &Attempt,
 ) -> Option<Action> {
@@ -459,14 +435,16 @@ fn step(
         }
         _ => {
             let was_held = before.is_some_and(|b| matches!(b.state, CopyState::Ready | CopyState::Unknown));
-            if !is_failed && was_held && attempt.retry.failures == 0 && !attempt.is_running {
+            // Damage is not cured by looking again; that would only put off the day on which the image is downloaded again.
+            let is_damaged = failed.is_some_and(|f| f.error_kind == Some(ErrorKind::Corrupt));
+            if failed.is_none() && was_held && attempt.retry.failures == 0 && !attempt.is_running {
                 return adopt(file);
             }
             match sync(file.clone()) {
                 Some(sync) => Some(sync),
                 // No ready copy anywhere: what lies on the disk is the best there is. Not before the first file was whole,
                 // also when its data source is still to be created.
-                None if source.is_none() && !known.checksum.is_empty() => adopt(file),
+                None if source.is_none() && !known.checksum.is_empty() && !is_damaged => adopt(file),
                 None => None,
             }
         }

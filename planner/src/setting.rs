@@ -17,6 +17,8 @@ pub struct Settings {
     pub allow_empty_node_selector: bool,
     pub allow_empty_disk_selector: bool,
     pub over_provisioning_percent: u32,
+    /// How old the last verification of a copy may become; zero: no limit.
+    pub scrub_interval: Duration,
 }
 
 impl Default for Settings {
@@ -47,6 +49,7 @@ impl Settings {
             allow_empty_node_selector: text(name::ALLOW_EMPTY_NODE_SELECTOR) == "true",
             allow_empty_disk_selector: text(name::ALLOW_EMPTY_DISK_SELECTOR) == "true",
             over_provisioning_percent: number(name::OVER_PROVISIONING),
+            scrub_interval: Duration::from_secs(3600 * u64::from(number(name::SCRUB_INTERVAL))),
         }
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use api::engine::{DesireState, EngineSpec, InstanceState};
 use api::names::FINALIZER;
-use api::names::condition::DETACHED;
+use api::names::condition::{DETACHED, READY};
 use api::replica::ReplicaSpec;
 use api::volume::VolumeStatus;
 use api::{BackingImage, Condition, ConditionStatus, Engine, Replica, Volume};
@@ -24,6 +24,10 @@ use crate::setting::Settings;
 
 /// How long a silent node is waited for before an attachment goes on without its replicas.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// What the user can do about an engine on a silent node.
+const SILENT_ENGINE_HINT: &str =
+    "bring the node back; when it is certain that it is off for good, delete its Node object";
 
 /// One reading.
 #[derive(Clone, Debug)]
@@ -114,6 +118,9 @@ pub fn decide(observed: &Observed) -> Decision {
     pass.check_image();
     pass.place();
     pass.record_generation();
+    if let Some(engine) = &mut pass.engine {
+        engine.upgrade_requested_at = o.volume.spec.engine_upgrade_requested_at.clone();
+    }
     if o.volume.spec.node_id.is_empty() {
         pass.detach();
     } else if pass.incompatible.is_none() {
@@ -124,7 +131,7 @@ pub fn decide(observed: &Observed) -> Decision {
 
 impl Pass<'_> {
     fn wait(&mut self, reason: &str, message: impl Into<String>) {
-        self.wait_for(Condition::new(api::names::condition::READY, ConditionStatus::False, reason, message));
+        self.wait_for(Condition::new(READY, ConditionStatus::False, reason, message));
     }
 
     fn wait_for(&mut self, condition: Condition) {
@@ -159,7 +166,10 @@ impl Pass<'_> {
                 {
                     return Ok(());
                 }
-                return Err(format!("{why}; the engine on node {node} may still write"));
+                let since = self.silence_of(node);
+                return Err(format!(
+                    "{why}{since}; the engine there may still write, so it is waited for until the node returns or its Node object is deleted"
+                ));
             }
         }
         match self.engine_state() {
@@ -173,6 +183,20 @@ impl Pass<'_> {
                 let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
                 Err(format!("the engine on node {node} is {}{said}", format!("{state:?}").to_lowercase()))
             }
+        }
+    }
+
+    /// ` since TIME`, when a node is silent.
+    fn silence_of(&self, node: &str) -> String {
+        self.o.silent_since.get(node).map(|since| format!(" since {since}")).unwrap_or_default()
+    }
+
+    /// What the user can do about an engine that is waited for.
+    fn engine_hint(&self) -> &'static str {
+        let node = self.o.engine.as_ref().map_or("", |e| &e.spec.node_id);
+        match self.o.disks.nodes.get(node) {
+            Some(Health::NotReady(_) | Health::Unknown(_)) => SILENT_ENGINE_HINT,
+            _ => "end what uses the device",
         }
     }
 
@@ -239,7 +263,9 @@ impl Pass<'_> {
         }
         if let Err(why) = self.engine_ended() {
             self.undetached = Some(why.clone());
-            self.wait("Detaching", format!("detachment waits: {why}"));
+            let condition =
+                Condition::new(READY, ConditionStatus::False, "Detaching", format!("detachment waits: {why}"));
+            self.wait_for(condition.with_hint(self.engine_hint()));
             return;
         }
         // Replicas end after the engine, which closes them cleanly.
@@ -289,7 +315,7 @@ impl Pass<'_> {
         }
         self.undetached = None;
         self.waits = Some(Condition::new(
-            api::names::condition::READY,
+            READY,
             ConditionStatus::False,
             "Deleting",
             format!("deletion waits for {} to be removed", rest.join(", ")),
@@ -329,6 +355,9 @@ fn in_sync(engine: &Engine) -> BTreeSet<String> {
 pub(crate) fn name_of_replica(replica: &Replica) -> &str {
     replica.metadata.name.as_deref().unwrap_or_default()
 }
+
+/// Reason of `Ready`: the engine ended for good under users of the device.
+pub(crate) const ENGINE_LOST: &str = "EngineLost";
 
 pub(crate) const DETACHED_CONDITION: &str = DETACHED;
 

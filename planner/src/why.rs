@@ -98,6 +98,8 @@ impl Story<'_> {
             if condition.message.is_empty() || !self.is_told(&condition.message) {
                 let text = self.sentence(condition);
                 self.say(text);
+            } else if !condition.hint.is_empty() && !self.is_told(&condition.hint) {
+                self.say(format!("You can: {}", sentence_stop(&condition.hint)));
             }
         }
     }
@@ -117,8 +119,7 @@ impl Story<'_> {
         }
         text += &self.next_attempt(&condition.next_retry_time);
         if !condition.hint.is_empty() {
-            let stop = if condition.hint.ends_with('.') { "" } else { "." };
-            text += &format!(" You can: {}{stop}", condition.hint);
+            text += &format!(" You can: {}", sentence_stop(&condition.hint));
         }
         text
     }
@@ -144,7 +145,9 @@ fn is_problem(condition: &Condition) -> bool {
         types::WAIT_FOR_BACKING_IMAGE | types::BACKING_IMAGE_INCOMPATIBLE => ConditionStatus::True,
         _ => ConditionStatus::False,
     };
-    condition.status == bad && !(condition.message.is_empty() && condition.reason.is_empty())
+    // What nobody can tell is a problem when somebody says why.
+    let is_unknown = condition.status == ConditionStatus::Unknown && !condition.message.is_empty();
+    is_unknown || condition.status == bad && !(condition.message.is_empty() && condition.reason.is_empty())
 }
 
 /// A text with a capital letter and a full stop, so that sentences can follow it.
@@ -152,8 +155,13 @@ fn sentence_end(text: &str) -> String {
     let text = text.trim_end();
     let mut chars = text.chars();
     let first = chars.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
+    format!("{first}{}", sentence_stop(chars.as_str()))
+}
+
+/// A text with a full stop.
+fn sentence_stop(text: &str) -> String {
     let stop = if text.ends_with(['.', '!', '?']) { "" } else { "." };
-    format!("{first}{}{stop}", chars.as_str())
+    format!("{text}{stop}")
 }
 
 /// `1 disk`, `3 disks`.

@@ -41,6 +41,43 @@ pub struct Config {
     pub no_replica_hold_ms: u64,
     /// How long the holder waits for a working engine before it aborts the FUSE connection.
     pub holder_limit_ms: u64,
+    /// An engine that answers nobody for this long is killed and replaced.
+    #[serde(default = "default_silence_limit_ms")]
+    pub silence_limit_ms: u64,
+    /// Whether another engine may take the place of one that died; otherwise the device ends with it, as on a kernel before 6.9.
+    #[serde(default = "yes")]
+    pub replace_engine: bool,
+    /// The program of the next engine; absent: the holder's own. The holder reads it before each start.
+    #[serde(default)]
+    pub program: Option<PathBuf>,
+}
+
+/// For a configuration that an older version wrote.
+fn default_silence_limit_ms() -> u64 {
+    10_000
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What a holder says while no engine serves, or the one that serves is silent: the file `<control socket>.holder`, absent while
+/// all is well. Times are milliseconds since 1970.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct HolderReport {
+    /// What is wrong, a sentence.
+    pub problem: String,
+    /// The engine is there and does not answer; otherwise there is none.
+    pub silent: bool,
+    /// Since when I/O waits.
+    pub since_ms: u64,
+    /// Engines that were started since then.
+    pub attempts: u32,
+    /// What happens when nothing gets better, and when.
+    pub then: String,
+    pub deadline_ms: u64,
+    pub next_attempt_ms: Option<u64>,
 }
 
 /// A request to an engine.
@@ -53,6 +90,9 @@ pub enum Request {
     Watch,
     /// Finish what is in flight, flush, close the replicas cleanly, unmount, end. Refused while the device is in use.
     Shutdown,
+    /// Finish what is in flight and end, so that the holder starts the next engine; the device stays. Refused with the reason
+    /// when the next one might not be able to go on.
+    HandOver,
 }
 
 /// The reply to a [`Request`].
@@ -98,4 +138,6 @@ pub struct Status {
     pub in_flight: u32,
     /// How often an engine was started for this mount.
     pub lives: u32,
+    /// Of the program that serves.
+    pub version: String,
 }

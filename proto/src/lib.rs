@@ -14,6 +14,9 @@ pub mod csi {
     include!("generated/csi.v1.rs");
 }
 
+/// The key of the metadata in which a refusal of a role carries the name of its `ErrorKind`, which gRPC codes do not tell.
+pub const ERROR_KIND_KEY: &str = "error-kind";
+
 pub mod engine;
 pub mod generation;
 pub mod replica;

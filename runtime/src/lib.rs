@@ -7,6 +7,7 @@ pub mod backoff;
 pub mod files;
 pub mod log;
 pub mod loopback;
+pub mod memory;
 pub mod metrics;
 pub mod process;
 pub mod queue;

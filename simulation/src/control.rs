@@ -151,7 +151,11 @@ impl World {
                 agent = Some(Ok(manager::Agent {
                     api_version: 3,
                     api_min_version: 3,
-                    files: self.disks[id].known.clone(),
+                    files: self.disks[id]
+                        .known
+                        .iter()
+                        .map(|(name, file)| api::manager::FileInfo { name: name.clone(), ..file.clone() })
+                        .collect(),
                 }));
             }
         }
@@ -177,6 +181,7 @@ impl World {
             images: self.images.values().cloned().collect(),
             data_sources: self.sources.clone(),
             peers,
+            scrub_interval: std::time::Duration::ZERO,
             memory: self.manager_memory.get(&name).cloned().unwrap_or_default(),
         };
         let decision = manager::decide(&observed);
@@ -205,6 +210,8 @@ impl World {
                         api::manager::FileInfo { uuid: file.uuid, state: CopyState::InProgress, ..Default::default() };
                     self.disks.get_mut(id).expect("disks stay").known.insert(file.image, info);
                 }
+                // Reading changes nothing here.
+                manager::Action::VerifyFile { .. } => {}
                 manager::Action::Remove => {
                     delete(&mut self.managers, &name, self.now);
                     remove_finalizer(&mut self.managers, &name);

@@ -3,6 +3,7 @@
 //! Every row is a ratio of two things of the same run: the machine cancels out. Nothing here passes or fails.
 
 mod alone;
+mod csi;
 mod fio;
 mod images;
 mod kills;
@@ -30,7 +31,7 @@ pub struct Bench {
     /// Seconds of each fio job.
     #[arg(long, default_value_t = 4)]
     seconds: u32,
-    /// Parts to measure: images, volumes, idle. All when none is named.
+    /// Parts to measure: images, volumes, csi, idle. All when none is named.
     parts: Vec<String>,
     /// The program to measure; the released one when absent.
     #[arg(long, env = "BACKING_IMAGE_CSI_BINARY")]
@@ -40,8 +41,8 @@ pub struct Bench {
 /// Measures and prints.
 pub fn run(root: &Path, bench: Bench) -> anyhow::Result<()> {
     let Bench { runs, size_mib, seconds, parts, binary } = bench;
-    if let Some(part) = parts.iter().find(|p| !["images", "volumes", "idle"].contains(&p.as_str())) {
-        bail!("there is no part `{part}`; there are images, volumes and idle");
+    if let Some(part) = parts.iter().find(|p| !["images", "volumes", "csi", "idle"].contains(&p.as_str())) {
+        bail!("there is no part `{part}`; there are images, volumes, csi and idle");
     }
     let binary = std::path::absolute(binary.unwrap_or_else(|| crate::release_binary(root)))?;
     if !binary.exists() {
@@ -56,6 +57,9 @@ pub fn run(root: &Path, bench: Bench) -> anyhow::Result<()> {
         }
         if wanted("volumes") {
             volumes::measure(&binary, seconds, &mut table)?;
+        }
+        if wanted("csi") {
+            csi::measure(&binary, &mut table)?;
         }
         if wanted("idle") {
             volumes::measure_idle(&binary, &mut table)?;

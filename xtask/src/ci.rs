@@ -20,7 +20,7 @@ enum Work {
 }
 
 /// Cheap ones first; each build's artifacts serve as many steps as possible: clippy and tests share the dev profile, the sanity tests run the release binary.
-const STEPS: [Step; 9] = [
+const STEPS: [Step; 11] = [
     Step { name: "fmt", what: Work::Run(&["cargo", "fmt", "--all", "--check"], "") },
     Step { name: "tidy", what: Work::Call(crate::tidy::run) },
     Step { name: "generated", what: Work::Call(|_| crate::generate::run(true)) },
@@ -31,6 +31,8 @@ const STEPS: [Step; 9] = [
         what: Work::Run(&["cargo", "clippy", "--workspace", "--tests", "--locked", "--", "-D", "warnings"], ""),
     },
     Step { name: "test", what: Work::Run(&["cargo", "test", "--workspace", "--locked"], "") },
+    Step { name: "simulate", what: Work::Call(|root| crate::simulate::run(root, &Default::default())) },
+    Step { name: "fuzz", what: Work::Call(crate::fuzz::run_short) },
     Step { name: "release", what: Work::Run(&["cargo", "build", "--release", "--locked"], "") },
     Step {
         name: "sanity",
@@ -38,20 +40,48 @@ const STEPS: [Step; 9] = [
     },
 ];
 
+/// The long form of what searches at random: hours instead of seconds.
+const LONG_STEPS: [Step; 5] = [
+    Step { name: "simulate", what: Work::Run(&["cargo", "xtask", "simulate", "--long"], "") },
+    Step { name: "fuzz", what: Work::Run(&["cargo", "xtask", "fuzz", "--long"], "") },
+    Step { name: "release", what: Work::Run(&["cargo", "build", "--release", "--locked"], "") },
+    Step {
+        name: "rounds",
+        what: Work::Run(
+            &["go", "test", "-count=1", "-timeout=6h", "-v", "-run=TestKillsAtRandom", ".", "-long"],
+            "sanity-tests",
+        ),
+    },
+    Step {
+        name: "power",
+        what: Work::Run(
+            &["env", "POWER_CUTS=400", "go", "test", "-count=1", "-timeout=6h", "-v", "-run=LossOfPower", "."],
+            "sanity-tests",
+        ),
+    },
+];
+
 /// Runs the steps of these names (all when none is named), in order, until the first that fails.
-pub fn run(root: &Path, only: &[String]) -> anyhow::Result<()> {
-    if let Some(name) = only.iter().find(|name| !STEPS.iter().any(|s| s.name == name.as_str())) {
-        bail!("there is no step `{name}`; there are {}", STEPS.map(|s| s.name).join(", "));
+pub fn run(root: &Path, only: &[String], long: bool) -> anyhow::Result<()> {
+    let steps: &[Step] = if long { &LONG_STEPS } else { &STEPS };
+    if let Some(name) = only.iter().find(|name| !steps.iter().any(|s| s.name == name.as_str())) {
+        let names: Vec<&str> = steps.iter().map(|s| s.name).collect();
+        bail!("there is no step `{name}`; there are {}", names.join(", "));
     }
     let mut done: Vec<(&str, Duration, bool)> = vec![];
     let mut failure = None;
-    for step in STEPS.iter().filter(|s| only.is_empty() || only.iter().any(|name| name == s.name)) {
+    for step in steps.iter().filter(|s| only.is_empty() || only.iter().any(|name| name == s.name)) {
         eprintln!("== {}", step.name);
         let began = Instant::now();
         let result = step.run(root);
         done.push((step.name, began.elapsed(), result.is_ok()));
         if let Err(error) = result {
-            failure = Some(error.context(format!("step `{}` failed (alone: cargo xtask ci {})", step.name, step.name)));
+            failure = Some(error.context(format!(
+                "step `{}` failed (alone: cargo xtask ci {}{})",
+                step.name,
+                if long { "--long " } else { "" },
+                step.name
+            )));
             break;
         }
     }
@@ -98,8 +128,10 @@ mod tests {
 
     #[test]
     fn refuses_a_step_that_does_not_exist() {
-        let error = run(Path::new("/"), &["tests".into()]).unwrap_err().to_string();
+        let error = run(Path::new("/"), &["tests".into()], false).unwrap_err().to_string();
         assert!(error.contains("no step `tests`") && error.contains("sanity"), "{error}");
+        let error = run(Path::new("/"), &["sanity".into()], true).unwrap_err().to_string();
+        assert!(error.contains("no step `sanity`") && error.contains("rounds"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod ci;
 mod fuzz;
 mod generate;
 mod metadata;
+mod simulate;
 mod supply;
 mod tidy;
 
@@ -37,10 +38,15 @@ enum Task {
     Fuzz(fuzz::Fuzz),
     /// Measures the released binary and prints the table of docs/performance.md.
     Bench(bench::Bench),
+    /// Runs the data plane in its simulation, with faults everywhere: 100,000 seeded runs, more or one.
+    Simulate(simulate::Simulate),
     /// Runs all that CI runs, or the named steps.
     Ci {
         /// Steps to run; all when none is named.
         steps: Vec<String>,
+        /// The long form of what searches at random, for hours, instead of all that CI runs.
+        #[arg(long)]
+        long: bool,
     },
 }
 
@@ -65,7 +71,8 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Supply => supply::run(root),
         Task::Fuzz(options) => fuzz::run(root, &options),
         Task::Bench(options) => bench::run(root, options),
-        Task::Ci { steps } => ci::run(root, &steps),
+        Task::Simulate(options) => simulate::run(root, &options),
+        Task::Ci { steps, long } => ci::run(root, &steps, long),
     }
 }
 

@@ -1,8 +1,9 @@
-//! House rules that the compiler does not know: file headers, file lengths, unfinished marks, foreign paths, sleeps in tests, arrows between rooms, promises without a test.
+//! House rules that the compiler does not know: file headers, file lengths, unfinished marks, foreign paths, sleeps in tests, arrows between rooms, promises and faults without a test.
 //!
 //! Every rule is a pure function over text, so that its test can break it.
 
 mod arrows;
+mod faults;
 mod files;
 mod promises;
 
@@ -14,6 +15,9 @@ use anyhow::{Context, bail};
 
 /// What the product promises.
 const SEMANTICS: &str = "docs/semantics.md";
+
+/// Every fault, and what shows that it is survived.
+const FAULTS: &str = "docs/faults.md";
 
 /// Checks every tracked or new file of the workspace; fails with the list of what is wrong.
 pub fn run(root: &Path) -> anyhow::Result<()> {
@@ -29,6 +33,8 @@ pub fn run(root: &Path) -> anyhow::Result<()> {
     let semantics =
         std::fs::read_to_string(root.join(SEMANTICS)).with_context(|| format!("cannot read {SEMANTICS}"))?;
     problems.extend(promises::check(SEMANTICS, &semantics, &tests));
+    let faults = std::fs::read_to_string(root.join(FAULTS)).with_context(|| format!("cannot read {FAULTS}"))?;
+    problems.extend(faults::check(FAULTS, &faults, &tests));
     if !problems.is_empty() {
         for problem in &problems {
             eprintln!("tidy: {problem}");

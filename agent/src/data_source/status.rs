@@ -1,8 +1,9 @@
-//! What a data source says about its file: Longhorn's JSON (LF 5.2) with `format` and `nextRetryTime` of ours.
+//! What a data source says about its file: Longhorn's JSON (LF 5.2) with `format`, `nextRetryTime` and `errorKind` of ours.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use api::ErrorKind;
 use api::ids::DiskId;
 use api::image::CopyState;
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Config, PARAMETER_URL};
 use crate::config_file::FileConfig;
 use crate::download::Event;
+use crate::error::AgentError;
 use crate::source_url::SourceUrl;
 
 /// The answer to `GET /v1/file`.
@@ -41,6 +43,9 @@ pub struct FileStatus {
     pub format: String,
     /// Ours: when the next try comes, RFC 3339; empty when none is scheduled.
     pub next_retry_time: String,
+    /// Ours: the kind of failure that `message` tells of, once the preparation has failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_kind: Option<ErrorKind>,
     /// Stays in `message` while nothing more urgent is there.
     #[serde(skip)]
     note: String,
@@ -82,6 +87,10 @@ impl FileStatus {
                 self.message = problem;
                 self.next_retry_time = format!("{next_retry:.0}");
             }
+            Event::Resumed { bytes } => {
+                self.note = format!("went on after the first {bytes} bytes, which an earlier process had received");
+                self.message.clone_from(&self.note);
+            }
             Event::Restarted { reason } => {
                 self.processed_size = 0;
                 self.progress = 0;
@@ -105,9 +114,10 @@ impl FileStatus {
         self.next_retry_time.clear();
     }
 
-    pub(super) fn fail(&mut self, message: String) {
+    pub(super) fn fail(&mut self, error: &AgentError) {
         self.state = CopyState::Failed;
-        self.message = message;
+        self.message = error.chain();
+        self.error_kind = Some(error.kind());
         self.next_retry_time.clear();
     }
 

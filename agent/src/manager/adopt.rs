@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use api::image::CopyState;
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::registry::{Copy, Registry};
@@ -24,7 +25,7 @@ pub(super) enum Found {
     /// It must be read to know.
     Doubtful(Doubt),
     /// It cannot be used.
-    Useless(String),
+    Useless(AgentError),
 }
 
 /// What a file can be verified against.
@@ -65,9 +66,11 @@ pub(super) fn look(files: &FileSet, key: &ImageKey) -> Result<Found, AgentError>
         (Some(config), None) if !config.current_checksum.is_empty() || !config.expected_checksum.is_empty() => {
             Found::Doubtful(Doubt { config, manifest: None })
         }
-        (_, None) => Found::Useless(
-            "neither `backing.cfg` nor `backing.chunks` says what this file should be: delete the copy, or sync it again".into(),
-        ),
+        (_, None) => Found::Useless(AgentError::NotReady {
+            message: "neither `backing.cfg` nor `backing.chunks` says what this file should be: \
+                      delete the copy, or sync it again"
+                .into(),
+        }),
     })
 }
 
@@ -122,7 +125,11 @@ impl Doubt {
                 made
             }
         };
-        let config = describe(&file, &files.file, &manifest, &self.config.expected_checksum)?;
+        let config = FileConfig {
+            verified_at: format!("{:.0}", Timestamp::now()),
+            damage: self.config.damage.clone(),
+            ..describe(&file, &files.file, &manifest, &self.config.expected_checksum)?
+        };
         let after = file.metadata().map_err(AgentError::io("look at", &files.file))?;
         if crate::config_file::modification_time(&before) != crate::config_file::modification_time(&after) {
             return Err(AgentError::NotReady { message: "the file was changed while it was verified".into() });
@@ -148,7 +155,7 @@ impl Registry {
         match blocking(move || look(&files, &own)).await? {
             Found::Nothing => return Ok(false),
             Found::Unchanged(config) => self.put(key, Copy::ready(&config)),
-            Found::Useless(message) => self.put(key, Copy::failed(message)),
+            Found::Useless(error) => self.put(key, Copy::failed(&error)),
             Found::Doubtful(doubt) => self.start_verification(key, doubt),
         }
         Ok(true)
@@ -176,10 +183,7 @@ impl Registry {
                     Err(AgentError::Cancelled) => {}
                     Err(error) => {
                         tracing::error!(image = %own, error = error.chain(), "copy is damaged");
-                        registry.change(&own, |copy| {
-                            copy.state = CopyState::Failed;
-                            copy.message = error.chain();
-                        });
+                        registry.change(&own, |copy| copy.fail(&error));
                     }
                 }
             })
@@ -215,11 +219,14 @@ impl Registry {
             Ok(Some(false)) => {
                 tracing::warn!(image = %key, "copy was changed from outside");
                 if let Err(error) = self.adopt(key).await {
-                    self.put(key, Copy::failed(error.chain()));
+                    self.put(key, Copy::failed(&error));
                 }
             }
-            Ok(None) => self.put(key, Copy::failed("the file is gone from the disk: sync the copy again".into())),
-            Err(error) => self.put(key, Copy::failed(error.chain())),
+            Ok(None) => {
+                let message = "the file is gone from the disk: sync the copy again".into();
+                self.put(key, Copy::failed(&AgentError::NotFound { message }));
+            }
+            Err(error) => self.put(key, Copy::failed(&error)),
         }
     }
 }

@@ -115,15 +115,16 @@ impl Registry {
                 registry.change(&own, |copy| copy.state = CopyState::Starting);
                 let (reporter, of) = (registry.clone(), own.clone());
                 let report = Arc::new(move |step| report(&reporter, &of, step));
-                match pull(what, report, cancel).await {
+                let done = match registry.repair(&what, &*report, &cancel).await {
+                    Some(repaired) => repaired,
+                    None => pull(what, report, cancel).await,
+                };
+                match done {
                     Ok(config) => registry.put(&own, Copy::ready(&config)),
                     Err(AgentError::Cancelled) => {}
                     Err(error) => {
                         tracing::error!(image = %own, error = error.chain(), "sync failed");
-                        registry.change(&own, |copy| {
-                            copy.state = CopyState::Failed;
-                            copy.message = error.chain();
-                        });
+                        registry.change(&own, |copy| copy.fail(&error));
                     }
                 }
             })

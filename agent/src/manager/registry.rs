@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use api::ErrorKind;
 use api::ids::DiskId;
 use api::image::CopyState;
 use proto::bimrpc::{BackingImageResponse, BackingImageSpec, BackingImageStatus};
@@ -13,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config_file::FileConfig;
+use crate::error::AgentError;
 use crate::layout::{Disk, ImageKey};
-use crate::limits::{MAX_PEER_READS, MAX_SYNCS, MAX_VERIFICATIONS, PROGRESS_INTERVAL};
+use crate::limits::{MAX_PEER_READS, MAX_SCRUBS, MAX_SYNCS, MAX_VERIFICATIONS, PROGRESS_INTERVAL};
 
 /// One copy as it is reported.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -32,6 +34,10 @@ pub(super) struct Copy {
     pub format: String,
     /// Of the file, when the copy was found or made ready.
     pub modification_time: String,
+    /// The kind of failure that `message` tells of.
+    pub kind: Option<ErrorKind>,
+    pub verified_at: String,
+    pub damage: String,
 }
 
 impl Copy {
@@ -47,13 +53,24 @@ impl Copy {
             progress: 100,
             format: config.format.clone(),
             modification_time: config.modification_time.clone(),
+            verified_at: config.verified_at.clone(),
+            damage: config.damage.clone(),
             ..Default::default()
         }
     }
 
     /// A copy that cannot be used.
-    pub fn failed(message: String) -> Copy {
-        Copy { state: CopyState::Failed, message, ..Default::default() }
+    pub fn failed(error: &AgentError) -> Copy {
+        let mut copy = Copy::default();
+        copy.fail(error);
+        copy
+    }
+
+    /// The same copy, which cannot be used any more.
+    pub fn fail(&mut self, error: &AgentError) {
+        self.state = CopyState::Failed;
+        self.message = error.chain();
+        self.kind = Some(error.kind());
     }
 
     pub fn response(&self, key: &ImageKey) -> BackingImageResponse {
@@ -75,6 +92,9 @@ impl Copy {
                 checksum: self.current_checksum.clone(),
             }),
             format: self.format.clone(),
+            error_kind: self.kind.map(|kind| kind.as_str().to_owned()).unwrap_or_default(),
+            verified_at: self.verified_at.clone(),
+            damage: self.damage.clone(),
         }
     }
 }
@@ -92,6 +112,8 @@ struct Entry {
 pub(super) struct Work {
     pub cancel: CancellationToken,
     pub task: JoinHandle<()>,
+    /// Bytes a second, when it reads a ready copy again.
+    pub pace: Option<u64>,
 }
 
 /// All copies of one disk.
@@ -101,6 +123,8 @@ pub(super) struct Registry {
     pub idle_timeout: Duration,
     pub syncs: Semaphore,
     pub verifications: Semaphore,
+    /// Slow readings, apart from the others so that nobody waits for one.
+    pub scrubs: Semaphore,
     pub peer_reads: Arc<Semaphore>,
     pub tasks: CancellationToken,
     pub tracker: TaskTracker,
@@ -119,6 +143,7 @@ impl Registry {
             idle_timeout,
             syncs: Semaphore::new(MAX_SYNCS),
             verifications: Semaphore::new(MAX_VERIFICATIONS),
+            scrubs: Semaphore::new(MAX_SCRUBS),
             peer_reads: Arc::new(Semaphore::new(MAX_PEER_READS)),
             tasks,
             tracker: TaskTracker::new(),
@@ -196,11 +221,39 @@ impl Registry {
 
     /// Starts the task of a copy, which replaces the one before it.
     pub fn start(self: &Arc<Self>, key: &ImageKey, task: impl FnOnce(CancellationToken) -> JoinHandle<()>) {
+        self.replace_work(key, None, task);
+    }
+
+    /// The same for a task that reads a ready copy again.
+    pub fn start_at_pace(
+        self: &Arc<Self>,
+        key: &ImageKey,
+        pace: u64,
+        task: impl FnOnce(CancellationToken) -> JoinHandle<()>,
+    ) {
+        self.replace_work(key, Some(pace), task);
+    }
+
+    fn replace_work(
+        self: &Arc<Self>,
+        key: &ImageKey,
+        pace: Option<u64>,
+        task: impl FnOnce(CancellationToken) -> JoinHandle<()>,
+    ) {
         let cancel = self.tasks.child_token();
-        let work = Work { task: task(cancel.clone()), cancel };
-        if let Some(entry) = self.entries().get_mut(key) {
-            entry.work = Some(work);
+        let work = Work { task: task(cancel.clone()), cancel, pace };
+        let mut entries = self.entries();
+        let former = entries.get_mut(key).and_then(|entry| entry.work.replace(work));
+        if let Some(former) = former {
+            former.cancel.cancel();
         }
+    }
+
+    /// How fast a ready copy is being read again, if it is.
+    pub fn pace(&self, key: &ImageKey) -> Option<u64> {
+        let entries = self.entries();
+        let work = entries.get(key)?.work.as_ref().filter(|work| !work.task.is_finished())?;
+        work.pace
     }
 
     /// Takes the task of a copy, to end it.

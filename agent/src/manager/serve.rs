@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
@@ -12,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use futures::stream::{self, Stream, StreamExt};
+use rustix::buffer::spare_capacity;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::OwnedSemaphorePermit;
@@ -113,8 +113,16 @@ fn read(reading: Reading) -> impl Stream<Item = Result<Bytes, AgentError>> {
         }
         let (file, offset) = (reading.file.clone(), reading.position);
         let bytes = blocking(move || {
-            let mut bytes = vec![0; length as usize];
-            file.read_exact_at(&mut bytes, offset).map_err(AgentError::io("read", "the copy"))?;
+            // Without zeroing it first.
+            let mut bytes = Vec::with_capacity(length as usize);
+            while bytes.len() < length as usize {
+                let position = offset + bytes.len() as u64;
+                let read = rustix::io::pread(&*file, spare_capacity(&mut bytes), position).map_err(io::Error::from);
+                if read.map_err(AgentError::io("read", "the copy"))? == 0 {
+                    return Err(AgentError::io("read", "the copy")(io::ErrorKind::UnexpectedEof.into()));
+                }
+            }
+            bytes.truncate(length as usize);
             Ok(Bytes::from(bytes))
         })
         .await;

@@ -9,14 +9,16 @@ use futures::stream::{Stream, StreamExt};
 use proto::bimrpc::backing_image_manager_service_server::BackingImageManagerService;
 use proto::bimrpc::{
     BackingImageResponse, BackupCreateRequest, BackupStatusRequest, BackupStatusResponse, DeleteRequest, FetchRequest,
-    GetRequest, ListResponse, PrepareDownloadRequest, PrepareDownloadResponse, SendRequest, SyncRequest,
+    GetRequest, ListResponse, PrepareDownloadRequest, PrepareDownloadResponse, SendRequest, SyncRequest, VerifyRequest,
     VersionResponse,
 };
 use tokio_stream::wrappers::WatchStream;
+use tonic::metadata::MetadataValue;
 use tonic::{Code, Request, Response, Status};
 
 use super::operations::Wanted;
 use super::registry::Registry;
+use super::verification::Verification;
 use crate::error::AgentError;
 use crate::layout::ImageKey;
 
@@ -49,7 +51,9 @@ fn status(error: AgentError) -> Status {
     if code == Code::Internal {
         tracing::error!(error = error.chain(), "call failed");
     }
-    Status::new(code, error.chain())
+    let mut status = Status::new(code, error.chain());
+    status.metadata_mut().insert(proto::ERROR_KIND_KEY, MetadataValue::from_static(error.kind().as_str()));
+    status
 }
 
 fn unsupported<T>(what: &str, instead: &str) -> Result<Response<T>, Status> {
@@ -116,6 +120,14 @@ impl BackingImageManagerService for Service {
         let wanted = Wanted::parse(request.spec).map_err(status)?;
         let key = wanted.key.clone();
         let copy = self.registry.fetch(wanted, &request.data_source_address).await.map_err(status)?;
+        Ok(Response::new(copy.response(&key)))
+    }
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<BackingImageResponse>, Status> {
+        let request = request.into_inner();
+        let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
+        let wish = Verification::parse(&request.requested_at, request.bytes_per_second).map_err(status)?;
+        let copy = self.registry.verify(key.clone(), wish).await.map_err(status)?;
         Ok(Response::new(copy.response(&key)))
     }
 

@@ -68,6 +68,9 @@ fn accepts_what_qemu_makes() {
     let odd = dir.path().join("odd");
     run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", odd.to_str().unwrap(), "1000448"]);
     judge(&odd).unwrap();
+    let marked = qcow2(dir.path(), "marked", &[]);
+    run("qemu-img", &["bitmap", "--add", marked.to_str().unwrap(), "b"]);
+    judge(&marked).unwrap();
 }
 
 #[test]
@@ -167,6 +170,121 @@ fn refuses_an_l2_table_that_is_used_twice() {
     bytes[l1 + free * 8..][..8].copy_from_slice(&used.to_be_bytes());
     std::fs::write(&path, bytes).unwrap();
     assert!(refused(&path).contains("used twice"), "{}", refused(&path));
+}
+
+/// A copy of a good file with some bytes changed.
+fn changed(whole: &[u8], path: &Path, changes: &[(usize, &[u8])]) -> String {
+    let mut bytes = whole.to_vec();
+    for (position, change) in changes {
+        bytes[*position..position + change.len()].copy_from_slice(change);
+    }
+    std::fs::write(path, &bytes).unwrap();
+    refused(path)
+}
+
+#[test]
+fn refuses_tables_that_overlap() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = qcow2(dir.path(), "o", &[]);
+    let whole = std::fs::read(&path).unwrap();
+    let (l1, refcounts) = (be64(&whole, 40), be64(&whole, 48));
+    let l2 = be64(&whole, l1 as usize) & OFFSET_MASK;
+    let block = be64(&whole, refcounts as usize);
+    let entry = (0..8192).map(|i| l2 as usize + i * 8).find(|at| be64(&whole, *at) != 0).unwrap();
+    let data = |offset: u64| (be64(&whole, entry) & !OFFSET_MASK | offset).to_be_bytes();
+    let table = |offset: u64| (1u64 << 63 | offset).to_be_bytes();
+    type Case<'a> = (&'a str, &'a [(usize, &'a [u8])], &'a str);
+    let cases: &[Case<'_>] = &[
+        ("L1 = refcount", &[(40, &refcounts.to_be_bytes())], "the L1 table and the refcount table overlap"),
+        ("L2 = header", &[(l1 as usize, &table(0x200))], "an invalid L1 entry"),
+        ("L2 = L1", &[(l1 as usize, &table(l1))], "an L2 table and the L1 table overlap"),
+        ("L2 = refcount", &[(l1 as usize, &table(refcounts))], "an L2 table and the refcount table overlap"),
+        ("L2 = block", &[(l1 as usize, &table(block))], "an L2 table and a refcount block overlap"),
+        ("block = L1", &[(refcounts as usize, &l1.to_be_bytes())], "a refcount block and the L1 table overlap"),
+        ("two blocks", &[(refcounts as usize + 8, &block.to_be_bytes())], "is used twice"),
+        ("data = L2", &[(entry, &data(l2))], "a data cluster and an L2 table overlap"),
+        ("data = L1", &[(entry, &data(l1))], "a data cluster and the L1 table overlap"),
+        (
+            "compressed = L2",
+            &[(entry, &(L2_COMPRESSED | (l2 + 512)).to_be_bytes())],
+            "a data cluster and an L2 table overlap",
+        ),
+    ];
+    for (what, changes, expected) in cases {
+        let error = changed(&whole, &path, changes);
+        let (one, other) = expected.split_once(" and ").unwrap_or((expected, ""));
+        let turned = format!("{} and {one} overlap", other.trim_end_matches(" overlap"));
+        assert!(error.contains(expected) || error.contains(&turned), "{what}: {error}");
+    }
+    // A file with a table of one entry only, so that the header itself is the L1 table.
+    assert!(changed(&whole, &path, &[(40, &0u64.to_be_bytes())]).contains("not at the start of a cluster"));
+}
+
+#[test]
+fn refuses_a_compressed_cluster_beyond_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = qcow2(dir.path(), "c", &["-c"]);
+    let whole = std::fs::read(&path).unwrap();
+    let l2 = (be64(&whole, be64(&whole, 40) as usize) & OFFSET_MASK) as usize;
+    let entry = (0..8192).map(|i| l2 + i * 8).find(|at| be64(&whole, *at) & L2_COMPRESSED != 0).unwrap();
+    let end = whole.len() as u64;
+    for descriptor in [end, end + (1 << 40), (1 << 54) - 1, (0xffu64 << 54) | (end - 512)] {
+        let error = changed(&whole, &path, &[(entry, &(L2_COMPRESSED | descriptor).to_be_bytes())]);
+        assert!(error.contains("a compressed cluster") && error.contains("beyond its end"), "{descriptor:#x}: {error}");
+    }
+}
+
+#[test]
+fn refuses_a_virtual_size_out_of_all_proportion() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("huge");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "17T"]);
+    assert!(path.metadata().unwrap().len() < 1 << 20, "a small file that claims much");
+    assert!(refused(&path).contains("above the limit of 17592186044416"), "{}", refused(&path));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "16T"]);
+    judge(&path).unwrap();
+}
+
+#[test]
+fn refuses_header_extensions_that_lie() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = qcow2(dir.path(), "x", &[]);
+    let whole = std::fs::read(&path).unwrap();
+    let start = be32(&whole, 100) as usize;
+    let extension = |kind: u32, length: u32| [kind.to_be_bytes(), length.to_be_bytes()].concat();
+    let cases: &[(&str, Vec<u8>, &str)] = &[
+        ("longer than the header", extension(0x6803_f857, 1 << 16), "longer than the header"),
+        ("longer than any file", extension(0x1234_5678, u32::MAX), "longer than the header"),
+        ("a data file", [extension(EXTENSION_DATA_FILE, 8), b"/etc/pwd".to_vec()].concat(), "external data file"),
+        ("encryption", [extension(EXTENSION_ENCRYPTION, 16), vec![0; 16]].concat(), "encrypted"),
+        ("short bitmaps", [extension(EXTENSION_BITMAPS, 8), vec![0; 8]].concat(), "extension of bitmaps is not"),
+        (
+            "bitmaps elsewhere",
+            [
+                extension(EXTENSION_BITMAPS, 24),
+                vec![0; 8],
+                64u64.to_be_bytes().into(),
+                (1u64 << 40).to_be_bytes().into(),
+            ]
+            .concat(),
+            "the directory of bitmaps at byte 1099511627776 lies beyond its end",
+        ),
+        (
+            "bitmaps in the L1 table",
+            [extension(EXTENSION_BITMAPS, 24), vec![0; 8], 64u64.to_be_bytes().into(), whole[40..48].into()].concat(),
+            "the directory of bitmaps overlap",
+        ),
+        (
+            "too many bitmaps",
+            [extension(EXTENSION_BITMAPS, 24), vec![0; 8], (1u64 << 40).to_be_bytes().into(), vec![0; 8]].concat(),
+            "extension of bitmaps is not",
+        ),
+        ("without an end", extension(0x1234_5678, 0).repeat(65), "too many header extensions"),
+    ];
+    for (what, bytes, expected) in cases {
+        let error = changed(&whole, &path, &[(start, bytes)]);
+        assert!(error.contains(expected), "{what}: {error}");
+    }
 }
 
 fn minimal() -> Vec<u8> {

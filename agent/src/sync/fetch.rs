@@ -2,22 +2,26 @@
 //!
 //! A worker that finds the queue empty takes the second half of what a worker of another peer still has to do, so that a
 //! slow peer delays the end by one chunk only.
+//!
+//! A request is the work of one thread from its first byte to its last: read, compare, write. Handing every chunk from task to
+//! task costs more than the hash.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fs::File;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::{Pull, Report, Step, runs};
+use crate::direct::{Buffer, DirectFile};
 use crate::error::{AgentError, blocking, chain};
-use crate::limits::{CHUNKS_PER_REQUEST, MAX_PEER_FAILURES, STREAMS_PER_PEER};
+use crate::layout::ImageKey;
+use crate::limits::{CHUNK_BYTES, CHUNKS_PER_REQUEST, MAX_PEER_FAILURES, STREAMS_PER_PEER};
 use crate::manifest::Manifest;
-use crate::peer::{Peer, PeerError};
+use crate::peer::{Connection, Peer, PeerError};
 use crate::sparse;
 
 /// Pause after a failed request, times the failures in a row.
@@ -26,12 +30,13 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Wrong chunks after which a peer is dropped: its disk is bad, and every wrong chunk costs a transfer.
 const MAX_BAD_CHUNKS: usize = 8;
 
-struct Fetch<'a> {
-    what: &'a Pull,
+struct Fetch {
+    key: ImageKey,
+    partial: PathBuf,
     peers: Vec<Peer>,
-    manifest: &'a Arc<Manifest>,
-    file: &'a Arc<File>,
-    report: &'a Report,
+    manifest: Arc<Manifest>,
+    file: Arc<DirectFile>,
+    report: Report,
     work: Mutex<Work>,
     wake: Notify,
 }
@@ -72,7 +77,7 @@ pub(super) async fn all(
     what: &Pull,
     peers: Vec<Peer>,
     manifest: &Arc<Manifest>,
-    file: &Arc<File>,
+    file: &Arc<DirectFile>,
     missing: Vec<u64>,
     report: &Report,
     cancel: &CancellationToken,
@@ -87,14 +92,27 @@ pub(super) async fn all(
         done_bytes: manifest.data_bytes() - missing_bytes,
         error: None,
     };
-    let fetch = Fetch { what, peers, manifest, file, report, work: Mutex::new(work), wake: Notify::new() };
+    let fetch = Arc::new(Fetch {
+        key: what.key.clone(),
+        partial: what.files.partial.clone(),
+        peers,
+        manifest: manifest.clone(),
+        file: file.clone(),
+        report: report.clone(),
+        work: Mutex::new(work),
+        wake: Notify::new(),
+    });
     let workers = (0..fetch.peers.len() * STREAMS_PER_PEER).map(|worker| fetch.run(worker));
     tokio::select! {
         _ = futures::future::join_all(workers) => {}
-        () = cancel.cancelled() => return Err(AgentError::Cancelled),
+        () = cancel.cancelled() => {
+            // For the threads, which may still have bytes to read.
+            fetch.work().error = Some(AgentError::Cancelled);
+            return Err(AgentError::Cancelled);
+        }
     }
-    let work = fetch.work.into_inner().expect("no worker panicked");
-    match work.error {
+    let mut work = fetch.work();
+    match work.error.take() {
         Some(error) => Err(error),
         None if work.queue.is_empty() => Ok(()),
         None => {
@@ -104,13 +122,18 @@ pub(super) async fn all(
     }
 }
 
-impl Fetch<'_> {
-    async fn run(&self, worker: usize) {
+impl Fetch {
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().expect("no worker panicked")
+    }
+
+    async fn run(self: &Arc<Self>, worker: usize) {
+        let mut connection = None;
         loop {
             let notified = self.wake.notified();
             tokio::pin!(notified);
             notified.as_mut().enable();
-            let next = self.work.lock().expect("no worker panicked").next(worker, self.peers.len());
+            let next = self.work().next(worker, self.peers.len());
             let next = next.unwrap_or_else(|chunk| self.give_up(chunk));
             match next {
                 Next::End => {
@@ -119,7 +142,7 @@ impl Fetch<'_> {
                 }
                 Next::Wait => notified.await,
                 Next::Fetch(range) => {
-                    let outcome = self.request(worker, range).await;
+                    let outcome = self.request(worker, range, &mut connection).await;
                     let pause = self.settle(worker, outcome);
                     self.wake.notify_waiters();
                     if let Some(pause) = pause {
@@ -130,61 +153,82 @@ impl Fetch<'_> {
         }
     }
 
-    async fn request(&self, worker: usize, chunks: Range<u64>) -> Result<Outcome, AgentError> {
-        let mut outcome = Outcome::default();
-        let client = &self.peers[peer_of(worker)];
-        let bytes = self.manifest.range(chunks.start).start..self.manifest.range(chunks.end - 1).end;
-        let mut response = match client.range(&self.what.key, bytes).await {
-            Ok(response) => response,
-            Err(problem) => {
-                outcome.problem = Some(problem);
-                return Ok(outcome);
-            }
+    /// Asks for chunks over the connection of the worker, and keeps it when it can be used again.
+    async fn request(
+        self: &Arc<Self>,
+        worker: usize,
+        chunks: Range<u64>,
+        kept: &mut Option<Connection>,
+    ) -> Result<Outcome, AgentError> {
+        let opened = match kept.take() {
+            Some(connection) => Ok(connection),
+            None => self.peers[peer_of(worker)].connect().await,
         };
-        let mut buffer = BytesMut::new();
+        let watched = opened.and_then(|connection| {
+            let hang_up = connection.hang_up().map_err(|e| PeerError::Transfer(e.to_string()))?;
+            Ok((connection, hang_up))
+        });
+        let (mut connection, hang_up) = match watched {
+            Ok(watched) => watched,
+            Err(problem) => return Ok(Outcome { problem: Some(problem), ..Outcome::default() }),
+        };
+        let fetch = self.clone();
+        let work = move || {
+            let mut outcome = Outcome::default();
+            let is_whole = match fetch.receive(worker, chunks, &mut connection, &mut outcome)? {
+                Ok(is_whole) => is_whole,
+                Err(problem) => {
+                    outcome.problem = Some(problem);
+                    false
+                }
+            };
+            Ok((outcome, is_whole.then_some(connection)))
+        };
+        // When this future is dropped, so is `hang_up`, and the thread ends.
+        let (outcome, connection) = blocking(work).await?;
+        hang_up.keep();
+        *kept = connection;
+        Ok(outcome)
+    }
+
+    /// Reads chunks and writes those that are right. Tells whether all that was asked for was read, or what the peer did wrong.
+    fn receive(
+        &self,
+        worker: usize,
+        chunks: Range<u64>,
+        connection: &mut Connection,
+        outcome: &mut Outcome,
+    ) -> Result<Result<bool, PeerError>, AgentError> {
+        let bytes = self.manifest.range(chunks.start).start..self.manifest.range(chunks.end - 1).end;
+        if let Err(problem) = connection.ask(&self.key, &bytes) {
+            return Ok(Err(problem));
+        }
+        let mut buffer = Buffer::new(CHUNK_BYTES as usize);
         for chunk in chunks {
-            if !self.work.lock().expect("no worker panicked").begin(worker, chunk) {
-                break;
+            if !self.work().begin(worker, chunk) {
+                return Ok(Ok(false));
             }
-            let length = bytes_of(self.manifest, chunk) as usize;
-            while buffer.len() < length {
-                match client.read(&mut response).await {
-                    Ok(Some(part)) => buffer.extend_from_slice(&part),
-                    Ok(None) => outcome.problem = Some(PeerError::Transfer("it ended early".into())),
-                    Err(problem) => outcome.problem = Some(problem),
-                }
-                if outcome.problem.is_some() {
-                    return Ok(outcome);
-                }
+            let range = self.manifest.range(chunk);
+            let data = buffer.first((range.end - range.start) as usize);
+            if let Err(problem) = connection.read_exact(data) {
+                return Ok(Err(problem));
             }
-            if self.take(chunk, buffer.split_to(length).freeze()).await? {
+            if self.manifest.accepts(chunk, data) {
+                let written = self.file.write_at(range.start, data);
+                written.map_err(AgentError::io("write", &self.partial))?;
                 outcome.good += 1;
                 self.count(chunk);
             } else {
                 outcome.bad.push(chunk);
             }
-            self.work.lock().expect("no worker panicked").end(worker, chunk);
+            self.work().end(worker, chunk);
         }
-        Ok(outcome)
-    }
-
-    /// Writes a chunk if it is the right one.
-    async fn take(&self, chunk: u64, bytes: Bytes) -> Result<bool, AgentError> {
-        let (manifest, file) = (self.manifest.clone(), self.file.clone());
-        let path = self.what.files.partial.clone();
-        blocking(move || {
-            if !manifest.accepts(chunk, &bytes) {
-                return Ok(false);
-            }
-            let start = manifest.range(chunk).start;
-            sparse::write_at(&file, start, &bytes, true).map_err(AgentError::io("write", path))?;
-            Ok(true)
-        })
-        .await
+        sparse::write_back(self.file.file(), bytes);
+        Ok(Ok(true))
     }
 
     fn give_up(&self, chunk: u64) -> Next {
-        let mut work = self.work.lock().expect("no worker panicked");
+        let mut work = self.work();
         let live = self.peers.iter().enumerate().filter(|(peer, _)| !work.dropped.contains_key(peer));
         let peers = live.map(|(_, peer)| peer.address().to_string()).collect::<Vec<_>>().join(", ");
         work.error = Some(AgentError::ChunkBadEverywhere { chunk, peers });
@@ -192,8 +236,8 @@ impl Fetch<'_> {
     }
 
     fn count(&self, chunk: u64) {
-        let mut work = self.work.lock().expect("no worker panicked");
-        work.done_bytes += bytes_of(self.manifest, chunk);
+        let mut work = self.work();
+        work.done_bytes += bytes_of(&self.manifest, chunk);
         let percent = work.done_bytes * 100 / self.manifest.data_bytes().max(1);
         drop(work);
         (self.report)(Step::Progress(percent.min(99) as u32));
@@ -202,7 +246,7 @@ impl Fetch<'_> {
     /// Books what a request brought; returns how long this worker shall pause.
     fn settle(&self, worker: usize, outcome: Result<Outcome, AgentError>) -> Option<Duration> {
         let peer = peer_of(worker);
-        let mut work = self.work.lock().expect("no worker panicked");
+        let mut work = self.work();
         let rest = work.in_flight.remove(&worker).filter(|rest| !rest.is_empty());
         let outcome = match outcome {
             Ok(outcome) => outcome,
@@ -213,7 +257,7 @@ impl Fetch<'_> {
         };
         let address = self.peers[peer].address();
         for chunk in outcome.bad {
-            tracing::warn!(image = %self.what.key, peer = %address, chunk, "chunk does not match the manifest");
+            tracing::warn!(image = %self.key, peer = %address, chunk, "chunk does not match the manifest");
             work.queue.push_front(chunk..chunk + 1);
             let bad = work.bad.entry(peer).or_default();
             bad.insert(chunk);
@@ -232,7 +276,7 @@ impl Fetch<'_> {
         *failures += 1;
         let failures = *failures;
         if failures >= MAX_PEER_FAILURES || matches!(problem, PeerError::Without) {
-            tracing::warn!(image = %self.what.key, peer = %address, problem = chain(&problem), "peer dropped");
+            tracing::warn!(image = %self.key, peer = %address, problem = chain(&problem), "peer dropped");
             work.dropped.entry(peer).or_insert(chain(&problem));
         }
         Some(PAUSE * failures)
@@ -283,9 +327,9 @@ impl Work {
         Some(stolen)
     }
 
-    /// Whether a chunk is still this worker's to do.
+    /// Whether a chunk is still this worker's to do. Nothing is, once the sync has failed or was stopped.
     fn begin(&self, worker: usize, chunk: u64) -> bool {
-        self.in_flight.get(&worker).is_some_and(|range| range.contains(&chunk))
+        self.error.is_none() && self.in_flight.get(&worker).is_some_and(|range| range.contains(&chunk))
     }
 
     fn end(&mut self, worker: usize, chunk: u64) {

@@ -156,6 +156,26 @@ impl Reply {
     }
 }
 
+/// The start of the range that a request asks for.
+pub fn range_start(head: &str) -> Option<usize> {
+    let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with("range: "))?;
+    line.split_once('=')?.1.split_once('-')?.0.parse().ok()
+}
+
+/// The rest of a file from there on.
+pub fn partial(bytes: &[u8], start: usize) -> Reply {
+    let length = bytes.len();
+    Reply {
+        head: format!(
+            "HTTP/1.1 206 Partial Content\r\nContent-Length: {}\r\nContent-Range: bytes {start}-{}/{length}\r\n",
+            length - start,
+            length - 1
+        ),
+        body: bytes[start..].to_vec(),
+        stall: false,
+    }
+}
+
 /// An HTTP server that answers as a test wants.
 pub struct Source {
     pub address: SocketAddr,
@@ -233,6 +253,7 @@ pub fn impatient() -> Patience {
         idle_timeout: IDLE_TIMEOUT,
         backoff: Backoff { initial: Duration::from_millis(10), max: Duration::from_millis(20) },
         tries_without_progress: 4,
+        checkpoint_interval: Duration::from_millis(20),
     }
 }
 

@@ -162,6 +162,14 @@ fn check_wishes(mistakes: &mut Mistakes, image: &BackingImage) {
     }
     mistakes.check_tags("spec.nodeSelector", &image.spec.node_selector);
     mistakes.check_tags("spec.diskSelector", &image.spec.disk_selector);
+    let asked = &image.spec.verify_requested_at;
+    if !asked.is_empty() && asked.parse::<jiff::Timestamp>().is_err() {
+        mistakes.add(
+            "spec.verifyRequestedAt",
+            asked,
+            "it is no time; give one like 2026-01-02T03:04:05Z, or leave it out",
+        );
+    }
     for disk in image.spec.disk_file_spec_map.keys() {
         if let Err(error) = disk.parse::<DiskId>() {
             mistakes.add("spec.diskFileSpecMap", disk, format!("its keys are UUIDs of disks: {}", error.rule));

@@ -54,14 +54,22 @@ pub fn check(url: &str, allow_loopback: bool) -> Result<(), Mistake> {
     Ok(())
 }
 
-/// The address without user and password.
-pub fn redact(url: &str) -> String {
-    let Some((scheme, after)) = url.split_once("://") else { return url.to_owned() };
-    let end = after.find(['/', '?', '#']).unwrap_or(after.len());
-    match after[..end].rfind('@') {
-        Some(at) => format!("{scheme}://…{}", &after[at..]),
-        None => url.to_owned(),
-    }
+/// The address without what may be secret in it: user, password, query and fragment.
+///
+/// Readers of addresses forgive much (`http:user:pw@host`, backslashes, tabs within), and so must this. Other text stays.
+pub fn redact(text: &str) -> String {
+    let plain: String = text.trim().chars().filter(|c| !c.is_control()).collect();
+    let is_web = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+    let (scheme, after) = match plain.split_once(':') {
+        Some((scheme, rest)) if is_web(scheme) => (scheme, rest.trim_start_matches(['/', '\\'])),
+        Some((scheme, rest)) if rest.starts_with("//") => (scheme, &rest[2..]),
+        _ => return text.to_owned(),
+    };
+    let (authority, rest) = after.split_at(after.find(['/', '\\', '?', '#']).unwrap_or(after.len()));
+    let (user, host) = authority.rsplit_once('@').map_or(("", authority), |(_, host)| ("<redacted>@", host));
+    let path = rest.split(['?', '#']).next().unwrap_or_default();
+    let query = if rest.contains('?') { "?<redacted>" } else { "" };
+    format!("{scheme}://{user}{host}{path}{query}")
 }
 
 fn is_scheme(text: &str) -> bool {
@@ -179,8 +187,18 @@ mod tests {
 
     #[test]
     fn shows_no_password() {
-        assert_eq!(redact("http://user:p@ss@example.com/a@b"), "http://…@example.com/a@b");
-        assert_eq!(redact("http://example.com/a@b"), "http://example.com/a@b");
-        assert_eq!(redact("no address"), "no address");
+        for (text, shown) in [
+            ("http://user:p@ss@example.com/a@b", "http://<redacted>@example.com/a@b"),
+            ("http://example.com/a@b", "http://example.com/a@b"),
+            ("https://example.com/a?token=x#part", "https://example.com/a?<redacted>"),
+            ("https://example.com?u:p@ss", "https://example.com?<redacted>"),
+            ("HTTP:user:pw@example.com/a", "HTTP://<redacted>@example.com/a"),
+            ("http:/\\user:pw@example.com\\a", "http://<redacted>@example.com\\a"),
+            ("http:/\t/user:pw@example.com", "http://<redacted>@example.com"),
+            ("s3://user:pw@host/b", "s3://<redacted>@host/b"),
+            ("no address", "no address"),
+        ] {
+            assert_eq!(redact(text), shown, "{text}");
+        }
     }
 }

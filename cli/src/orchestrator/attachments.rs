@@ -4,6 +4,7 @@
 //! its annotations, so that everything is undone, in order, before the volume is detached, also after a restart.
 
 use ::api::{ErrorKind, Volume};
+use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::storage::v1::{
     VolumeAttachment, VolumeAttachmentSource, VolumeAttachmentSpec, VolumeAttachmentStatus, VolumeError,
@@ -150,7 +151,13 @@ async fn attach(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> R
         ..Default::default()
     };
     let mut controller = orchestrator.inner.sockets.controller().await?;
-    let answer = controller.controller_publish_volume(clients::attach_request(request)).await;
+    let answer = tokio::select! {
+        answer = controller.controller_publish_volume(clients::attach_request(request)) => answer,
+        ended = wished_away(orchestrator, attachment) => {
+            ended?;
+            return Err(Failure::new(ErrorKind::Pending, format!("{} is being detached", target.label)));
+        }
+    };
     let context = answer.map_err(clients::failure)?.into_inner().publish_context;
     objects::update(orchestrator.store(), attachment, Part::Status, |attachment| {
         let metadata = context.clone().into_iter().collect();
@@ -161,6 +168,19 @@ async fn attach(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> R
     .await?;
     tracing::info!(volume = target.volume_id, node = attachment.spec.node_name, "volume attached");
     Ok(())
+}
+
+/// Waits until nobody wishes an attachment any more.
+async fn wished_away(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> Result<(), Failure> {
+    let mut events = orchestrator.store().watch::<VolumeAttachment>().await?;
+    loop {
+        if objects::read(orchestrator.store(), attachment).await?.is_none_or(|current| is_deleting(&current)) {
+            return Ok(());
+        }
+        if events.next().await.is_none() {
+            return Err(Failure::new(ErrorKind::Unavailable, "the store has stopped"));
+        }
+    }
 }
 
 async fn detach(orchestrator: &Orchestrator, attachment: &VolumeAttachment) -> Result<(), Failure> {

@@ -29,6 +29,7 @@ pub struct Plan {
     pub node_names: Vec<String>,
     pub subnet: Subnet,
     pub metrics: Metrics,
+    pub engines: instance::EngineOptions,
 }
 
 /// The running roles.
@@ -44,7 +45,7 @@ impl Roles {
 
     /// Starts every role; returns the workloads, which outlive them.
     pub async fn start(&mut self, plan: Plan) -> anyhow::Result<Arc<dyn Workloads>> {
-        let Plan { store, layout, driver_name, node_names, subnet, metrics } = plan;
+        let Plan { store, layout, driver_name, node_names, subnet, metrics, engines } = plan;
         let program = std::env::current_exe().context("cannot find the own binary")?;
         let local = Local::open(LocalConfig {
             directory: layout.workloads(),
@@ -78,6 +79,7 @@ impl Roles {
                 program: program.clone(),
                 store: store.clone(),
                 create_disks: true,
+                engines,
             };
             let shutdown = self.shutdown.clone();
             self.spawn(&format!("instance {name}"), async move { Ok(instance::run(node, shutdown).await?) });

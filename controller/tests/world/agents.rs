@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use api::ErrorKind;
 use async_trait::async_trait;
 use axum::extract::Query;
 use axum::response::IntoResponse;
@@ -24,7 +25,7 @@ use workloads::{Workload, WorkloadError, WorkloadSpec, WorkloadState, Workloads}
 #[derive(Default)]
 pub struct Script {
     /// Failures of data sources to come, the first one first.
-    pub source_failures: Vec<String>,
+    pub source_failures: Vec<(ErrorKind, String)>,
     /// Failures of syncs to come.
     pub sync_failures: Vec<String>,
     /// How often each kind of request came.
@@ -139,12 +140,16 @@ impl Workloads for FakeWorkloads {
     }
 }
 
-async fn serve_source(listener: tokio::net::TcpListener, failure: Option<String>, stop: CancellationToken) {
+async fn serve_source(
+    listener: tokio::net::TcpListener,
+    failure: Option<(ErrorKind, String)>,
+    stop: CancellationToken,
+) {
     let status = match failure {
         None => {
             serde_json::json!({"state": "ready-for-transfer", "size": 1048576, "progress": 100, "currentChecksum": "c0ffee"})
         }
-        Some(message) => serde_json::json!({"state": "failed", "message": message}),
+        Some((kind, message)) => serde_json::json!({"state": "failed", "message": message, "errorKind": kind}),
     };
     let stopped = stop.clone();
     let read = move |Query(query): Query<BTreeMap<String, String>>| {
@@ -187,6 +192,7 @@ impl FakeAgent {
             }),
             spec: Some(BackingImageSpec { size: 1048576, virtual_size: 1048576, real_size: 1048576, ..spec.clone() }),
             format: "raw".into(),
+            ..Default::default()
         };
         self.known.lock().unwrap().insert(spec.name.clone(), file.clone());
         if failure.is_none() {
@@ -254,6 +260,17 @@ impl BackingImageManagerService for FakeAgent {
         }
         self.count("fetch");
         Ok(Response::new(self.put(spec, None)))
+    }
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<BackingImageResponse>, Status> {
+        self.count("verify");
+        let request = request.into_inner();
+        let mut known = self.known.lock().unwrap();
+        let file = known.get_mut(&request.name).ok_or_else(|| Status::not_found("no such copy"))?;
+        file.verified_at = request.requested_at;
+        let file = file.clone();
+        let _ = self.news.send(());
+        Ok(Response::new(file))
     }
 
     async fn prepare_download(

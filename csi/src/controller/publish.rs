@@ -32,8 +32,10 @@ pub async fn publish(
             instead: "attach it and publish it read-only on the node (`readOnly` of the pod's volume mount)",
         });
     }
-    let _flight = context.in_flight.take(&volume_id)?;
+    let flight = context.in_flight.take(&volume_id)?;
     wish(context, &volume_id, &node_id, deadline).await?;
+    // What follows only watches. Whoever wants the volume off the node again need not wait for it.
+    drop(flight);
     // A status from before the wish may still say `faulted`, so that is believed only after a while.
     let late = match attached(context, &volume_id, &node_id, &deadline.capped(FAULT_SETTLE), false).await? {
         Outcome::Late(_) => attached(context, &volume_id, &node_id, deadline, true).await?,

@@ -334,6 +334,25 @@ async fn attaches_detaches_and_deletes_and_may_be_asked_again() {
     reconciler.abort();
 }
 
+/// The patience of the attachment is far beyond that of the test.
+#[tokio::test]
+async fn a_detachment_ends_a_pending_attachment() {
+    let context = context();
+    node(&context, "node-1").await;
+    create(&context, "v", &[]).await.unwrap();
+    let mut events = context.store.watch::<Volume>().await.unwrap();
+    let pending = {
+        let context = context.clone();
+        tokio::spawn(async move { publish(&context, "v", "node-1", 3_600_000).await })
+    };
+    while context.store.get::<Volume>("v").await.unwrap().unwrap().spec.node_id.is_empty() {
+        events.next().await.unwrap().unwrap();
+    }
+    unpublish(&context, "v", "node-1", 5000).await.unwrap();
+    let (kind, text) = error(pending.await.unwrap());
+    assert!(kind == ErrorKind::NotReady && text.contains("was told to leave node `node-1`"), "{text}");
+}
+
 #[tokio::test]
 async fn what_does_not_exist_cannot_be_attached() {
     let context = context();

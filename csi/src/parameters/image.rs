@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use api::BackingImage;
 use api::ids::{ImageName, Sha512Digest};
 use api::image::SourceType;
+use api::validation::url;
 use serde_json::Value;
 
 use super::{Given, ParameterError, sorted};
@@ -104,7 +105,7 @@ impl ImageWish {
         add("backingImage", name.to_string());
         add(TYPE, source_type.map(|t| t.as_str().to_owned()).unwrap_or_default());
         for (key, value) in source_parameters {
-            add(&format!("{PARAMETERS}.{key}"), redacted(value));
+            add(&format!("{PARAMETERS}.{key}"), value.clone());
         }
         add(CHECKSUM, checksum.as_ref().map(|c| c.to_string()).unwrap_or_default());
         add(COPIES, min_number_of_copies.map(|n| n.to_string()).unwrap_or_default());
@@ -139,20 +140,6 @@ fn json_strings(text: &str) -> Result<BTreeMap<String, String>, ParameterError> 
         .collect()
 }
 
-/// A value without the password that a URL may carry.
-fn redacted(value: &str) -> String {
-    match value.split_once("://") {
-        Some((scheme, rest)) => {
-            let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-            match authority.rsplit_once('@') {
-                Some((_, host)) => format!("{scheme}://<redacted>@{host}{path}"),
-                None => value.to_owned(),
-            }
-        }
-        None => value.to_owned(),
-    }
-}
-
 /// In what an image that exists is not what is asked for. What was not asked for is not compared.
 pub fn differences(wish: &ImageWish, image: &BackingImage, default_copies: u32) -> Vec<Difference> {
     let ImageWish {
@@ -181,7 +168,7 @@ pub fn differences(wish: &ImageWish, image: &BackingImage, default_copies: u32) 
             let (wanted, has) =
                 (wanted.get(key).cloned().unwrap_or_default(), has.get(key).cloned().unwrap_or_default());
             if wanted != has {
-                compare(&format!("sourceParameters.{key}"), redacted(&wanted), redacted_other(&has, &wanted));
+                compare(&format!("sourceParameters.{key}"), url::redact(&wanted), redacted_other(&has, &wanted));
             }
         }
     }
@@ -211,10 +198,10 @@ pub fn differences(wish: &ImageWish, image: &BackingImage, default_copies: u32) 
     found
 }
 
-/// Two values that differ only in a password must not look equal.
-fn redacted_other(has: &str, wanted: &str) -> String {
-    let text = redacted(has);
-    if text == redacted(wanted) { format!("{text} (with another user or password)") } else { text }
+/// Two values that differ only in what is not shown must not look equal.
+pub(super) fn redacted_other(has: &str, wanted: &str) -> String {
+    let text = url::redact(has);
+    if text == url::redact(wanted) { format!("{text} (with another user, password or query)") } else { text }
 }
 
 /// With what Longhorn fills in by itself, so that a repeated request compares equal.

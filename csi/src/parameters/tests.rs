@@ -279,3 +279,22 @@ fn passwords_in_urls_are_compared_and_never_shown() {
     assert_eq!(text.len(), 1);
     assert!(!text[0].contains("other@") && !text[0].contains("secret"), "{text:?}");
 }
+
+#[test]
+fn addresses_that_differ_in_a_secret_only_differ_and_do_not_show_it() {
+    let with = |url: &str| {
+        let source = serde_json::json!({ "url": url }).to_string();
+        Parameters::parse(&map(&[("backingImage", "ubuntu"), ("backingImageDataSourceParameters", &source)])).unwrap()
+    };
+    for (one, other, shown) in [
+        ("http://u:a@example.com/i", "http://u:b@example.com/i", "http://<redacted>@example.com/i"),
+        ("http://example.com/i?token=a", "http://example.com/i?token=b", "http://example.com/i?<redacted>"),
+        ("http:u:a@example.com/i", "http:u:b@example.com/i", "http://<redacted>@example.com/i"),
+    ] {
+        let differences: Vec<String> = with(one).differences(&with(other)).iter().map(ToString::to_string).collect();
+        let expected = format!(
+            "backingImageDataSourceParameters.url: wanted {shown}, has {shown} (with another user, password or query)"
+        );
+        assert_eq!(differences, [expected]);
+    }
+}

@@ -52,7 +52,8 @@ impl Core {
         if self.members.len() < 2 || start >= end {
             return;
         }
-        let pinned = self.reader_except(Set::EMPTY).expect("there are members");
+        // Not the preferred one: whoever begins after another crash must choose the same, so that what was read stays as it was read.
+        let pinned = self.in_sync.lowest().or_else(|| self.members.lowest()).expect("there are members");
         self.in_sync = Set::only(pinned);
         self.compare.running = true;
         self.compare.ranges.push_back((start, end));

@@ -16,8 +16,6 @@ mod compare;
 mod members;
 mod request;
 #[cfg(test)]
-mod simulation;
-#[cfg(test)]
 mod tests;
 mod types;
 
@@ -177,6 +175,11 @@ impl Core {
     /// No replica is left: what happens to requests now.
     pub fn faulted(&self) -> Option<&'static str> {
         self.fault.as_ref().map(Fault::sentence)
+    }
+
+    /// Whether a generation is being recorded; changes are not acknowledged meanwhile.
+    pub fn is_fencing(&self) -> bool {
+        self.fence.is_some()
     }
 
     pub fn in_flight(&self) -> usize {

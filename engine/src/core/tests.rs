@@ -12,12 +12,16 @@ struct Story {
 }
 
 fn story(replicas: usize, compare: bool) -> Story {
+    story_that_reads_from(None, replicas, compare)
+}
+
+fn story_that_reads_from(read_from: Option<usize>, replicas: usize, compare: bool) -> Story {
     let core = Core::new(Options {
         size_bytes: 1024 * MIB,
         generation: 10,
         replicas,
         members: Set::first(replicas),
-        read_from: None,
+        read_from,
         compare,
         replica_timeout: Duration::from_secs(8),
         no_replica_hold: Duration::from_secs(5),
@@ -297,4 +301,16 @@ fn rewrites_only_what_differs_and_reads_from_the_pinned_one_meanwhile() {
     let writes = follows.iter().filter(|transfer| transfer.operation == Operation::Write);
     assert_eq!(writes.count(), 3, "the write that waited follows");
     assert_eq!(story.core.counters().repaired_bytes, MIB);
+}
+
+#[test]
+fn what_was_read_while_comparing_is_read_again_after_another_crash() {
+    // Two engines one after the other, on different nodes: the first one ends before everything is compared.
+    for read_from in [Some(2), Some(1), None] {
+        let mut story = story_that_reads_from(read_from, 3, true);
+        assert_eq!((0..3).map(|r| story.core.replica_state(r)).position(|s| s == ReplicaState::InSync), Some(0));
+        let read = Submission { tag: 1, operation: Operation::Read, offset: MIB * 500, length: 512, payload: None };
+        let sent = sent(&story.tell(Event::Submit(read)));
+        assert!(sent.iter().filter(|t| t.offset == MIB * 500).all(|t| t.replica == 0), "{sent:?}");
+    }
 }

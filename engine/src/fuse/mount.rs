@@ -35,10 +35,12 @@ pub fn unmount_if_unused(file: &Path) -> io::Result<bool> {
     }
 }
 
-/// Ends the connection: everything that waits or comes fails at once. Then takes the mount away, also when it is in use.
+/// Ends the connection: everything that waits or comes fails at once. Then takes the mount away, unless it is in use.
+///
+/// What is in use stays, dead: whoever cleans up finds the loop device by its file, and a file that was detached from its path
+/// is found by nobody. The device would stay for ever, and its users would not be seen when the volume is attached again.
 pub fn abort(file: &Path) {
     let _ = rustix::mount::unmount(file, UnmountFlags::FORCE | UnmountFlags::NOFOLLOW);
-    detach(file);
 }
 
 /// Takes away what earlier engines left mounted on the file, also when it is in use.

@@ -135,15 +135,27 @@ pub fn answer(request: &[u8], unique: u64, opcode: u32, size_bytes: u64) -> Opti
     Some(reply)
 }
 
+const INIT_EXTENDED: u32 = 1 << 30;
+const HAS_RESEND: u32 = 1 << (39 - 32);
+
+/// The two words of features that the kernel offers in its first request.
+fn offered(request: &[u8]) -> (u32, u32) {
+    let offered = u32_at(request, IN_HEADER + 12).unwrap_or(0);
+    let more = if offered & INIT_EXTENDED != 0 { u32_at(request, IN_HEADER + 16).unwrap_or(0) } else { 0 };
+    (offered, more)
+}
+
+/// Whether the kernel of this first request (`INIT`) can repeat what was not answered: kernel 6.9 and later.
+pub fn offers_resend(request: &[u8]) -> bool {
+    offered(request).1 & HAS_RESEND != 0
+}
+
 fn init_reply(request: &[u8]) -> Vec<u8> {
     const ASYNC_READ: u32 = 1;
     const BIG_WRITES: u32 = 1 << 5;
     const ASYNC_DIRECT_IO: u32 = 1 << 15;
     const MAX_PAGES: u32 = 1 << 22;
-    const INIT_EXTENDED: u32 = 1 << 30;
-    const HAS_RESEND: u32 = 1 << (39 - 32);
-    let offered = u32_at(request, IN_HEADER + 12).unwrap_or(0);
-    let offered_more = if offered & INIT_EXTENDED != 0 { u32_at(request, IN_HEADER + 16).unwrap_or(0) } else { 0 };
+    let (offered, offered_more) = offered(request);
     let flags = ASYNC_READ | BIG_WRITES | ASYNC_DIRECT_IO | MAX_PAGES | INIT_EXTENDED;
     let mut reply = vec![0; OUT_HEADER + 64];
     let body = &mut reply[OUT_HEADER..];
@@ -227,6 +239,18 @@ mod tests {
         let whole = request(WRITE, &[(56, &48u32.to_ne_bytes())]);
         assert_eq!(parse(&whole), Some((77, Request::Write { offset: 0, length: 48 })));
         assert_eq!(parse(&whole[..127]), None);
+    }
+
+    #[test]
+    fn sees_whether_the_kernel_can_repeat_requests() {
+        let init = |flags: u32, more: u32| {
+            offers_resend(&request(INIT, &[(52, &flags.to_ne_bytes()), (56, &more.to_ne_bytes())]))
+        };
+        assert!(init(1 << 30, 1 << 7));
+        assert!(
+            !init(1 << 30, 0) && !init(0, 1 << 7),
+            "the second word counts only when the first says that it is there"
+        );
     }
 
     #[test]

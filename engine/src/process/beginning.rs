@@ -73,8 +73,11 @@ impl Beginning {
 }
 
 /// Whether a replica that refused `Open` has been opened or fenced by another engine meanwhile.
-pub fn is_rival(record: &Record, generation: u64, members: &[String]) -> bool {
-    record.generation > generation || record.generation == generation && record.members != members
+///
+/// The same generation with the same members is this engine's own when nothing serves: the replica could not open an export.
+/// When something does, it is somebody else's, who began at the same moment.
+pub fn is_rival(record: &Record, serves: bool, generation: u64, members: &[String]) -> bool {
+    record.generation > generation || record.generation == generation && (record.members != members || serves)
 }
 
 #[cfg(test)]
@@ -125,9 +128,10 @@ mod tests {
         let members = vec!["a".to_owned()];
         let record =
             |generation, member: &str| Record { generation, members: vec![member.into()], ..Record::default() };
-        assert!(is_rival(&record(6, "a"), 5, &members));
-        assert!(is_rival(&record(5, "b"), 5, &members));
-        assert!(!is_rival(&record(5, "a"), 5, &members));
-        assert!(!is_rival(&record(4, "b"), 5, &members));
+        assert!(is_rival(&record(6, "a"), false, 5, &members));
+        assert!(is_rival(&record(5, "b"), false, 5, &members));
+        assert!(is_rival(&record(5, "a"), true, 5, &members));
+        assert!(!is_rival(&record(5, "a"), false, 5, &members));
+        assert!(!is_rival(&record(4, "b"), true, 5, &members));
     }
 }

@@ -26,6 +26,8 @@ pub struct Situation<'a> {
     pub first_life: bool,
     /// What the last life acknowledged under.
     pub known: Option<&'a Known>,
+    /// The highest generation that an earlier life may have asked any replica to record, whether it ever served or not.
+    pub claimed: u64,
     /// What the last life left about differences.
     pub known_to_differ: bool,
 }
@@ -36,6 +38,13 @@ pub struct Choice {
     pub generation: u64,
     pub members: Set,
     pub compare: bool,
+}
+
+impl Choice {
+    /// The highest generation that this engine can come to: each fence drops a member, and the last one is never fenced.
+    pub fn claims(&self) -> u64 {
+        self.generation + (self.members.len() as u64).saturating_sub(1)
+    }
 }
 
 /// Chooses the members: those of the highest record, or of what the last life left, whichever is higher.
@@ -85,8 +94,10 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     // As long as no engine of this attachment served, nothing is known beyond what the controller and the records say.
     let compare =
         if goes_on { situation.known_to_differ } else { situation.config_compare || ended_uncleanly(&chosen, &record) };
+    // A request of an earlier life may still be on its way to a replica that does not answer now. Whatever that one records then
+    // must be below what is acknowledged without it.
     Ok(Choice {
-        generation: generation + 1,
+        generation: generation.max(situation.claimed) + 1,
         members: chosen.iter().fold(Set::EMPTY, |set, replica| set.with(Set::only(*replica))),
         compare: compare && chosen.len() > 1,
     })
@@ -124,6 +135,7 @@ mod tests {
             answers: &answers,
             first_life,
             known: known.as_ref(),
+            claimed: 0,
             known_to_differ: false,
         };
         let text = match choose(&situation) {
@@ -197,6 +209,23 @@ mod tests {
         );
         check(false, 8, Some((9, "bc")), [record(8, "abc", false), record(9, "bc", false), None], "b 10");
         check(false, 0, None, [record(0, "", true), record(0, "", true), None], "ab 1");
+    }
+
+    #[test]
+    fn a_later_life_begins_above_all_that_an_earlier_one_may_have_asked_for() {
+        let (names, answers) = (["a", "b"].map(String::from), [record(8, "ab", false), None]);
+        let situation = Situation {
+            config_generation: 8,
+            config_compare: false,
+            names: &names,
+            answers: &answers,
+            first_life: false,
+            known: None,
+            claimed: 10,
+            known_to_differ: false,
+        };
+        assert_eq!(choose(&situation).unwrap().generation, 11);
+        assert_eq!(choose(&Situation { claimed: 5, ..situation }).unwrap().generation, 9);
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Client {
         self.lines.flush()?;
         let parse = |line: Vec<u8>| {
             serde_json::from_slice(&line).map_err(|error| {
-                format!("this is no request ({error}); `{{\"request\":\"status\"}}`, `watch` and `shutdown` are known")
+                format!("this is no request ({error}); `{{\"request\":\"status\"}}`, `watch`, `shutdown` and `hand_over` are known")
             })
         };
         Ok(self.lines.read()?.into_iter().map(parse).collect())

@@ -5,11 +5,12 @@ use std::sync::mpsc;
 use std::thread;
 
 use proto::engine::{Reply, Request};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::control::Client;
 use super::engine::{Asker, Engine, Source, Unmounting};
 use crate::core::Event;
+use crate::error::{EngineError, NOT_REPLACEABLE};
 use crate::fuse;
 use crate::limits;
 
@@ -56,6 +57,7 @@ impl Engine {
                     }
                 }
                 Ok(Request::Shutdown) => self.begin_shutdown(Asker::Client { index, serial }),
+                Ok(Request::HandOver) => self.begin_hand_over(Asker::Client { index, serial }),
                 Err(message) => self.reply_to(index, serial, &Reply::Refused { message }),
             }
         }
@@ -153,6 +155,57 @@ impl Engine {
         for asker in &askers {
             self.answer_asker(asker, &Reply::Refused { message: message.clone() });
         }
+    }
+
+    pub(super) fn note_repeats(&mut self, repeats: bool) {
+        if let Err(error) = self.life.set_repeats(repeats) {
+            // The holder then tries a next engine, as on a new kernel: requests wait rather than fail.
+            error!(volume = %self.config.volume, %error, "cannot note for the holder whether the kernel repeats requests");
+        }
+    }
+
+    /// Why the next engine might not be able to go on.
+    fn refuse_hand_over(&self) -> Option<String> {
+        let volume = &self.config.volume;
+        if self.fuse.is_none() || self.unmounting.is_some() || !self.askers.is_empty() {
+            Some(format!("volume `{volume}` is being detached; its next attachment starts the installed version"))
+        } else if self.handing_over.is_some() {
+            Some(format!("the engine of volume `{volume}` is being replaced already"))
+        } else if let Some(faulted) = self.core.faulted() {
+            Some(format!("volume `{volume}` is faulted ({faulted}); a new engine would not find a replica either"))
+        } else if self.core.is_fencing() {
+            Some(format!("volume `{volume}` is dropping a replica at this moment; ask again when that is done"))
+        } else if !matches!(self.life.repeats(), Ok(Some(true))) {
+            Some(format!(
+                "the engine of volume `{volume}` cannot be replaced while it is attached: {NOT_REPLACEABLE}; detach the volume and attach it again"
+            ))
+        } else if self.nbd_clients.iter().flatten().any(|session| session.uses_export()) {
+            let socket = self.config.nbd_socket.display();
+            Some(format!(
+                "volume `{volume}` is in use by an NBD client on `{socket}`, which would be cut off; end that first"
+            ))
+        } else {
+            None
+        }
+    }
+
+    /// Takes nothing from the kernel any more; when what is in flight is answered, the next engine goes on.
+    fn begin_hand_over(&mut self, asker: Asker) {
+        if let Some(message) = self.refuse_hand_over() {
+            return self.answer_asker(&asker, &Reply::Refused { message });
+        }
+        if let Some(device) = &self.fuse {
+            self.unregister(device);
+        }
+        self.handing_over = Some(asker);
+    }
+
+    /// Nothing is in flight: the end of this engine, which is not the end of the volume.
+    pub(super) fn hand_over(&mut self) -> EngineError {
+        if let Some(asker) = self.handing_over.take() {
+            self.answer_asker(&asker, &Reply::Done);
+        }
+        EngineError::HandedOver { volume: self.config.volume.clone() }
     }
 
     /// Nothing can come from the kernel any more: finish.

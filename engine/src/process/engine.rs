@@ -92,7 +92,7 @@ pub(super) struct Unmounting {
 pub(super) struct Engine {
     pub(super) config: Config,
     pub(super) names: Vec<String>,
-    life: LifeFiles,
+    pub(super) life: LifeFiles,
     lives: u32,
     started: Instant,
     start_errors: Vec<Option<String>>,
@@ -117,6 +117,8 @@ pub(super) struct Engine {
     pub(super) unmounting: Option<Unmounting>,
     /// Who is told when the end has come.
     pub(super) askers: Vec<Asker>,
+    /// The next engine is waited for by this client; nothing is taken from the kernel any more.
+    pub(super) handing_over: Option<Asker>,
     /// An NBD client changed something, so that a next life cannot rely on repeated requests alone.
     pub(super) nbd_changed: bool,
     status_changed: bool,
@@ -195,6 +197,7 @@ impl Engine {
             unmounted: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(events)?,
             unmounting: None,
             askers: Vec::new(),
+            handing_over: None,
             nbd_changed: false,
             status_changed: false,
             outputs: Vec::new(),
@@ -259,6 +262,9 @@ impl Engine {
             if self.core.has_outputs() {
                 continue;
             }
+            if self.handing_over.is_some() && self.core.in_flight() == 0 {
+                return Err(self.hand_over());
+            }
             let tick = self.core.next_tick().into_iter();
             let due = tick.chain(self.buffers.has_unused().then_some(limits::TRIM_INTERVAL)).min();
             let timeout =
@@ -317,6 +323,10 @@ impl Engine {
             Ok(replies) => {
                 for reply in replies {
                     self.core.handle(now, Event::ControlReply { replica, reply });
+                }
+                let restored = control.restore();
+                if let Err(reason) = restored.and_then(|new| watch(&self.epoll, replica, control, new)) {
+                    self.core.handle(now, Event::ConnectionLost { replica, reason });
                 }
             }
             Err(reason) => self.core.handle(now, Event::ControlLost { replica, reason }),
@@ -389,14 +399,8 @@ impl Engine {
             ControlRequest::Close { generation } => Request::Close { generation },
         };
         let Some(control) = &mut self.controls[replica] else { return };
-        let sent = control.ensure_connected().and_then(|new| {
-            if new && let Some(descriptor) = control.descriptor() {
-                let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-                let added = epoll::add(&self.epoll, descriptor, data(Source::ReplicaControl(replica)), flags);
-                added.map_err(|error| error.to_string())?;
-            }
-            control.send(&request)
-        });
+        let connected = control.ensure_connected().and_then(|new| watch(&self.epoll, replica, control, new));
+        let sent = connected.and_then(|()| control.send(&request));
         if let Err(reason) = sent {
             self.core.handle(self.started.elapsed(), Event::ControlLost { replica, reason });
         }
@@ -454,10 +458,18 @@ impl Engine {
             flush_ops: counters.flush_ops,
             in_flight: self.core.in_flight() as u32,
             lives: self.lives + 1,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
 }
 
 pub(super) fn data(source: Source) -> epoll::EventData {
     epoll::EventData::new_u64(source.encode())
+}
+
+/// Asks for the events of a control connection that is new.
+fn watch(epoll: &OwnedFd, replica: usize, control: &ReplicaControl, new: bool) -> Result<(), String> {
+    let Some(descriptor) = control.descriptor().filter(|_| new) else { return Ok(()) };
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+    epoll::add(epoll, descriptor, data(Source::ReplicaControl(replica)), flags).map_err(|error| error.to_string())
 }

@@ -89,6 +89,11 @@ impl Engine {
                 self.submit(fuse_origin(operation, 0, None), operation, offset, length, None);
             }
             wire::Request::Other { opcode } => {
+                if opcode == wire::INIT {
+                    // Before the answer: the kernel sends nothing that could be lost until it has that.
+                    let repeats = wire::offers_resend(&self.buffers.bytes(buffer)[..count]);
+                    self.note_repeats(repeats && self.config.replace_engine);
+                }
                 let reply = wire::answer(&self.buffers.bytes(buffer)[..count], unique, opcode, size);
                 self.buffers.put(buffer);
                 if let Some(reply) = reply {

@@ -6,7 +6,9 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use proto::engine::HolderReport;
 use rustix::fs::FlockOperation;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The generation under which an engine acknowledged last. It is written before the first acknowledgement under it.
@@ -22,8 +24,11 @@ pub struct Known {
 #[derive(Clone, Debug)]
 pub struct LifeFiles {
     known: PathBuf,
+    claimed: PathBuf,
     differ: PathBuf,
     failure: PathBuf,
+    repeats: PathBuf,
+    holder: PathBuf,
     lock: PathBuf,
 }
 
@@ -33,36 +38,80 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     path.with_file_name(name)
 }
 
+fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match std::fs::read(path) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn replace(path: &Path, content: &impl Serialize) -> io::Result<()> {
+    let temporary = runtime::files::temporary_name(path);
+    std::fs::write(&temporary, serde_json::to_vec(content)?)?;
+    std::fs::rename(&temporary, path)
+}
+
 impl LifeFiles {
     pub fn of(control_socket: &Path) -> LifeFiles {
         LifeFiles {
             known: beside(control_socket, ".generation"),
+            claimed: beside(control_socket, ".claimed"),
             differ: beside(control_socket, ".differ"),
             failure: beside(control_socket, ".failure"),
+            repeats: beside(control_socket, ".repeats"),
+            holder: beside(control_socket, ".holder"),
             lock: beside(control_socket, ".lock"),
         }
     }
 
     /// Forgets an earlier attachment.
     pub fn forget(&self) -> io::Result<()> {
-        for path in [&self.known, &self.differ, &self.failure] {
+        for path in [&self.known, &self.claimed, &self.differ, &self.failure, &self.repeats, &self.holder] {
             runtime::files::remove_if_present(path)?;
         }
         Ok(())
     }
 
     pub fn known(&self) -> io::Result<Option<Known>> {
-        match std::fs::read(&self.known) {
-            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        read(&self.known)
     }
 
     pub fn set_known(&self, known: &Known) -> io::Result<()> {
-        let temporary = runtime::files::temporary_name(&self.known);
-        std::fs::write(&temporary, serde_json::to_vec(known)?)?;
-        std::fs::rename(&temporary, &self.known)
+        replace(&self.known, known)
+    }
+
+    /// Whether the kernel repeats what an engine took and did not answer; none before the first engine met the kernel, hence
+    /// before it took anything.
+    pub fn repeats(&self) -> io::Result<Option<bool>> {
+        read(&self.repeats)
+    }
+
+    pub fn set_repeats(&self, repeats: bool) -> io::Result<()> {
+        replace(&self.repeats, &repeats)
+    }
+
+    /// What the holder says while no engine serves.
+    pub fn holder_report(&self) -> io::Result<Option<HolderReport>> {
+        read(&self.holder)
+    }
+
+    /// Best effort: it is for people.
+    pub fn set_holder_report(&self, report: Option<&HolderReport>) {
+        let _ = match report {
+            Some(report) => replace(&self.holder, report),
+            None => runtime::files::remove_if_present(&self.holder),
+        };
+    }
+
+    /// The highest generation that an engine of this attachment may have asked a replica to record; 0 before the first.
+    pub fn claimed(&self) -> io::Result<u64> {
+        Ok(read(&self.claimed)?.unwrap_or(0))
+    }
+
+    /// Written before a replica is asked for the first of the generations up to this one.
+    pub fn set_claimed(&self, generation: u64) -> io::Result<()> {
+        replace(&self.claimed, &generation)
     }
 
     /// Whether replicas may differ in a way that repeating unanswered requests does not heal.
@@ -116,9 +165,18 @@ mod tests {
         let known = Known { generation: 9, members: vec!["r1".into()] };
         files.set_known(&known).unwrap();
         files.set_may_differ(true).unwrap();
+        assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
+        assert_eq!(files.claimed().unwrap(), 0);
+        files.set_claimed(11).unwrap();
+        files.set_repeats(false).unwrap();
+        files.set_holder_report(Some(&HolderReport { attempts: 2, ..HolderReport::default() }));
         let next = LifeFiles::of(&folder.path().join("engine.sock"));
         assert_eq!((next.known().unwrap(), next.may_differ()), (Some(known), true));
+        assert_eq!((next.repeats().unwrap(), next.holder_report().unwrap().unwrap().attempts), (Some(false), 2));
+        assert_eq!(next.claimed().unwrap(), 11);
         next.forget().unwrap();
+        assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
+        assert_eq!(files.claimed().unwrap(), 0);
         assert_eq!((files.known().unwrap(), files.may_differ()), (None, false));
     }
 }

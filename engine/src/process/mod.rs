@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::Path;
 
-use proto::engine::Config;
+use proto::engine::{Config, HolderReport};
 use tracing::{info, warn};
 
 use crate::error::EngineError;
@@ -47,6 +47,8 @@ pub fn read_config(path: &Path) -> Result<Config, EngineError> {
         "`replicas` has more entries than an engine can serve (16)"
     } else if config.replica_timeout_ms == 0 {
         "`replicaTimeoutMs` must be positive"
+    } else if config.silence_limit_ms == 0 {
+        "`silenceLimitMs` must be positive"
     } else {
         return Ok(config);
     };
@@ -60,6 +62,13 @@ pub fn read_config(path: &Path) -> Result<Config, EngineError> {
 /// When it cannot be read.
 pub fn last_generation(control_socket: &Path) -> io::Result<Option<u64>> {
     Ok(LifeFiles::of(control_socket).known()?.map(|known| known.generation))
+}
+
+/// What the holder of that control socket says; none while an engine serves.
+/// # Errors
+/// When it cannot be read.
+pub fn holder_report(control_socket: &Path) -> io::Result<Option<HolderReport>> {
+    LifeFiles::of(control_socket).holder_report()
 }
 
 /// Whether a holder or an engine of that control socket lives: an engine may outlive its holder, and be too busy to answer.
@@ -95,14 +104,12 @@ fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result
         warn!(%error, "cannot become an I/O flusher; reclaim of memory may wait for this volume");
     }
     let state = |source| EngineError::Write { path: life.lock_path().to_owned(), source };
-    if lives == 0 {
-        life.forget().map_err(state)?;
-    }
     let names: Vec<String> = config.replicas.keys().cloned().collect();
     let started = start::start(&config, &names, life, lives)?;
     info!(volume = %config.volume, generation = started.generation, lives, "engine serves");
     let mount_file = config.mount_file.clone();
     let mut engine = Engine::new(config, names, life.clone(), lives, started, fuse_device, signals)?;
+    runtime::memory::release_startup_code();
     let clean = engine.run()?;
     drop(engine);
     fuse::mount::detach(&mount_file);

@@ -1,5 +1,6 @@
 //! The control connection to one replica while the engine serves.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,28 @@ impl ReplicaControl {
         let stream = stream.map_err(|error| error.to_string())?;
         self.lines = Some(Lines::new(stream.into_socket()).map_err(|error| error.to_string())?);
         Ok(true)
+    }
+
+    /// Whether an idle connection that ended was made again, so that its events must be asked for.
+    ///
+    /// # Errors
+    /// When nobody listens: the process of the replica died. Its daemon is about to end, but one without requests may notice
+    /// that only with the next one. (A process that is just dying may still listen; then the new connection ends as well.)
+    pub fn restore(&mut self) -> Result<bool, String> {
+        if self.lines.is_some() {
+            return Ok(false);
+        }
+        match Stream::connect(&self.address, Service::Control, Instant::now() + RECONNECT_LIMIT) {
+            Ok(stream) => {
+                self.lines = Lines::new(stream.into_socket()).ok();
+                Ok(self.lines.is_some())
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
+                Err(format!("its process is gone ({error})"))
+            }
+            // It is tried again when it is needed.
+            Err(_) => Ok(false),
+        }
     }
 
     pub fn send(&mut self, request: &Request) -> Result<(), String> {

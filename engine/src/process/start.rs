@@ -73,6 +73,9 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         answers: &answers,
         first_life: lives == 0,
         known: known.as_ref(),
+        claimed: life
+            .claimed()
+            .map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?,
         known_to_differ: life.may_differ(),
     };
     let choice = choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
@@ -81,6 +84,10 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
     }
     let Choice { generation, members, compare } = choice;
     info!(volume = %config.volume, generation, members = ?starting.named(members), compare, "members chosen");
+    // Before anything that a next life would see of this one: what it does not find noted here it takes for equal, or for free.
+    let noted = life.set_claimed(choice.claims());
+    let noted = noted.and_then(|()| if compare { life.set_may_differ(true) } else { Ok(()) });
+    noted.map_err(|error| nobody(format!("what a next engine has to know cannot be noted: {error}")))?;
     let mut beginning = Beginning::new(choice);
     let (mut exports, mut data) = (Vec::new(), Vec::new());
     let Choice { generation, members: remaining, compare } = loop {
@@ -192,8 +199,8 @@ impl Starting<'_> {
             match control.ask(&Request::Open { generation, members: names.clone() }, deadline)? {
                 Reply::Opened { export } => Ok(export),
                 other => {
-                    if let Reply::Status { record, .. } = control.ask(&Request::Status, deadline)?
-                        && is_rival(&record, generation, &names)
+                    if let Reply::Status { record, export, .. } = control.ask(&Request::Status, deadline)?
+                        && is_rival(&record, export.is_some(), generation, &names)
                     {
                         rival.store(true, Ordering::Relaxed);
                     }

@@ -2,6 +2,8 @@
 //!
 //! Dropping the volume takes away loop device, mount and processes, also when a test fails.
 
+#![allow(dead_code, unused_imports, reason = "each file of tests uses its part")]
+
 mod replica;
 
 use std::collections::BTreeMap;
@@ -11,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use backing_image_engine::control_client;
 use proto::engine::{Config, ReplicaAddress, ReplicaState, Status};
-pub use replica::Replica;
+pub use replica::{Moment, Replica};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -33,6 +35,41 @@ pub fn run(command: &mut Command) -> Output {
 pub fn sh(script: &str) -> Output {
     Command::new("sh").arg("-c").arg(script).output().unwrap()
 }
+
+/// What holder and engine processes of the tests run. An engine is broken while there is a file beside its configuration.
+pub fn role() -> ! {
+    runtime::log::init(runtime::log::Format::Text, "info");
+    let config = PathBuf::from(std::env::var("ENGINE_TEST_CONFIG").unwrap());
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<i32>().unwrap());
+    let result = match (number("ENGINE_TEST_FD"), number("ENGINE_TEST_LIVES")) {
+        (Some(device), Some(lives)) => backing_image_engine::process::run(&config, device, lives as u32),
+        _ => {
+            let script = "broken=$ENGINE_TEST_CONFIG.broken; [ ! -e $broken ] || { echo tried >> $broken; exit 3; }; \
+                ENGINE_TEST_FD=$2 ENGINE_TEST_LIVES=$4 exec \"$ENGINE_TEST_EXE\" --exact role_process --ignored --nocapture";
+            backing_image_engine::holder::run(&config, ["sh", "-c", script, "engine"].map(Into::into).to_vec())
+        }
+    };
+    if let Err(error) = result {
+        eprintln!("{}", error.chain());
+        std::process::exit(1);
+    }
+    std::process::exit(0);
+}
+
+pub fn fio(volume: &Volume, options: &[&str]) -> Command {
+    fio_on(volume, volume.loop_device.as_ref().unwrap(), options)
+}
+
+pub fn fio_on(volume: &Volume, file: &Path, options: &[&str]) -> Command {
+    let mut command = Command::new("fio");
+    command.args(["--name=load", "--direct=1", "--ioengine=libaio", "--bs=4k", "--iodepth=16", "--randrepeat=0"]);
+    command.arg(format!("--filename={}", file.display()));
+    command.args(options).current_dir(volume.folder()).stdin(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+pub const VERIFY: [&str; 5] = ["--rw=randwrite", "--size=24M", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1"];
 
 pub struct Volume {
     pub config: Config,
@@ -64,13 +101,26 @@ impl Volume {
             replica_timeout_ms: 8_000,
             no_replica_hold_ms: 2_000,
             holder_limit_ms: 30_000,
+            silence_limit_ms: 10_000,
+            replace_engine: true,
+            program: None,
         };
         let config_path = path.join("engine.json");
         Volume { config, replicas, holder: None, loop_device: None, config_path, folder }
     }
 
-    pub fn start_holder(&mut self) {
+    /// What an engine that starts from now on reads.
+    pub fn write_config(&self) {
         std::fs::write(&self.config_path, serde_json::to_vec(&self.config).unwrap()).unwrap();
+    }
+
+    /// While this file is there, engines die at once; each leaves a line in it.
+    pub fn broken(&self) -> PathBuf {
+        self.config_path.with_extension("json.broken")
+    }
+
+    pub fn start_holder(&mut self) {
+        self.write_config();
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let exe = std::env::current_exe().unwrap();
         let mut command = Command::new(&exe);
@@ -173,14 +223,29 @@ impl Volume {
     pub fn engine_pid(&self) -> u32 {
         self.status().pid
     }
+
+    /// The processes that the holder started, also while none of them serves.
+    pub fn engines(&self) -> Vec<u32> {
+        children(self.holder.as_ref().unwrap().id())
+    }
+}
+
+/// Whether a process can still do something.
+pub fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.is_ok_and(|stat| !matches!(stat.rsplit(") ").next().and_then(|rest| rest.chars().next()), Some('Z' | 'X')))
+}
+
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
 }
 
 pub fn kill(pid: u32) {
-    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    signal(pid, rustix::process::Signal::KILL);
 }
 
-fn children(pid: u32) -> Vec<u32> {
+pub fn children(pid: u32) -> Vec<u32> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
     lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()

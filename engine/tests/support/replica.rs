@@ -20,7 +20,17 @@ pub struct Replica {
     state: Arc<State>,
 }
 
+/// When a hook is called: before a request is obeyed, or before its reply is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    Before,
+    After,
+}
+
+type Hook = Arc<dyn Fn(&Request, Moment) + Send + Sync>;
+
 struct State {
+    hook: Mutex<Option<Hook>>,
     record: Mutex<Record>,
     monitor: Mutex<Monitor>,
     /// It answers no control request any more.
@@ -89,7 +99,12 @@ impl Replica {
         let daemon = daemon.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let record = Record { volume: volume.into(), replica: name.into(), size_bytes, ..Record::default() };
         let monitor = Mutex::new(Monitor::connect(&directory.join("qmp.sock")));
-        let state = Arc::new(State { record: Mutex::new(record), monitor, dead: AtomicBool::new(false) });
+        let state = Arc::new(State {
+            hook: Mutex::default(),
+            record: Mutex::new(record),
+            monitor,
+            dead: AtomicBool::new(false),
+        });
         let listener = UnixListener::bind(directory.join(file::CONTROL_SOCKET)).unwrap();
         let served = state.clone();
         std::thread::spawn(move || {
@@ -111,6 +126,11 @@ impl Replica {
 
     pub fn set_record(&self, change: impl FnOnce(&mut Record)) {
         change(&mut self.state.record.lock().unwrap());
+    }
+
+    /// What happens around each request from now on.
+    pub fn set_hook(&self, hook: impl Fn(&Request, Moment) + Send + Sync + 'static) {
+        *self.state.hook.lock().unwrap() = Some(Arc::new(hook));
     }
 
     /// Relays both services over TCP; the address of the data service.
@@ -181,10 +201,20 @@ impl State {
             if self.dead.load(Ordering::SeqCst) {
                 return;
             }
-            let reply = self.answer(serde_json::from_str(&line).unwrap());
+            let request: Request = serde_json::from_str(&line).unwrap();
+            self.call_hook(&request, Moment::Before);
+            let reply = self.answer(request.clone());
+            self.call_hook(&request, Moment::After);
             if writeln!(answers, "{}", serde_json::to_string(&reply).unwrap()).is_err() {
                 return;
             }
+        }
+    }
+
+    fn call_hook(&self, request: &Request, moment: Moment) {
+        let hook = self.hook.lock().unwrap().clone();
+        if let Some(hook) = hook {
+            hook(request, moment);
         }
     }
 

@@ -27,6 +27,14 @@ pub fn source_url(data: &[u8]) {
     let Ok(url) = SourceUrl::parse(text) else { return };
     assert!(matches!(url.expose().scheme(), "http" | "https"));
     let shown = url.to_string();
+    let others = [api::validation::url::redact(text), shown.clone()];
+    let secrets =
+        [Some(url.expose().username()), url.expose().password(), url.expose().query(), url.expose().fragment()];
+    let open = format!("{} {}", url.expose().host_str().unwrap_or_default(), url.expose().path());
+    let hidden = |secret: &&str| secret.starts_with("SECRET") && !open.contains(*secret);
+    for secret in secrets.into_iter().flatten().filter(hidden) {
+        assert!(!others.iter().any(|other| other.contains(secret)), "`{secret}` is shown in {others:?}");
+    }
     assert!(!shown.chars().any(char::is_control), "{shown:?}");
     let plain = SourceUrl::parse(&shown.replace("<redacted>@", "").replace("?<redacted>", ""));
     let plain = plain.unwrap_or_else(|error| panic!("`{shown}` is no address without what was left out: {error}"));

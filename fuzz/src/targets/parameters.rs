@@ -35,13 +35,25 @@ fn accepted(given: &BTreeMap<String, String>, parameters: &Parameters) {
     more.insert("noSuchParameter".into(), String::new());
     assert!(Parameters::parse(&more).is_err(), "an unknown key is never ignored");
     let Some(image) = &parameters.image else { return };
+    let mut other = parameters.clone();
+    for value in other.image.iter_mut().flat_map(|image| image.source_parameters.values_mut()) {
+        value.push('x');
+    }
+    let differ = parameters.differences(&other).len();
+    assert_eq!(differ, image.source_parameters.len(), "a change that is not shown is a change");
     assert!(given.values().any(|value| value.trim() == image.name.to_string()));
     assert!(image.min_number_of_copies.is_none_or(|count| (1..=1000).contains(&count)));
     let shown: String =
         parameters.differences(&Parameters::default()).iter().map(|d| format!("{}\n", d.wanted)).collect();
     for url in image.source_parameters.values().filter_map(|value| SourceUrl::parse(value).ok()) {
-        let secrets = [url.expose().password(), url.expose().query()].into_iter().flatten();
-        for secret in secrets.filter(|secret| secret.starts_with("SECRET")) {
+        let url = url.expose();
+        let secrets = [Some(url.username()), url.password(), url.query(), url.fragment()].into_iter().flatten();
+        // It may stand elsewhere as well, where it is no secret.
+        let hidden = |secret: &&str| {
+            let all: String = given.values().map(String::as_str).collect();
+            secret.starts_with("SECRET") && all.matches(*secret).count() == 1
+        };
+        for secret in secrets.filter(hidden) {
             assert!(!shown.contains(secret), "`{secret}` is shown in {shown:?}");
         }
     }

@@ -4,10 +4,12 @@
 //! Real replica processes with `qemu-storage-daemon`, a real holder and engine. At the end every current replica, read by
 //! `qemu-img`, is the array.
 //!
-//! A failure names the seed; `MODEL_SEED` repeats its random choices. `MODEL_ROUNDS` asks for more than one round over the shapes.
+//! A failure names the seed and the shape; `MODEL_SEED` and `MODEL_SHAPE` repeat the random choices (not the moments when something is killed).
+//! `MODEL_ROUNDS` asks for more than one round over the shapes.
 
 mod array;
 mod clients;
+mod nbd;
 mod run;
 mod steps;
 mod world;
@@ -62,7 +64,8 @@ fn shapes(seed: u64) -> Vec<Shape> {
 fn random_requests_leave_what_an_array_of_bytes_has() {
     let first = number("MODEL_SEED").unwrap_or_else(seed_of_now);
     for seed in first..first + number("MODEL_ROUNDS").unwrap_or(1) {
-        for (index, shape) in shapes(seed).into_iter().enumerate() {
+        let wanted = |index: &usize| number("MODEL_SHAPE").is_none_or(|shape| shape == *index as u64);
+        for (index, shape) in shapes(seed).into_iter().enumerate().filter(|(index, _)| wanted(index)) {
             let config = Config { cases: 1, max_shrink_iters: 30, failure_persistence: None, ..Config::default() };
             let mut bytes = [0; 32];
             bytes[..8].copy_from_slice(&seed.to_le_bytes());
@@ -73,8 +76,23 @@ fn random_requests_leave_what_an_array_of_bytes_has() {
                 Ok(())
             });
             if let Err(error) = result {
-                panic!("MODEL_SEED={seed}, {shape:?}: {error}");
+                panic!("MODEL_SEED={seed} MODEL_SHAPE={index}, {shape:?}: {error}");
             }
         }
+    }
+}
+
+/// The daemon of a replica process that was killed ends with its next request; an idle volume has none.
+#[test]
+fn an_idle_volume_notices_that_the_process_of_a_replica_died() {
+    for number in [0, 1] {
+        let mut world = world::World::new(&Shape { image: None, replicas: 3 }, 1);
+        world.attach();
+        let _frozen = world.freeze_daemon(number);
+        world.kill_replica(number);
+        world.wait_dropped(number);
+        world.wait_generation(2);
+        assert_eq!(world.status().faulted, None);
+        world.detach();
     }
 }

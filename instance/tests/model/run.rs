@@ -62,6 +62,10 @@ impl Run {
     fn step(&mut self, step: &Step) {
         let calls: Vec<Call> = step.requests.iter().map(|request| self.call(request, step.way)).collect();
         let victim = self.victim(step.event);
+        if victim.is_some() {
+            // What was in flight at an earlier crash must be the same everywhere before the one that is read from goes.
+            self.world.wait_compared();
+        }
         let (engine, lives) = self.world.engine();
         let answers = self.send(step.way, &calls, |world| match step.event {
             Event::KillEngine => kill_process(engine, Signal::KILL).expect("the engine lives"),

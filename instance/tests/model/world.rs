@@ -1,6 +1,7 @@
 //! A volume with real replica processes, holder, engine and loop device. Dropping it takes all of them away.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,6 +12,7 @@ use backing_image_instance::replica_process::{Config as ReplicaConfig, Image, re
 use dataplane::storage_daemon::BaseFormat;
 use engine::{control_client, process};
 use proto::engine::{Config, ReplicaAddress, ReplicaState, Status};
+use proto::replica::{Record, Reply, Request};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::array::fill;
@@ -64,7 +66,7 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-fn run(command: &mut Command) -> String {
+pub fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?} cannot be started: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
@@ -154,6 +156,9 @@ impl World {
             replica_timeout_ms: 30_000,
             no_replica_hold_ms: 2_000,
             holder_limit_ms: 60_000,
+            silence_limit_ms: 10_000,
+            replace_engine: true,
+            program: None,
         };
         World {
             volume_bytes,
@@ -168,16 +173,20 @@ impl World {
         }
     }
 
-    /// Starts all replicas, those that are stale as well, and serves the volume.
-    pub fn attach(&mut self) {
+    /// Starts all replicas, those that are stale as well.
+    pub fn start_replicas(&mut self) {
         self.replicas.iter_mut().for_each(Replica::launch);
         self.replicas.iter_mut().for_each(Replica::wait);
+    }
+
+    /// Starts all replicas and serves the volume.
+    pub fn attach(&mut self) {
+        self.start_replicas();
         let records: Vec<_> = self.current.iter().map(|r| self.replicas[*r].record()).collect();
         // As the controller decides it.
         let highest = records.iter().map(|record| record.generation).max().unwrap();
         self.config.compare_replicas = records.iter().any(|record| !record.clean || record.generation != highest);
-        self.config.replicas =
-            self.replicas.iter().enumerate().map(|(number, replica)| replica.address(number)).collect();
+        self.config.replicas = self.replicas.iter().map(|replica| replica.address()).collect();
         let source = self.current.iter().nth(self.attachments % self.current.len()).unwrap();
         self.config.read_from = Some(format!("r{source}"));
         self.attachments += 1;
@@ -261,6 +270,17 @@ impl World {
         self.attach();
     }
 
+    /// Stops the daemon of a replica where it stands. It is killed when the result is dropped.
+    pub fn freeze_daemon(&self, number: usize) -> Frozen {
+        let process = self.replicas[number].child.as_ref().unwrap().id();
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+        let children = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).unwrap());
+        let daemon = children.collect::<String>().trim().parse().expect("it has one child");
+        let daemon = Pid::from_raw(daemon).unwrap();
+        kill_process(daemon, Signal::STOP).unwrap();
+        Frozen(daemon)
+    }
+
     pub fn kill_replica(&mut self, number: usize) {
         self.replicas[number].end(Signal::KILL);
     }
@@ -274,6 +294,31 @@ impl World {
             status = self.status();
         }
         self.current.remove(&number);
+    }
+
+    pub fn record(&self, number: usize) -> Record {
+        self.replicas[number].record()
+    }
+
+    pub fn replica_address(&self, number: usize) -> SocketAddr {
+        self.replicas[number].config.listen
+    }
+
+    pub fn ask_replica(&self, number: usize, request: &Request) -> Reply {
+        let control = self.replicas[number].config.directory.join("control.sock");
+        let mut stream = runtime::socket::connect_blocking(&control).unwrap();
+        stream.write_all(format!("{}\n", serde_json::to_string(request).unwrap()).as_bytes()).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn wait_generation(&self, generation: u64) {
+        wait_until("the others recorded it", || self.status().generation == generation);
     }
 
     /// The chain of a replica as QEMU opens it by hand, when its processes have ended.
@@ -309,6 +354,15 @@ impl World {
     }
 }
 
+/// A daemon that does nothing any more.
+pub struct Frozen(Pid);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
 impl Replica {
     fn launch(&mut self) {
         if self.child.is_some() {
@@ -334,17 +388,12 @@ impl Replica {
         std::fs::read_to_string(self.file.with_extension("log")).unwrap_or_default()
     }
 
-    fn record(&self) -> proto::replica::Record {
+    fn record(&self) -> Record {
         read_record(&self.config.directory).unwrap().unwrap()
     }
 
-    /// Replicas of other nodes are reached by TCP, the first one is on this node.
-    fn address(&self, number: usize) -> (String, ReplicaAddress) {
-        let address = match number {
-            0 => ReplicaAddress::Directory(self.config.directory.clone()),
-            _ => ReplicaAddress::Tcp(self.config.listen.to_string()),
-        };
-        (self.config.replica.clone(), address)
+    fn address(&self) -> (String, ReplicaAddress) {
+        (self.config.replica.clone(), ReplicaAddress::Tcp(self.config.listen.to_string()))
     }
 
     /// Its daemon ends with it, at once or in order.

@@ -161,25 +161,49 @@ fn backs_off_longer_with_each_failure() {
 
 #[test]
 fn waits_long_after_what_a_repetition_will_not_cure() {
-    for (message, permanent) in [
-        ("cannot download `http://x/404/a.qcow2`: connection refused", false),
-        ("cannot download `http://x/a`: the server answered 404", true),
-        ("cannot download `http://x/a`: the server answered 503", false),
-        ("SHA-512 is a, but b was expected", true),
-        ("the file is refused: it has the backing file `/etc/passwd`", true),
-        ("a raw image must be a multiple of 512 bytes, this one has 1000", true),
-    ] {
-        assert_eq!(is_permanent(message), permanent, "{message}");
+    let waits = |kind| {
+        let mut o = observed();
+        let report = Report { state: CopyState::Failed, message: "m".into(), kind, ..Default::default() };
+        running(&mut o, State::Running, Some(report));
+        decide(&o).recheck_after.unwrap()
+    };
+    assert_eq!(waits(None), crate::retry::INITIAL);
+    for kind in ErrorKind::ALL {
+        let expected = if kind.is_final() { MAX } else { crate::retry::INITIAL };
+        assert_eq!(waits(Some(kind)), expected, "{kind}");
     }
-    let full = "the disk of `/d` has 5 bytes free, the file needs 9: free some space or choose another disk";
-    assert!(says_no_room(full) && !is_permanent(full));
+    assert!(hint(Some(ErrorKind::Exhausted)).contains("add a disk"));
+    assert!(hint(Some(ErrorKind::NotFound)).contains("correct the image's source"));
+    assert!(hint(Some(ErrorKind::Unavailable)).contains("can be reached") && hint(None).contains("can be reached"));
+}
+
+#[test]
+fn what_a_status_says_is_not_taken_for_an_answer_to_a_later_wish() {
+    let mut o = observed();
+    let report = Report { state: CopyState::Failed, message: "m".into(), ..Default::default() };
+    running(&mut o, State::Running, Some(report));
+    o.source.status = Some(decide(&o).status);
+    let mut image = BackingImage::new("ubuntu", Default::default());
+    image.spec.source_parameters.clone_from(&o.source.spec.parameters);
+    assert!(answers(&o.source, &image));
+    image.spec.checksum = "c".into();
+    assert!(!answers(&o.source, &image), "the checksum was changed");
+    image.spec.checksum.clear();
+    image.spec.source_parameters.insert("url".into(), "http://x/other".into());
+    assert!(!answers(&o.source, &image), "the address was changed");
+    o.source.spec.parameters.clone_from(&image.spec.source_parameters);
+    assert!(!answers(&o.source, &image), "the new address has not been tried yet");
 }
 
 #[test]
 fn tries_a_new_wish_at_once() {
     let mut o = observed();
-    let report =
-        Report { state: CopyState::Failed, message: "SHA-512 is a, but b was expected".into(), ..Default::default() };
+    let report = Report {
+        state: CopyState::Failed,
+        message: "SHA-512 is a, but b was expected".into(),
+        kind: Some(ErrorKind::Corrupt),
+        ..Default::default()
+    };
     running(&mut o, State::Running, Some(report));
     let mut o = check(
         &o,

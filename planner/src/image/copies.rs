@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use api::ErrorKind;
 use api::engine::DesireState;
 use api::image::{BackingImageStatus, CopyState, DiskFileSpec, DiskFileStatus};
 use api::manager::{FileInfo, ManagerState};
@@ -51,6 +52,7 @@ pub(super) fn observe(o: &Observed, status: &mut BackingImageStatus) {
         {
             file.state = CopyState::Failed;
             file.message = why;
+            file.error_kind = Some(ErrorKind::Incompatible);
         }
         let mut seen = before.get(&disk).cloned().unwrap_or_default();
         if seen.state != file.state || seen.last_state_transition_time.is_empty() {
@@ -60,6 +62,11 @@ pub(super) fn observe(o: &Observed, status: &mut BackingImageStatus) {
         seen.progress = if file.state == CopyState::Ready { 100 } else { file.progress };
         seen.message = file.message;
         seen.next_retry_time = file.next_retry_time;
+        seen.error_kind = file.error_kind;
+        if file.state != CopyState::Unknown {
+            seen.verified_at = file.verified_at;
+            seen.damage = file.damage;
+        }
         status.disk_file_status_map.insert(disk, seen);
     }
     remember_last_use(o, status);
@@ -96,6 +103,7 @@ fn report(o: &Observed, status: &BackingImageStatus, disk: &str) -> FileInfo {
             progress: seen.progress,
             current_checksum: seen.checksum,
             message: seen.message,
+            error_kind: seen.error_kind,
             next_retry_time: seen.next_retry_time,
             ..Default::default()
         };
@@ -185,7 +193,7 @@ fn counts(o: &Observed, file: &DiskFileStatus, disk: &str) -> (bool, Option<Dura
 
 /// Whether a failure says that the disk is full.
 pub(super) fn has_no_room(file: &DiskFileStatus) -> bool {
-    crate::data_source::says_no_room(&file.message)
+    file.error_kind == Some(ErrorKind::Exhausted)
 }
 
 fn replenish(

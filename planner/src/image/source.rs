@@ -7,7 +7,7 @@ use api::data_source::BackingImageDataSourceSpec;
 use api::image::{BackingImageStatus, CopyState, DiskFileSpec};
 use api::names::condition::READY;
 use api::names::{FINALIZER, GROUP, VERSION};
-use api::{BackingImageDataSource, Condition, ConditionStatus};
+use api::{BackingImageDataSource, Condition, ConditionStatus, ErrorKind};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::{Action, Observed, copies, name_of, ready_disks, request, selectors, unsupported};
@@ -123,7 +123,7 @@ fn follow(
     let old = &source.spec.disk_uuid;
     let has_failed =
         is_about_this_attempt(source) && matches!(seen.current_state, CopyState::Failed | CopyState::FailedAndCleanup);
-    let is_full = has_failed && crate::data_source::says_no_room(&seen.message);
+    let is_full = has_failed && seen.error_kind == Some(ErrorKind::Exhausted);
     let must_move = match o.disks.get(old) {
         None => o.disks.is_gone(old).then(|| format!("no node has disk {old} any more")),
         Some(disk) => match &disk.health {
@@ -178,7 +178,7 @@ fn follow(
         let message = format!("the file {what} on {}: {}", o.disks.label(old), seen.message);
         let mut condition = Condition::new(READY, ConditionStatus::False, reason, message);
         condition.next_retry_time.clone_from(&seen.next_retry_time);
-        condition.with_hint(crate::data_source::hint(&seen.message))
+        condition.with_hint(crate::data_source::hint(seen.error_kind))
     });
     (actions, problem, None)
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use api::data_source::BackingImageDataSourceStatus;
 use api::image::{BackingImageSpec, CopyState, DiskFileSpec, SourceType};
 use api::manager::{BackingImageManagerSpec, BackingImageManagerStatus, FileInfo, ManagerState};
-use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, ErrorKind, Replica};
 use expect_test::{Expect, expect};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -117,6 +117,8 @@ fn add_disk(o: &mut Observed, status: &mut BackingImageStatus, text: &str) {
     }
     let (state, evict) = state.strip_suffix('!').map_or((state, false), |s| (s, true));
     o.image.spec.disk_file_spec_map.insert(id.into(), DiskFileSpec { eviction_requested: evict, ..Default::default() });
+    // A copy that failed since its disk is full.
+    let (state, error_kind) = if state == "full" { ("failed", Some(ErrorKind::Exhausted)) } else { (state, None) };
     let copy = api::image::DiskFileStatus {
         state: CopyState::from_name(state),
         last_state_transition_time: LONG_AGO.into(),
@@ -132,7 +134,8 @@ fn add_disk(o: &mut Observed, status: &mut BackingImageStatus, text: &str) {
             ..Default::default()
         },
     );
-    let file = FileInfo { uuid: "12345678".into(), state: CopyState::from_name(state), ..Default::default() };
+    let file =
+        FileInfo { uuid: "12345678".into(), state: CopyState::from_name(state), error_kind, ..Default::default() };
     let files: BTreeMap<String, FileInfo> =
         if state == "pending" { BTreeMap::new() } else { [("ubuntu".into(), file)].into() };
     manager.status = Some(BackingImageManagerStatus {
@@ -189,6 +192,40 @@ fn begins_with_one_data_source() {
             copies +b; create source on b
             Preparing: 0 of 1 copy ready, b of node-b pending"#]],
     );
+}
+
+#[test]
+fn a_full_disk_makes_room_for_another_one() {
+    check(
+        "wanted=2; a=ready b=full c=-",
+        expect![[r#"
+        copies +c
+        Ready: 1 of 3 copies ready, b of node-b failed, c of node-c pending"#]],
+    );
+    // Any other failure is tried again in place.
+    check(
+        "wanted=2; a=ready b=failed c=-",
+        expect![[r#"
+        nothing
+        Ready: 1 of 2 copies ready, b of node-b failed"#]],
+    );
+    for (kind, moves) in [(ErrorKind::Exhausted, true), (ErrorKind::Unavailable, false)] {
+        let mut o = world("wanted=1; a=pending b=-");
+        let mut source = BackingImageDataSource::new("ubuntu", Default::default());
+        source.spec.disk_uuid = "a".into();
+        source.spec.parameters.clone_from(&o.image.spec.source_parameters);
+        let mut tried = source.spec.parameters.clone();
+        tried.insert("disk-uuid".into(), "a".into());
+        source.status = Some(BackingImageDataSourceStatus {
+            current_state: CopyState::Failed,
+            running_parameters: tried,
+            error_kind: Some(kind),
+            ..Default::default()
+        });
+        o.data_source = Some(source);
+        let moved = decide(&o).actions.iter().any(|a| matches!(a, Action::SetDataSourceSpec(s) if s.disk_uuid == "b"));
+        assert_eq!(moved, moves, "{kind}");
+    }
 }
 
 #[test]

@@ -43,9 +43,10 @@ fn world(text: &str) -> Observed {
         images: vec![],
         data_sources: BTreeMap::new(),
         peers: BTreeMap::new(),
+        scrub_interval: Duration::ZERO,
         memory: Memory::default(),
     };
-    let mut files = BTreeMap::new();
+    let mut files = vec![];
     for part in text.split(';').map(str::trim).filter(|p| !p.is_empty()) {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         match key {
@@ -100,22 +101,36 @@ fn world(text: &str) -> Observed {
                 let message = if value == "failed" { "broken".into() } else { String::new() };
                 let checksum = if value == "ready" { "c" } else { "" };
                 let file = FileInfo {
+                    name: "ubuntu".into(),
                     uuid: "12345678".into(),
                     state: CopyState::from_name(value),
                     message,
                     current_checksum: checksum.into(),
                     ..Default::default()
                 };
-                files.insert("ubuntu".to_owned(), file);
+                files.push(file);
             }
+            // A file of an image that had the same name.
+            "stray" => files.push(FileInfo {
+                name: "ubuntu".into(),
+                uuid: "87654321".into(),
+                state: CopyState::Ready,
+                ..Default::default()
+            }),
+            "kind" => files.last_mut().unwrap().error_kind = ErrorKind::from_name(value),
+            "verified" => files.last_mut().unwrap().verified_at = value.into(),
+            "requested" => o.images[0].spec.verify_requested_at = value.into(),
+            "on" => o.images[0].spec.verify_disks = vec![value.into()],
+            "scrub" => o.scrub_interval = Duration::from_secs(60 * value.parse::<u64>().unwrap()),
             "other" => {
                 let file = FileInfo {
+                    name: "ubuntu".into(),
                     uuid: "12345678".into(),
                     state: CopyState::Ready,
                     current_checksum: "other".into(),
                     ..Default::default()
                 };
-                files.insert("ubuntu".to_owned(), file);
+                files.push(file);
             }
             "peers" => drop(o.peers.insert("ubuntu".into(), vec!["2.2.2.2:8000".into(), "3.3.3.3:8000".into()])),
             "source" => {
@@ -127,7 +142,7 @@ fn world(text: &str) -> Observed {
             }
             "due" => {
                 let retry = Retry { failures: 1, next: Some(now()), message: "broken".into() };
-                o.memory.copies.insert("ubuntu".into(), Attempt { retry, is_running: false });
+                o.memory.copies.insert("ubuntu".into(), Attempt { retry, ..Default::default() });
             }
             "disk" if value == "gone" => o.disks.list.clear(),
             "disk" => o.disks.list = vec![disk(Health::Unknown("node n does not answer".into()))],
@@ -149,7 +164,11 @@ fn check(text: &str, expected: Expect) {
             Action::Create(m) => format!("create with {:?}", m.spec.backing_images),
             Action::SetSpec(s) => format!("set {:?}", s.backing_images),
             Action::EnsureWorkload(wish) => format!("start {}", wish.args.join(" ")),
+            Action::DeleteFile { image, uuid } if uuid != "12345678" => format!("delete {image}-{uuid}"),
             Action::DeleteFile { image, .. } => format!("delete {image}"),
+            Action::VerifyFile { image, requested_at, bytes_per_second, .. } => {
+                format!("verify {image} `{requested_at}` {bytes_per_second}")
+            }
             Action::FetchFile { from: Some(from), .. } => format!("fetch from {from}"),
             Action::FetchFile { from: None, .. } => "adopt".into(),
             Action::SyncFile { from, .. } => format!("sync from {}", from.join(",")),
@@ -227,12 +246,28 @@ fn tries_a_failed_copy_again_after_its_back_off() {
     );
     check(
         "wanted; held=failed; process=running; file=failed; peers; due",
-        expect!["delete ubuntu; sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed broken 2026-01-01T00:00:00Z"],
+        expect!["sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+    // What its agent takes for good would not be got anew otherwise.
+    check(
+        "wanted; held=failed; process=running; other; peers; due",
+        expect![[
+            r#"delete ubuntu; sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed the copy differs from the image: its checksum is other, that of the image is c 2026-01-01T00:00:00Z"#
+        ]],
     );
     // Without a ready peer nothing is deleted: what lies there may be the last.
     check(
         "wanted; held=failed; process=running; file=failed; due",
         expect!["adopt | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+    // Reading damage again does not make it better.
+    check(
+        "wanted; held=failed; process=running; file=failed; kind=Corrupt; due",
+        expect!["nothing | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+    check(
+        "wanted; held=failed; process=running; file=failed; kind=Corrupt; due; peers",
+        expect!["sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed broken 2026-01-01T00:00:00Z"],
     );
 }
 
@@ -251,4 +286,54 @@ fn concludes_nothing_from_silence() {
     check("wanted; held=ready; disk=silent", expect!["nothing | Unknown unknown node n does not answer"]);
     check("held=ready; disk=silent", expect!["nothing | Unknown unknown node n does not answer"]);
     check("wanted; held=ready; disk=gone; process=failed", expect!["RemoveWorkload; Remove | NotStarted ready"]);
+}
+
+#[test]
+fn a_file_of_another_uuid_is_not_taken_for_the_copy_of_the_image() {
+    for order in ["stray; file=ready", "file=ready; stray"] {
+        check(
+            &format!("wanted; held=ready; process=running; {order}"),
+            expect!["delete ubuntu-87654321 | Running ready"],
+        );
+    }
+    check(
+        "wanted; held=ready; process=running; peers; stray",
+        expect!["delete ubuntu-87654321; adopt | Running unknown"],
+    );
+}
+
+#[test]
+fn a_copy_is_verified_when_the_user_asks_and_it_was_not_since() {
+    let ready = "wanted; held=ready; process=running; file=ready";
+    let asked = "requested=2025-12-31T12:00:00Z";
+    for more in ["", "; on=d", "; verified=2025-12-31T11:59:59Z"] {
+        check(&format!("{ready}; {asked}{more}"), expect!["verify ubuntu `2025-12-31T12:00:00Z` 0 | Running ready"]);
+    }
+    check(&format!("{ready}; {asked}; verified=2025-12-31T12:00:00Z"), expect!["nothing | Running ready"]);
+    check(&format!("{ready}; {asked}; on=e"), expect!["nothing | Running ready"]);
+    check(&format!("{ready}; requested=soon"), expect!["nothing | Running ready"]);
+    check(
+        &format!("wanted; held=ready; process=running; file=in-progress; {asked}"),
+        expect!["nothing | Running in-progress"],
+    );
+}
+
+#[test]
+fn a_copy_that_nobody_verified_for_long_is_read_slowly() {
+    let ready = "wanted; held=ready; process=running; file=ready";
+    check(&format!("{ready}; verified=2025-12-31T23:00:00Z"), expect!["nothing | Running ready"]);
+    check(&format!("{ready}; verified=2025-12-31T23:00:00Z; scrub=61"), expect!["nothing | Running ready"]);
+    let soon = decide(&world(&format!("{ready}; verified=2025-12-31T23:00:00Z; scrub=61")));
+    assert_eq!(soon.recheck_after, Some(Duration::from_secs(60)));
+    check(
+        &format!("{ready}; verified=2025-12-31T23:00:00Z; scrub=60"),
+        expect!["verify ubuntu `` 16777216 | Running ready"],
+    );
+    // Its image says since when it may be here.
+    let mut o = world(&format!("{ready}; scrub=60"));
+    assert_eq!(decide(&o).actions, []);
+    let hours_ago =
+        |n: i64| k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now() - jiff::SignedDuration::from_hours(n));
+    o.images[0].metadata.creation_timestamp = Some(hours_ago(2));
+    assert_eq!(decide(&o).actions.len(), 1);
 }

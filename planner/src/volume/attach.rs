@@ -6,7 +6,7 @@ use api::engine::{DesireState, InstanceState};
 use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 
-use super::{Action, Pass, SILENCE_LIMIT, name_of_replica};
+use super::{Action, ENGINE_LOST, Pass, SILENCE_LIMIT, SILENT_ENGINE_HINT, name_of_replica};
 use crate::disk::Health;
 use crate::generations::{Judgement, Record, Sight, judge};
 use crate::retry::{after, until};
@@ -41,7 +41,8 @@ impl Pass<'_> {
             self.wait("Creating", "the volume is being created");
             return;
         };
-        if engine.desire_state == DesireState::Running && engine.node_id == node && !self.has_ended_by_surprise() {
+        let is_wished = engine.desire_state == DesireState::Running && engine.node_id == node;
+        if is_wished && !self.has_ended_by_surprise() && !self.has_lost_all_before_it_served() {
             self.take_over_drops();
             self.maintain();
             return;
@@ -58,14 +59,21 @@ impl Pass<'_> {
         }
         if let Err(why) = self.engine_ended() {
             let is_move = engine.node_id != node;
-            self.wait(
-                "Detaching",
-                if is_move {
-                    format!("it must be detached from node {} first: {why}", engine.node_id)
-                } else {
-                    why.clone()
-                },
-            );
+            let (reason, message, hint) = match self.lost_engine() {
+                Some(lost) => (
+                    ENGINE_LOST,
+                    format!(
+                        "{lost}; requests on its device fail; it is attached again when nobody uses that any more: {why}"
+                    ),
+                    "unmount the volume, or end what uses its device; then mount it again",
+                ),
+                None if is_move => {
+                    let message = format!("it must be detached from node {} first: {why}", engine.node_id);
+                    ("Detaching", message, self.engine_hint())
+                }
+                None => ("Detaching", why.clone(), self.engine_hint()),
+            };
+            self.wait_for(Condition::new(READY, ConditionStatus::False, reason, message).with_hint(hint));
             self.undetached = Some(why);
             return;
         }
@@ -119,6 +127,13 @@ impl Pass<'_> {
         (names, stop_now)
     }
 
+    /// Why users of the device get errors: the engine ended under them, and the device is not gone yet.
+    fn lost_engine(&self) -> Option<String> {
+        let status = self.o.engine.as_ref()?.status.as_ref()?;
+        let ready = condition::find(&status.conditions, READY)?;
+        (ready.reason == "EngineEnded").then(|| ready.message.clone())
+    }
+
     /// The engine ended although it shall run: its end is taken as unclean, and it is attached anew after a back-off.
     fn has_ended_by_surprise(&mut self) -> bool {
         // Stopped is what it was before the wish; the instance role is about to take that up.
@@ -129,6 +144,27 @@ impl Pass<'_> {
         let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
         let why = said.map_or_else(|| "the engine ended by surprise".to_owned(), |c| c.message.clone());
         self.restart = self.restart.failed(self.o.now, why);
+        true
+    }
+
+    /// The processes of all its replicas ended before the engine served anybody: rather than wait for what cannot come, they are
+    /// started again and judged anew.
+    fn has_lost_all_before_it_served(&mut self) -> bool {
+        if self.engine_state() != InstanceState::Starting {
+            return false;
+        }
+        let map = self.o.engine.iter().flat_map(|e| e.spec.replica_address_map.keys());
+        let ended = map.map(|name| {
+            let replica = self.replica(name)?;
+            let is_seen = self.o.disks.nodes.get(&replica.spec.node_id) == Some(&Health::Ready);
+            let status = replica.status.as_ref().filter(|s| is_seen && s.current_state == InstanceState::Error)?;
+            let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
+            Some(said.map_or_else(|| "its process ended".to_owned(), |c| c.message.clone()))
+        });
+        let Some(reason) = ended.collect::<Option<Vec<String>>>().and_then(|reasons| reasons.into_iter().next()) else {
+            return false;
+        };
+        self.restart = self.restart.failed(self.o.now, format!("no replica was left when the engine began: {reason}"));
         true
     }
 
@@ -301,8 +337,12 @@ impl Pass<'_> {
         let status = engine.status.clone().unwrap_or_default();
         let node = &engine.spec.node_id;
         if let Some(Health::NotReady(why) | Health::Unknown(why)) = self.o.disks.nodes.get(node) {
-            let message = format!("{why}; the volume stays attached to node {node}");
-            self.wait_for(Condition::new(READY, ConditionStatus::Unknown, "NodeNotReady", message));
+            let since = self.silence_of(node);
+            let message = format!(
+                "{why}{since}; the volume stays attached to node {node}, whose engine is waited for until the node returns or its Node object is deleted"
+            );
+            let condition = Condition::new(READY, ConditionStatus::Unknown, "NodeNotReady", message);
+            self.wait_for(condition.with_hint(SILENT_ENGINE_HINT));
             return;
         }
         if !self.o.disks.nodes.contains_key(node) {
@@ -315,6 +355,13 @@ impl Pass<'_> {
             let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
             let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
             self.wait("Attaching", format!("the engine on node {node} is starting{said}"));
+            return;
+        }
+        // Attached, and yet requests wait.
+        let ready = condition::find(&status.conditions, READY).filter(|c| c.status == ConditionStatus::False);
+        if let Some(waits) = ready.filter(|c| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting")) {
+            let message = format!("on node {node} {}", waits.message);
+            self.wait_for(Condition { message, last_transition_time: String::new(), ..waits.clone() });
         }
     }
 

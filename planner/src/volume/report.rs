@@ -5,7 +5,7 @@ use api::names::condition::{BACKING_IMAGE_INCOMPATIBLE, READY, SCHEDULED, WAIT_F
 use api::volume::{Robustness, VolumeState, VolumeStatus};
 use api::{Condition, ConditionStatus, condition};
 
-use super::{Action, DETACHED_CONDITION, Pass, in_sync};
+use super::{Action, DETACHED_CONDITION, ENGINE_LOST, Pass, in_sync};
 
 impl Pass<'_> {
     fn is_attached(&self) -> bool {
@@ -46,7 +46,9 @@ impl Pass<'_> {
         if good == 0 && !self.replicas.is_empty() {
             return (Robustness::Faulted, failed);
         }
-        if let Some(wait) = self.waits.as_ref().filter(|w| matches!(w.reason.as_str(), "StaleReplica" | "Faulted")) {
+        if let Some(wait) =
+            self.waits.as_ref().filter(|w| matches!(w.reason.as_str(), "StaleReplica" | "Faulted" | ENGINE_LOST))
+        {
             return (Robustness::Faulted, wait.message.clone());
         }
         if !self.is_attached() {
@@ -112,7 +114,7 @@ impl Pass<'_> {
         }
         set(match &self.undetached {
             Some(why) => Condition::new(DETACHED_CONDITION, ConditionStatus::False, "InUse", why.clone())
-                .with_hint("end what uses the device, or bring its node back"),
+                .with_hint(self.engine_hint()),
             None if self.is_attached() => Condition::new(DETACHED_CONDITION, ConditionStatus::False, "Attached", ""),
             None => Condition::new(DETACHED_CONDITION, ConditionStatus::True, "Detached", ""),
         });

@@ -5,7 +5,7 @@ use api::engine::{EngineStatus, InstanceState, ReplicaMode};
 use api::names::condition::READY;
 use api::quantity::SizeBytes;
 use api::replica::ReplicaStatus;
-use api::volume::VolumeSpec;
+use api::volume::{Robustness, VolumeSpec};
 use expect_test::{Expect, expect};
 
 use super::*;
@@ -63,6 +63,11 @@ fn world(text: &str) -> Observed {
                 let health = Health::Unknown(format!("node {value} does not answer"));
                 o.disks.nodes.insert(value.into(), health.clone());
                 o.disks.list.iter_mut().filter(|d| d.node == value).for_each(|d| d.health = health.clone());
+            }
+            "since" => drop(o.silent_since.insert(value.into(), "2025-12-31T23:00:00Z".parse().unwrap())),
+            "said" => {
+                let condition = Condition::new(READY, ConditionStatus::False, value, "it said why");
+                engine.status.get_or_insert_default().conditions.push(condition);
             }
             "recorded" => engine.spec.generation = value.parse().unwrap(),
             "dropped" => {
@@ -278,13 +283,13 @@ fn is_faulted_when_every_replica_has_failed() {
 #[test]
 fn never_attaches_elsewhere_while_an_engine_may_still_write() {
     check(
-        "on=n2; wish=; silent=n1; engine=running:4@n1; map=r1,r2,r3; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
+        "on=n2; wish=; silent=n1; since=n1; engine=running:4@n1; map=r1,r2,r3; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
         expect![[r#"
             r1 Running
             r2 Running
             r3 Running
             engine Stopped at n1 with r1,r2,r3 above 4
-            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer; the engine on node n1 may still write"#]],
+            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns or its Node object is deleted"#]],
     );
     check(
         "on=n2; engine=stopping:4@n1; map=r1,r2,r3; recorded=4; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
@@ -304,6 +309,61 @@ fn says_who_uses_the_device_of_an_engine_that_died() {
     status.conditions.extend([died, busy]);
     let waits = condition::find(&decide(&o).status.conditions, DETACHED).unwrap().message.clone();
     assert_eq!(waits, "the engine on node n1 is stopping: /dev/loop0 is in use by the mount on /m");
+}
+
+#[test]
+fn an_engine_on_a_silent_node_is_waited_for_and_the_volume_says_so() {
+    let text = "on=n1; wish=; silent=n1; since=n1; engine=running:4@n1; recorded=4; map=r1,r2,r3; r1=running:4 r2=running:4 r3=running:4";
+    check(
+        text,
+        expect![
+            "Attached Healthy NodeNotReady: node n1 does not answer since 2025-12-31T23:00:00Z; the volume stays attached to node n1, whose engine is waited for until the node returns or its Node object is deleted"
+        ],
+    );
+    let hint = |text: &str, r#type: &str| {
+        condition::find(&decide(&world(text)).status.conditions, r#type).unwrap().hint.clone()
+    };
+    assert!(hint(text, READY).contains("delete its Node object"));
+    let detaching = text.replace("on=n1; ", "");
+    assert!(hint(&detaching, READY).contains("delete its Node object"));
+    assert!(hint(&detaching, DETACHED).contains("delete its Node object"));
+}
+
+#[test]
+fn an_engine_that_ended_under_its_users_faults_the_volume_until_they_are_gone() {
+    let replicas = "recorded=4; map=r1,r2,r3; r1=running:4 r2=running:4 r3=running:4";
+    check(
+        &format!("on=n1; engine=stopping:4@n1; said=EngineEnded; {replicas}"),
+        expect![
+            "Detaching Faulted EngineLost: it said why; requests on its device fail; it is attached again when nobody uses that any more: the engine on node n1 is stopping: it said why"
+        ],
+    );
+    check(
+        &format!("on=n1; engine=stopping:4@n1; said=Stopped; {replicas}"),
+        expect!["Detaching Unknown Detaching: the engine on node n1 is stopping: it said why"],
+    );
+}
+
+#[test]
+fn requests_that_wait_for_an_engine_are_told_by_the_volume() {
+    let replicas = "recorded=4; map=r1,r2,r3; r1=running:4 r2=running:4 r3=running:4";
+    for reason in ["EngineSilent", "EngineStarting"] {
+        let decision = decide(&world(&format!("on=n1; wish=; engine=running:4@n1; said={reason}; {replicas}")));
+        let ready = condition::find(&decision.status.conditions, READY).unwrap();
+        assert_eq!((ready.reason.as_str(), ready.message.as_str()), (reason, "on node n1 it said why"));
+        assert_eq!(decision.status.robustness, Robustness::Healthy);
+    }
+}
+
+#[test]
+fn a_request_to_upgrade_reaches_the_engine() {
+    let mut o =
+        world("on=n1; wish=; engine=running:4@n1; recorded=4; map=r1,r2,r3; r1=running:4 r2=running:4 r3=running:4");
+    assert_eq!(decide(&o).actions, []);
+    o.volume.spec.engine_upgrade_requested_at = "2026-01-01T00:00:00Z".into();
+    let spec =
+        EngineSpec { upgrade_requested_at: "2026-01-01T00:00:00Z".into(), ..o.engine.as_ref().unwrap().spec.clone() };
+    assert_eq!(decide(&o).actions, [Action::SetEngineSpec(Box::new(spec))]);
 }
 
 #[test]
@@ -334,6 +394,26 @@ fn starts_replicas_again_whose_process_ended() {
             r3 Stopped
             Attaching Unknown Attaching: waits for replica r1 on node n1: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r2 on node n2: its process ended; it is started again, not before 2026-01-01T00:00:01Z; r3 on node n3: its process ended; it is started again, not before 2026-01-01T00:00:01Z"#]],
     );
+}
+
+#[test]
+fn an_engine_whose_replicas_all_ended_before_it_served_begins_anew() {
+    check(
+        "on=n1; wish=; engine=starting:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=error:4{r1,r2}",
+        expect![[r#"
+            r1 Running
+            r2 Running
+            engine Stopped at n1 with r1,r2 above 4
+            Detaching Unknown Detaching: the engine on node n1 is being stopped"#]],
+    );
+    // One that serves keeps its requests waiting, and one that has a replica left serves with that.
+    for goes_on in [
+        "on=n1; wish=; engine=running:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=error:4{r1,r2}",
+        "on=n1; wish=; engine=starting:4@n1; recorded=4; map=r1,r2; r1=error:4{r1,r2} r2=running:4{r1,r2}",
+    ] {
+        let stops = |a: &Action| matches!(a, Action::SetEngineSpec(s) if s.desire_state == DesireState::Stopped);
+        assert!(!decide(&world(goes_on)).actions.iter().any(stops), "{goes_on}");
+    }
 }
 
 #[test]

@@ -55,6 +55,13 @@ impl Story<'_> {
             for disk in disks.iter().filter(|d| state(d) != CopyState::Ready && !is_told(d)) {
                 s.copy(name, disk);
             }
+            for (disk, copy) in status.disk_file_status_map.iter().filter(|(_, c)| !c.damage.is_empty()) {
+                let place = s.place_of(disk);
+                s.say(format!(
+                    "The copy on {place} was damaged once: {} You can: check that disk.",
+                    sentence_end(&copy.damage)
+                ));
+            }
         });
         true
     }

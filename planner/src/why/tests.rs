@@ -135,6 +135,25 @@ fn a_claim_leads_to_the_copy_that_is_missing() {
 }
 
 #[test]
+fn a_silent_node_is_told_with_its_time_and_what_can_be_done() {
+    let mut world =
+        World { volumes: vec![volume("v", VolumeState::Attached, Robustness::Healthy)], ..Default::default() };
+    let mut wait =
+        Condition::new(types::READY, ConditionStatus::Unknown, "NodeNotReady", "node node-1 does not answer")
+            .with_hint("bring the node back");
+    wait.last_transition_time = "2026-01-01T00:08:30Z".into();
+    world.volumes[0].status.as_mut().unwrap().conditions.push(wait);
+    check(
+        &world,
+        Subject::Volume("v".into()),
+        expect![[r#"
+            Volume `v` is attached to `node-1`, healthy: 0 of 2 replicas are good.
+              Node node-1 does not answer. Since 90s. You can: bring the node back.
+        "#]],
+    );
+}
+
+#[test]
 fn says_what_the_user_can_do() {
     let mut world = World::default();
     let mut broken = image("ubuntu", &[]);
@@ -153,6 +172,24 @@ fn says_what_the_user_can_do() {
         "#]],
     );
     assert_eq!(explain(&world, &Subject::Image("other".into()), now()), None);
+}
+
+#[test]
+fn a_hint_is_told_although_its_reason_was() {
+    let mut world =
+        World { volumes: vec![volume("v", VolumeState::Detaching, Robustness::Unknown)], ..Default::default() };
+    let busy = "/dev/loop0 is in use by the mount on `/m`";
+    let waits = Condition::new(types::READY, ConditionStatus::False, "Detaching", format!("the engine stops: {busy}"));
+    world.volumes[0].status.as_mut().unwrap().conditions.push(waits);
+    let mut engine = Engine::new("v-e-0", Default::default());
+    let status = engine.status.get_or_insert_default();
+    status.current_state = InstanceState::Stopping;
+    let detached = Condition::new(types::DETACHED, ConditionStatus::False, "DeviceBusy", busy);
+    status.conditions.push(detached.with_hint("unmount it, or end what uses it"));
+    world.engines.push(engine);
+    let story = render(&explain(&world, &Subject::Volume("v".into()), now()).unwrap());
+    assert_eq!(story.matches(busy).count(), 1, "{story}");
+    assert!(story.contains("You can: unmount it, or end what uses it."), "{story}");
 }
 
 #[test]

@@ -101,9 +101,12 @@ impl Story<'_> {
         let mut own: Vec<_> = self.world.replicas.iter().filter(|r| r.spec.volume_name == name).cloned().collect();
         own.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
         let good = own.iter().filter(|r| r.spec.failed_at.is_empty()).count();
+        let ready = status.conditions.iter().find(|c| c.r#type == types::READY);
+        let lost = ready.is_some_and(|ready| ready.reason == crate::volume::ENGINE_LOST);
         let robustness = match status.robustness {
             Robustness::Healthy => ", healthy",
             Robustness::Degraded => ", degraded",
+            Robustness::Faulted if lost => ", faulted (its device fails; the data is untouched)",
             Robustness::Faulted => ", faulted (no usable replica; the data is untouched)",
             Robustness::Unknown => "",
         };
@@ -157,6 +160,9 @@ impl Story<'_> {
             // An engine that shall run is rightly not detached.
             let runs = engine.spec.desire_state == DesireState::Running;
             let relevant = status.conditions.iter().filter(|c| !(runs && c.r#type == types::DETACHED));
+            if runs && !status.version.is_empty() {
+                s.say(format!("It runs version {}.", status.version));
+            }
             s.problems(&relevant.cloned().collect::<Vec<_>>());
             for (replica, mode) in &status.replica_mode_map {
                 let text = status.replica_errors.get(replica).map(String::as_str).unwrap_or("no reason is known");

@@ -40,6 +40,28 @@ pub struct BackingImageResponse {
     /// Ours: `raw` or `qcow2`, recorded at ingest.
     #[prost(string, tag = "100")]
     pub format: ::prost::alloc::string::String,
+    /// Ours: the kind of failure that `status.error_msg` tells of, by its name (`Corrupt`, `Exhausted`, ...).
+    #[prost(string, tag = "101")]
+    pub error_kind: ::prost::alloc::string::String,
+    /// Ours: when the whole file was last read and found to match its manifest, RFC 3339.
+    #[prost(string, tag = "102")]
+    pub verified_at: ::prost::alloc::string::String,
+    /// Ours: the last damage that was found and repaired, a sentence.
+    #[prost(string, tag = "103")]
+    pub damage: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VerifyRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub uuid: ::prost::alloc::string::String,
+    /// The wish that this answers, RFC 3339: `verified_at` will not be before it. May be empty.
+    #[prost(string, tag = "3")]
+    pub requested_at: ::prost::alloc::string::String,
+    /// 0: as fast as the disk can.
+    #[prost(int64, tag = "4")]
+    pub bytes_per_second: i64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DeleteRequest {
@@ -494,6 +516,32 @@ pub mod backing_image_manager_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Ours: starts to read a ready copy and to compare it with its manifest. The copy stays ready meanwhile. Asked again while that
+        /// goes on it changes nothing, except that a faster reading takes the place of a slower one.
+        pub async fn verify(
+            &mut self,
+            request: impl tonic::IntoRequest<super::VerifyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BackingImageResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/bimrpc.BackingImageManagerService/Verify",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("bimrpc.BackingImageManagerService", "Verify"));
+            self.inner.unary(req, path, codec).await
+        }
         /// A message whenever anything changed.
         pub async fn watch(
             &mut self,
@@ -593,6 +641,15 @@ pub mod backing_image_manager_service_server {
             request: tonic::Request<super::BackupStatusRequest>,
         ) -> std::result::Result<
             tonic::Response<super::BackupStatusResponse>,
+            tonic::Status,
+        >;
+        /// Ours: starts to read a ready copy and to compare it with its manifest. The copy stays ready meanwhile. Asked again while that
+        /// goes on it changes nothing, except that a faster reading takes the place of a slower one.
+        async fn verify(
+            &self,
+            request: tonic::Request<super::VerifyRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::BackingImageResponse>,
             tonic::Status,
         >;
         /// Server streaming response type for the Watch method.
@@ -1127,6 +1184,52 @@ pub mod backing_image_manager_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = BackupStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/bimrpc.BackingImageManagerService/Verify" => {
+                    #[allow(non_camel_case_types)]
+                    struct VerifySvc<T: BackingImageManagerService>(pub Arc<T>);
+                    impl<
+                        T: BackingImageManagerService,
+                    > tonic::server::UnaryService<super::VerifyRequest>
+                    for VerifySvc<T> {
+                        type Response = super::BackingImageResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::VerifyRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BackingImageManagerService>::verify(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = VerifySvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

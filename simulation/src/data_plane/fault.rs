@@ -17,6 +17,8 @@ pub enum Fault {
     /// After so many further outputs of the core.
     KillEngineSoon(u64),
     KillHolder,
+    /// An engine and one of its replicas, whose process is there again at once.
+    KillBoth(usize),
     CrashNode(usize, u64),
     NodeUp(usize),
     SilentNode(usize, u64),
@@ -50,7 +52,7 @@ impl World {
         let (replica, node) = (self.dice.below(self.replicas.len()), self.dice.below(self.nodes.len()));
         let other = self.dice.below(self.nodes.len());
         let time = duration(&mut self.dice);
-        match self.dice.below(44) {
+        match self.dice.below(48) {
             0..5 => Fault::KillReplica(replica),
             5..8 => Fault::StopReplica(replica, time),
             8..10 => Fault::SlowReplica(replica, time),
@@ -66,6 +68,7 @@ impl World {
             36..38 => Fault::InstanceDown(node, time),
             38..39 => Fault::ControllerDown(time),
             39..43 => Fault::Barrier,
+            43..47 => Fault::KillBoth(replica),
             _ => Fault::RemoveNode,
         }
     }
@@ -87,6 +90,14 @@ impl World {
             Fault::KillEngine => self.kill_some_engine(),
             Fault::KillEngineSoon(outputs) => self.doom = Some(outputs),
             Fault::KillHolder => self.kill_holder(),
+            Fault::KillBoth(r) => {
+                if is_up(&self.replicas[r]) {
+                    self.kill_replica(r);
+                    // As an instance that did not see its end would start it.
+                    self.replicas[r].process = Process::Up;
+                }
+                self.kill_some_engine();
+            }
             Fault::CrashNode(node, time) => self.crash_node(node, time),
             Fault::NodeUp(node) => self.node_up(node),
             Fault::SilentNode(node, time) => {
@@ -241,6 +252,12 @@ impl World {
         }
         for replica in &mut self.replicas {
             (replica.stopped_until, replica.slow_until, replica.erring_until) = (0, 0, 0);
+        }
+        // A node that comes back after it was given up for gone was started anew.
+        while let Some(a) = self.attachments.iter().position(|a| a.disowned) {
+            self.attachments[a].holder = false;
+            self.end_life(a, false);
+            self.attachments.remove(a);
         }
         for node in 0..self.nodes.len() {
             (self.nodes[node].silent_until, self.nodes[node].instance_down_until) = (0, 0);

@@ -6,7 +6,7 @@ use api::engine::{DesireState, EngineStatus, InstanceState, ReplicaMode};
 use api::replica::ReplicaStatus;
 use engine::core::ReplicaState;
 
-use super::begin::{Attachment, Config};
+use super::holder::{Attachment, Config};
 use super::{Happening, MILLI, Process, SECOND, World};
 
 /// Everything is looked at again after this long.

@@ -144,7 +144,14 @@ impl Replica {
                 return Err(());
             }
             match step {
-                Step::EndExport => (self.export, self.client) = (None, None),
+                Step::EndExport => {
+                    (self.export, self.client) = (None, None);
+                    // What was being worked on is finished first.
+                    self.disk
+                        .iter_mut()
+                        .flat_map(|cell| &mut cell.volatile)
+                        .for_each(|entry| entry.1 = entry.1.min(now));
+                }
                 // Nobody writes any more: everything that was written is covered.
                 Step::Flush => self.flush(u64::MAX),
                 Step::Record(_) if errs => return Ok(Reply::Refused { message: "its disk errs".into() }),
@@ -159,7 +166,6 @@ impl Replica {
                 Step::AddExport(export) => self.export = Some(export),
             }
         }
-        let _ = now;
         if dies && last != usize::MAX {
             return Err(());
         }

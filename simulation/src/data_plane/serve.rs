@@ -9,7 +9,8 @@ use engine::core::{
 use engine::process::choice::{Choice, Known};
 use proto::replica::{Reply, Request};
 
-use super::begin::{Attachment, Life, Stage, Told};
+use super::begin::{Life, Stage};
+use super::holder::{Attachment, Told};
 use super::{
     BLOCK, BLOCKS, COMPARE_BLOCKS, Happening, MILLI, NO_REPLICA_HOLD, REPLICA_TIMEOUT, SECOND, World, is_up, micros,
 };

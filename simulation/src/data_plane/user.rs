@@ -223,6 +223,9 @@ impl World {
                 break;
             }
             submitted += 1;
+            if self.user.nbd && self.of_attachment(device).is_some_and(|a| self.attachments[a].serving().is_none()) {
+                break;
+            }
         }
         if submitted == 0 && self.user.open.is_empty() && self.user.device == Some(device) {
             self.close_device();

@@ -13,6 +13,8 @@ use tempfile::TempDir;
 /// How often a condition is looked at: well below what is measured.
 const PROBE_EVERY: Duration = Duration::from_millis(5);
 const DEADLINE: Duration = Duration::from_secs(300);
+/// Ticks of `/proc/PID/stat` per second (`USER_HZ` on every architecture that we build for).
+const TICKS: f64 = 100.0;
 
 /// An instance on a temporary directory; dropping it ends everything.
 pub struct World {
@@ -31,6 +33,9 @@ impl World {
         let daemon = Command::new(binary)
             .args(["standalone", "--nodes", &nodes.to_string(), "--listen", &listen, "--data"])
             .arg(dir.path().join("data"))
+            // Each CSI call tells how long it took.
+            .env("RUST_LOG", "info,csi::rpc=debug")
+            .env("BACKING_IMAGE_CSI_LOG_FORMAT", "json")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -44,6 +49,12 @@ impl World {
     /// `DIR` of the instance.
     pub fn data(&self) -> PathBuf {
         self.dir.path().join("data")
+    }
+
+    /// What the instance has logged, line by line.
+    pub fn log(&self) -> anyhow::Result<Vec<Value>> {
+        let text = fs::read_to_string(self.scratch("daemon.log"))?;
+        Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
     }
 
     /// A place for files of the measurement, on the same filesystem.
@@ -132,6 +143,23 @@ pub fn memory_mib(pid: u32, line: &str) -> f64 {
         .lines()
         .find_map(|l| l.strip_prefix(line)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.parse::<f64>().ok());
     kib.unwrap_or(0.0) / 1024.0
+}
+
+/// CPU time of a process and its threads; 0 for one that is gone.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some((_, fields)) = stat.rsplit_once(')') else { return 0.0 };
+    fields.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / TICKS
+}
+
+/// Context switches of the threads that a process has now.
+pub fn context_switches(pid: u32) -> f64 {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return 0.0 };
+    let of = |status: String| -> f64 {
+        let lines = status.lines().filter_map(|line| line.split_once("ctxt_switches:"));
+        lines.filter_map(|(_, count)| count.trim().parse::<f64>().ok()).sum()
+    };
+    threads.flatten().map(|thread| of(fs::read_to_string(thread.path().join("status")).unwrap_or_default())).sum()
 }
 
 /// Probes until there is a value.

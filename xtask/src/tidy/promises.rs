@@ -38,7 +38,8 @@ pub fn check(path: &str, text: &str, tests: &BTreeSet<String>) -> Vec<String> {
     problems
 }
 
-fn plain(name: &str) -> String {
+/// A name without `_` and blanks, in lower case.
+pub fn plain(name: &str) -> String {
     name.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect()
 }
 

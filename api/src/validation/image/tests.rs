@@ -31,6 +31,16 @@ fn check(name: &str, spec: Value, expected: Expect) {
 }
 
 #[test]
+fn a_wish_to_verify_is_a_time() {
+    check("a1", with(download(URL), "verifyRequestedAt", "2026-01-02T03:04:05Z"), expect!["fine"]);
+    check(
+        "a1",
+        with(download(URL), "verifyRequestedAt", "now"),
+        expect!["spec.verifyRequestedAt is `now`: it is no time; give one like 2026-01-02T03:04:05Z, or leave it out"],
+    );
+}
+
+#[test]
 fn fills_in_defaults() {
     let spec = json!({
         "checksum": format!(" {}\n", "a".repeat(128)),
@@ -154,7 +164,7 @@ fn judges_sources() {
         "a1",
         download("ftp://user:secret@example.com/a"),
         expect![
-            "spec.sourceParameters[url] is `ftp://…@example.com/a`: invalid download URL scheme: only http and https are offered"
+            "spec.sourceParameters[url] is `ftp://<redacted>@example.com/a`: invalid download URL scheme: only http and https are offered"
         ],
     );
     check(

@@ -1,0 +1,112 @@
+//! `volume upgrade-engine`: writes the request into the volume and waits for its answer in the engine.
+
+use std::time::Duration;
+
+use api::names::condition::{READY, UPGRADED};
+use api::names::engine_name;
+use api::volume::VolumeState;
+use api::{Engine, ErrorKind, Volume, condition};
+use futures::StreamExt;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use store::ResourceType;
+
+use crate::client::{Client, Event};
+use crate::failure::{Failure, failed};
+
+/// Requests the replacement of an engine; returns what was done.
+pub async fn run(
+    client: &Client,
+    name: &str,
+    claims: &str,
+    namespace: &str,
+    timeout: Duration,
+) -> anyhow::Result<String> {
+    let volume = volume_of(client, name, claims).await?;
+    let request = request(client, &volume, namespace).await?;
+    let mut last = None;
+    match tokio::time::timeout(timeout, answer(client, &volume, namespace, &request, &mut last)).await {
+        Ok(answered) => answered,
+        Err(_) => {
+            let conditions = last.and_then(|e| e.status).map(|s| s.conditions).unwrap_or_default();
+            let why = condition::find(&conditions, READY).filter(|c| !c.is_true() && !c.message.is_empty());
+            let why = why.map_or_else(|| "its node has not answered yet".to_owned(), |c| c.message.clone());
+            let message = format!(
+                "the engine of volume `{volume}` is not replaced yet: {why}; the request stays, see `why volume {volume}`"
+            );
+            failed(ErrorKind::Pending, message)
+        }
+    }
+}
+
+/// The volume behind a claim, a persistent volume, or of that name.
+async fn volume_of(client: &Client, name: &str, claims: &str) -> anyhow::Result<String> {
+    let claim = client.find(&ResourceType::of::<PersistentVolumeClaim>(), Some(claims), name).await?;
+    let bound = claim.and_then(|c| c["spec"]["volumeName"].as_str().map(str::to_owned)).filter(|v| !v.is_empty());
+    let name = bound.unwrap_or_else(|| name.to_owned());
+    let found = client.find(&ResourceType::of::<PersistentVolume>(), None, &name).await?;
+    let handle = found.and_then(|v| v["spec"]["csi"]["volumeHandle"].as_str().map(str::to_owned));
+    Ok(handle.unwrap_or(name))
+}
+
+/// Writes the request; returns its time, which its answer names.
+async fn request(client: &Client, name: &str, namespace: &str) -> anyhow::Result<String> {
+    let resource = ResourceType::of::<Volume>();
+    loop {
+        let Some(mut object) = client.find(&resource, Some(namespace), name).await? else {
+            let message = format!("there is no claim or volume `{name}`; `volume list` shows what there is");
+            return failed(ErrorKind::NotFound, message);
+        };
+        let volume: Volume = serde_json::from_value(object.clone())?;
+        let state = volume.status.map(|s| s.state).unwrap_or_default();
+        if state != VolumeState::Attached {
+            let message = format!(
+                "volume `{name}` is not attached, so it has no engine to replace; its next attachment starts the installed version"
+            );
+            return failed(ErrorKind::NotReady, message);
+        }
+        let now = Timestamp::now().to_string();
+        object["spec"]["engineUpgradeRequestedAt"] = now.clone().into();
+        match client.replace(&resource, Some(namespace), name, &object).await {
+            Ok(_) => return Ok(now),
+            // Somebody else wrote the volume at this moment.
+            Err(error) if error.downcast_ref::<Failure>().is_some_and(|f| f.kind == ErrorKind::Pending) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+async fn answer(
+    client: &Client,
+    volume: &str,
+    namespace: &str,
+    request: &str,
+    last: &mut Option<Engine>,
+) -> anyhow::Result<String> {
+    let resource = ResourceType::of::<Engine>();
+    loop {
+        let mut events = client.watch(&resource, Some(namespace), Some(&engine_name(volume))).await?;
+        while let Some(event) = events.next().await {
+            let engine: Engine = match event? {
+                Event::Applied(object) => serde_json::from_value(object)?,
+                Event::Deleted(_) => {
+                    return failed(ErrorKind::NotFound, format!("volume `{volume}` was deleted meanwhile"));
+                }
+                Event::Relist => break,
+            };
+            let status = engine.status.clone().unwrap_or_default();
+            let node = engine.spec.node_id.clone();
+            *last = Some(engine);
+            if status.upgrade_requested_at != request {
+                continue;
+            }
+            let Some(upgraded) = condition::find(&status.conditions, UPGRADED) else { continue };
+            let sentence = format!("engine of volume `{volume}` on {node}: {}", upgraded.message);
+            return match upgraded.reason.as_str() {
+                _ if upgraded.is_true() => Ok(sentence),
+                "Failed" => failed(ErrorKind::Unavailable, sentence),
+                _ => failed(ErrorKind::NotReady, format!("not upgraded, the {sentence}")),
+            };
+        }
+    }
+}

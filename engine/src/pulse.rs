@@ -1,0 +1,78 @@
+//! Whether an engine is still there: asked over its control socket, again and again.
+//!
+//! A process that is stopped keeps its sockets, and connecting to them works until too many have done so, so all questions go
+//! over one connection, and none is asked before the last one was answered.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use proto::engine::{Reply, Request, Status};
+
+/// What a question led to.
+#[derive(Debug)]
+pub enum Beat {
+    Answer(Box<Status>),
+    /// Nobody listens, or whoever does closed the connection: an engine that begins or ends, but is not stuck.
+    Nobody,
+    /// Somebody listens and does not answer.
+    Silence,
+}
+
+/// The watch over one engine.
+pub struct Pulse {
+    socket: PathBuf,
+    connection: Option<BufReader<UnixStream>>,
+    is_asked: bool,
+    /// What has come of the answer that is waited for.
+    line: Vec<u8>,
+}
+
+impl Pulse {
+    pub fn of(control_socket: &Path) -> Pulse {
+        Pulse { socket: control_socket.to_owned(), connection: None, is_asked: false, line: Vec::new() }
+    }
+
+    /// Asks, unless an answer is due already, and waits for the answer.
+    pub fn beat(&mut self, limit: Duration) -> Beat {
+        match self.ask(Instant::now() + limit) {
+            Ok(status) => Beat::Answer(Box::new(status)),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => Beat::Silence,
+            Err(_) => {
+                self.connection = None;
+                Beat::Nobody
+            }
+        }
+    }
+
+    fn ask(&mut self, deadline: Instant) -> io::Result<Status> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            none => {
+                self.is_asked = false;
+                self.line.clear();
+                none.insert(BufReader::new(runtime::socket::connect_blocking(&self.socket)?))
+            }
+        };
+        if !self.is_asked {
+            writeln!(connection.get_mut(), "{}", serde_json::to_string(&Request::Status)?)?;
+            self.is_asked = true;
+        }
+        while !self.line.ends_with(b"\n") {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            connection.get_ref().set_read_timeout(Some(left))?;
+            if connection.read_until(b'\n', &mut self.line)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        self.is_asked = false;
+        match serde_json::from_slice(&std::mem::take(&mut self.line))? {
+            Reply::Status(status) => Ok(status),
+            Reply::Done | Reply::Refused { .. } => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
