@@ -57,12 +57,12 @@ impl World {
     fn is_hidden_fence(&self, a: usize, missed: &Write) -> bool {
         let attachment = &self.attachments[a];
         let known = attachment.known.as_ref().map_or(0, |known| known.generation);
-        let told = attachment.highest_answer().max(attachment.config.generation).max(known).max(self.heard());
+        let told = attachment.highest_answer().max(attachment.config.generation).max(known).max(attachment.heard);
         missed.generation > told
     }
 
     /// The highest generation that is written down in the store.
-    fn heard(&self) -> u64 {
+    pub(super) fn heard(&self) -> u64 {
         let engine = &self.controller.engine;
         let replicas = self.controller.replicas.iter().filter_map(|r| r.status.as_ref()).map(|s| s.generation);
         let status = engine.status.as_ref().map_or(0, |s| s.generation);

@@ -37,6 +37,8 @@ pub struct Attachment {
     quick_deaths: u32,
     pub known: Option<Known>,
     pub claimed: u64,
+    /// The highest generation that stood in the store when it was started.
+    pub heard: u64,
     pub differ: bool,
     /// What the instance role heard of the engine.
     pub told: Option<Told>,
@@ -71,6 +73,7 @@ impl Attachment {
             quick_deaths: 0,
             known: None,
             claimed: 0,
+            heard: 0,
             differ: false,
             told: None,
             device: false,

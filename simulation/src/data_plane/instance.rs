@@ -115,7 +115,9 @@ impl World {
         let config = Config { generation, compare, replicas, names, read_from };
         self.next_id += 1;
         let id = self.next_id;
-        self.attachments.push(Attachment::new(id, node, config, self.now));
+        let mut attachment = Attachment::new(id, node, config, self.now);
+        attachment.heard = self.heard();
+        self.attachments.push(attachment);
         let wait = self.dice.upto(5 * MILLI);
         self.after(wait, Happening::NextLife { attachment: id });
     }
