@@ -35,6 +35,10 @@ pub struct Arrived {
     pub buffer: Option<BufferId>,
 }
 
+/// The connection ended, or the client broke the protocol.
+#[derive(Debug)]
+pub struct Ended;
+
 /// One client.
 pub struct Session {
     socket: OwnedFd,
@@ -99,7 +103,7 @@ impl Session {
         handshake: &Handshake<'_>,
         buffers: &mut Buffers,
         arrived: &mut Vec<Arrived>,
-    ) -> Result<(), ()> {
+    ) -> Result<(), Ended> {
         while !self.leaving && !self.is_full() {
             // What is left from before comes first: there may be whole requests in it.
             if self.receiving.is_none() && self.take(handshake, buffers, arrived)? {
@@ -114,11 +118,11 @@ impl Session {
             };
             let offered = room.len();
             let count = match recv(&self.socket, room, RecvFlags::DONTWAIT) {
-                Ok((_, 0)) => return Err(()),
+                Ok((_, 0)) => return Err(Ended),
                 Ok((_, count)) => count.min(offered),
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(Errno::INTR) => continue,
-                Err(_) => return Err(()),
+                Err(_) => return Err(Ended),
             };
             match &mut self.receiving {
                 Some(receiving) => {
@@ -137,12 +141,12 @@ impl Session {
         handshake: &Handshake<'_>,
         buffers: &mut Buffers,
         arrived: &mut Vec<Arrived>,
-    ) -> Result<bool, ()> {
+    ) -> Result<bool, Ended> {
         let input = &self.inbox[..self.have];
         let taken = match self.stage {
             Stage::Flags if input.len() < 4 => 0,
             Stage::Flags => {
-                self.stage = Stage::Options { no_zeroes: parse_client_flags(input).ok_or(())? };
+                self.stage = Stage::Options { no_zeroes: parse_client_flags(input).ok_or(Ended)? };
                 4
             }
             Stage::Options { no_zeroes } => {
@@ -156,7 +160,7 @@ impl Session {
             }
             Stage::Transmission if input.len() < wire::REQUEST_LENGTH => 0,
             Stage::Transmission => {
-                let request = Request::parse(input).ok_or(())?;
+                let request = Request::parse(input).ok_or(Ended)?;
                 return self.take_request(request, buffers, arrived).map(|()| true);
             }
         };
@@ -165,7 +169,12 @@ impl Session {
         Ok(taken > 0)
     }
 
-    fn take_request(&mut self, request: Request, buffers: &mut Buffers, arrived: &mut Vec<Arrived>) -> Result<(), ()> {
+    fn take_request(
+        &mut self,
+        request: Request,
+        buffers: &mut Buffers,
+        arrived: &mut Vec<Arrived>,
+    ) -> Result<(), Ended> {
         let mut taken = wire::REQUEST_LENGTH;
         let Request { flags, command, cookie, offset, length } = request;
         let (bytes, length_u64) = (length as usize, u64::from(length));
@@ -173,7 +182,7 @@ impl Session {
             (wire::CMD_READ, 0) if length <= limits::NBD_MAX_IO => Some(Operation::Read),
             (wire::CMD_WRITE, 0) if length <= limits::NBD_MAX_IO => Some(Operation::Write),
             // Nobody can tell where the next request begins.
-            (wire::CMD_WRITE, _) => return Err(()),
+            (wire::CMD_WRITE, _) => return Err(Ended),
             (wire::CMD_FLUSH, 0) => Some(Operation::Flush),
             // What a trimmed range reads as is open; zeroes are the same on all replicas.
             (wire::CMD_TRIM, 0) | (wire::CMD_WRITE_ZEROES, 0) => Some(Operation::Zero { allocate: false }),
@@ -253,13 +262,13 @@ impl Session {
     ///
     /// # Errors
     /// When the connection is broken.
-    pub fn send(&mut self, buffers: &mut Buffers) -> Result<(), ()> {
+    pub fn send(&mut self, buffers: &mut Buffers) -> Result<(), Ended> {
         while !self.handshake_answer.is_empty() {
             match send(&self.socket, &self.handshake_answer, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(count) => drop(self.handshake_answer.drain(..count)),
                 Err(Errno::AGAIN) => return Ok(()),
                 Err(Errno::INTR) => {}
-                Err(_) => return Err(()),
+                Err(_) => return Err(Ended),
             }
         }
         if self.queue.is_empty() {
@@ -268,7 +277,7 @@ impl Session {
         let mut sent = Vec::new();
         let result = self.queue.send(&self.socket, buffers, |tag| sent.push(tag));
         self.give_back(sent, buffers);
-        result.map_err(|_| ())
+        result.map_err(|_| Ended)
     }
 
     fn give_back(&mut self, tags: Vec<u64>, buffers: &mut Buffers) {

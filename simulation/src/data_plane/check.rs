@@ -284,11 +284,11 @@ impl World {
     /// The volume is faulted: a replica still has everything.
     pub(super) fn check_faulted(&mut self) {
         // What was not flushed went with the last process.
-        let mut is_whole = |r: usize| {
+        let is_whole = |r: usize| {
             let mut cells = self.replicas[r].disk.iter().enumerate();
             cells.all(|(block, cell)| self.oracle.forgive(block, cell.value(), self.now + 1).is_ok())
         };
-        let whole = (0..self.replicas.len()).any(|r| is_whole(r));
+        let whole = (0..self.replicas.len()).any(is_whole);
         assert!(whole || self.has_rivals(), "faulted, and no replica has everything: {}", self.state());
     }
 

@@ -121,7 +121,7 @@ impl World {
         attachment.quick_deaths = if now - life.began < 10 * SECOND { attachment.quick_deaths + 1 } else { 0 };
         let pause = match attachment.quick_deaths {
             0 | 1 => 0,
-            n => (100 * MILLI << (n - 2).min(8)).min(2 * SECOND),
+            n => ((100 * MILLI) << (n - 2).min(8)).min(2 * SECOND),
         };
         let (id, holder) = (attachment.id, attachment.holder);
         if had_served && !in_order {
