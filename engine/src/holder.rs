@@ -297,6 +297,7 @@ impl Holder {
             match pulse.beat(if served_since.is_some() { answer_limit } else { limits::HOLDER_POLL }) {
                 Beat::Answer(status) if status.pid == child.id() => {
                     if served_since.is_none() && status.serving {
+                        info!(volume = %self.config.volume, pid = child.id(), "engine answers");
                         served_since = Some(Instant::now());
                         self.life.set_holder_report(None);
                     } else if !silence.is_zero() {

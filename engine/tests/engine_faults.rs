@@ -205,6 +205,8 @@ fn a_pause_of_the_holder_is_no_silence_of_the_engine() {
     volume.config.silence_limit_ms = 6_000;
     volume.attach();
     let (holder, pid) = (volume.holder.as_ref().unwrap().id(), volume.engine_pid());
+    // Before that, the holder takes an engine that is silent for one that does not begin to serve.
+    wait_until("the holder watches it", || volume.log().contains("engine answers"));
     signal(pid, Signal::STOP);
     wait_until("the silence is reported", || report(&volume).is_some());
     signal(holder, Signal::STOP);
@@ -212,7 +214,7 @@ fn a_pause_of_the_holder_is_no_silence_of_the_engine() {
     wait_until("more time than the limit has passed", || stopped.elapsed() > Duration::from_millis(5_500));
     signal(holder, Signal::CONT);
     let going = Instant::now();
-    wait_until("the holder had its turn", || going.elapsed() > Duration::from_millis(300));
+    wait_until("the holder had its turn", || going.elapsed() > Duration::from_secs(2));
     assert!(is_alive(pid), "{}", volume.log());
     signal(pid, Signal::CONT);
     wait_until("it answers again", || report(&volume).is_none());
