@@ -38,6 +38,7 @@ const MAX_MEMORY_MIB: u64 = 512;
 /// One input; a hang, in terms of a parser.
 const MAX_SECONDS_OF_INPUT: u64 = 5;
 
+/// In CI. It always begins with the same random numbers, so that a change is judged by what it changed.
 const SHORT: Duration = Duration::from_secs(6);
 const LONG: Duration = Duration::from_secs(600);
 
@@ -188,6 +189,7 @@ fn run_target(root: &Path, program: &Path, target: &str, time: Duration) -> anyh
         .arg(format!("-max_total_time={}", time.as_secs()))
         .arg(format!("-artifact_prefix={}/", folders.regressions.display()))
         .arg("-print_final_stats=1")
+        .args((time == SHORT).then_some("-seed=1"))
         .args([&folders.work, &folders.corpus, &folders.regressions])
         .output()
         .with_context(|| format!("cannot start `{}`", program.display()))?;
