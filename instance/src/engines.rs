@@ -69,9 +69,10 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
         let upgraded = engine_upgrade::answer(role, engine, &decision, &observed, &place).await?;
         report(role, engine, &decision, &observed, &place, upgraded).await?;
     }
-    let waits = matches!(decision.step, Step::Nothing) && decision.state == InstanceState::Stopping;
+    // The holder's report is a file: nobody says that it has changed, or that it ended a moment after the engine began to serve.
+    let looks_again = decision.state == InstanceState::Stopping || observed.trouble.is_some();
     match decision.step {
-        Step::Nothing => return Ok(waits.then_some(SOON)),
+        Step::Nothing => return Ok(looks_again.then_some(SOON)),
         Step::Start => start(role, name, &wished, &place).await?,
         Step::AttachDevice => {
             let device = loop_device::attach(&place.mount_file).await;
