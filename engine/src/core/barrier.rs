@@ -19,7 +19,10 @@ pub(super) enum Phase {
     /// Requests in flight are finished, new ones wait.
     Draining(Goal),
     Flushing(Goal),
-    Paused,
+    /// `flushed`: whether everything acknowledged is on stable storage.
+    Paused {
+        flushed: bool,
+    },
     /// The members record that the attachment ended cleanly.
     Closing {
         waiting_for: Set,
@@ -48,13 +51,15 @@ impl Core {
     pub(super) fn pause(&mut self) {
         match self.phase {
             Phase::Serving => self.phase = Phase::Draining(Goal::Pause),
-            Phase::Paused => self.outputs.push(Output::Paused { flushed: true }),
+            Phase::Paused { flushed: true } => self.outputs.push(Output::Paused { flushed: true }),
+            // Asked again after a flush that failed: only another one can tell.
+            Phase::Paused { flushed: false } => self.phase = Phase::Draining(Goal::Pause),
             _ => {}
         }
     }
 
     pub(super) fn resume(&mut self) {
-        if matches!(self.phase, Phase::Paused | Phase::Draining(Goal::Pause) | Phase::Flushing(Goal::Pause)) {
+        if matches!(self.phase, Phase::Paused { .. } | Phase::Draining(Goal::Pause) | Phase::Flushing(Goal::Pause)) {
             self.phase = Phase::Serving;
             self.start_waiting();
         }
@@ -63,7 +68,9 @@ impl Core {
     pub(super) fn shutdown(&mut self) {
         match self.phase {
             Phase::Flushing(Goal::Pause) => self.phase = Phase::Flushing(Goal::End),
-            Phase::Serving | Phase::Paused | Phase::Draining(Goal::Pause) => self.phase = Phase::Draining(Goal::End),
+            Phase::Serving | Phase::Paused { .. } | Phase::Draining(Goal::Pause) => {
+                self.phase = Phase::Draining(Goal::End);
+            }
             _ => return,
         }
         if let Some(fault) = &mut self.fault {
@@ -88,7 +95,7 @@ impl Core {
     pub(super) fn barrier_flushed(&mut self, flushed: bool) {
         match self.phase {
             Phase::Flushing(Goal::Pause) => {
-                self.phase = Phase::Paused;
+                self.phase = Phase::Paused { flushed };
                 self.outputs.push(Output::Paused { flushed });
             }
             Phase::Flushing(Goal::End) => self.close(flushed),

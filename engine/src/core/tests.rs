@@ -253,6 +253,19 @@ fn a_barrier_drains_and_flushes() {
 }
 
 #[test]
+fn a_barrier_whose_flush_failed_says_so_and_flushes_when_it_is_asked_again() {
+    let mut story = story(2, false);
+    let flush = sent(&story.tell(Event::Pause));
+    story.reply(flush[0], Some(Failure::NoSpace));
+    assert_eq!(story.reply(flush[1], Some(Failure::NoSpace)), [Output::Paused { flushed: false }]);
+    let flush = sent(&story.tell(Event::Pause));
+    assert_eq!(flush.iter().map(|t| t.operation).collect::<Vec<_>>(), [Operation::Flush; 2]);
+    story.reply(flush[0], None);
+    assert_eq!(story.reply(flush[1], None), [Output::Paused { flushed: true }]);
+    assert_eq!(story.tell(Event::Pause), [Output::Paused { flushed: true }]);
+}
+
+#[test]
 fn a_clean_end_is_recorded_by_every_member() {
     let mut story = story(2, false);
     let flush = sent(&story.tell(Event::Shutdown));

@@ -86,10 +86,14 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     // The users of this attachment go on as if nothing had happened, so a replica must still have what was acknowledged and not
     // flushed. One whose process was started anew may have lost it.
     let goes_on = !situation.first_life && situation.known.is_some();
-    let kept = |r: &usize| !goes_on || answer(*r).serves || record(*r).clean;
+    // An export tells that only if an engine of this attachment opened it: what another one opened may have been started anew
+    // before. 0: nothing was noted.
+    let claimed = situation.claimed.max(situation.known.map_or(0, |known| known.generation));
+    let is_ours = |r: &usize| situation.claimed == 0 || record(*r).generation <= claimed;
+    let kept = |r: &usize| !goes_on || is_ours(r) && (answer(*r).serves || record(*r).clean);
     let chosen: Vec<usize> = current.into_iter().filter(kept).collect();
     if chosen.is_empty() {
-        return Err("those that answer were all started anew and may have lost writes that were not flushed; detach the volume and attach it again".into());
+        return Err("those that answer were all started anew, or opened by another engine, and may have lost writes that were not flushed; detach the volume and attach it again".into());
     }
     // As long as no engine of this attachment served, nothing is known beyond what the controller and the records say.
     let compare =
@@ -243,9 +247,33 @@ mod tests {
             8,
             Some((8, "abc")),
             [anew.clone(), anew.clone(), anew],
-            "those that answer were all started anew",
+            "those that answer were all started anew,",
         );
         // The last life was about to end cleanly.
         check(false, 8, Some((8, "abc")), [record(8, "abc", true), record(8, "abc", false), None], "ab 9");
+    }
+
+    #[test]
+    fn a_later_life_never_begins_with_replicas_that_another_engine_opened_meanwhile() {
+        let known = Known { generation: 8, members: vec!["a".into(), "b".into()] };
+        let names = ["a", "b"].map(String::from);
+        let (ours, theirs) = ([record(9, "a", false), None], [record(10, "a", false), None]);
+        let situation = Situation {
+            config_generation: 8,
+            config_compare: false,
+            names: &names,
+            answers: &ours,
+            first_life: false,
+            known: Some(&known),
+            claimed: 9,
+            known_to_differ: false,
+        };
+        assert_eq!(choose(&situation).unwrap().generation, 10);
+        let stolen = Situation { answers: &theirs, ..situation };
+        let refused = choose(&stolen).unwrap_err();
+        assert!(refused.contains("opened by another engine"), "{refused}");
+        // Whoever attaches the volume anew takes it.
+        let anew = Situation { first_life: true, known: None, ..stolen };
+        assert_eq!(choose(&anew).unwrap().members, Set::only(0));
     }
 }
