@@ -29,6 +29,8 @@ pub struct Controller {
     settings: Settings,
     restart: Retry,
     pub down_until: u64,
+    /// The highest generation that stood in the store when it looked last.
+    pub heard: u64,
     pass_at: Option<u64>,
     begin: Timestamp,
 }
@@ -60,6 +62,7 @@ impl Controller {
             settings: Settings::default(),
             restart: Retry::default(),
             down_until: 0,
+            heard: 0,
             pass_at: None,
             begin: "2026-01-01T00:00:00Z".parse().expect("a time"),
         }
@@ -92,6 +95,7 @@ impl World {
         if self.controller.down_until > self.now {
             return self.wake_controller_at(self.controller.down_until + 1);
         }
+        self.controller.heard = self.heard();
         let decision = decide(&Observed {
             now: self.timestamp(self.now),
             random: 7,

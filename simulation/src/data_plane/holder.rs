@@ -37,7 +37,7 @@ pub struct Attachment {
     quick_deaths: u32,
     pub known: Option<Known>,
     pub claimed: u64,
-    /// The highest generation that stood in the store when it was started.
+    /// The highest generation that the controller had seen in the store when it was started.
     pub heard: u64,
     pub differ: bool,
     /// What the instance role heard of the engine.

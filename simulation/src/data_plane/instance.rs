@@ -116,7 +116,7 @@ impl World {
         self.next_id += 1;
         let id = self.next_id;
         let mut attachment = Attachment::new(id, node, config, self.now);
-        attachment.heard = self.heard();
+        attachment.heard = self.controller.heard;
         self.attachments.push(attachment);
         let wait = self.dice.upto(5 * MILLI);
         self.after(wait, Happening::NextLife { attachment: id });
