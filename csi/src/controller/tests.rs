@@ -348,7 +348,16 @@ async fn a_detachment_ends_a_pending_attachment() {
     while context.store.get::<Volume>("v").await.unwrap().unwrap().spec.node_id.is_empty() {
         events.next().await.unwrap().unwrap();
     }
-    unpublish(&context, "v", "node-1", 5000).await.unwrap();
+    // The wish is there a moment before the attachment begins to wait; until then callers are asked to repeat.
+    let detached = async {
+        loop {
+            match unpublish(&context, "v", "node-1", 5000).await {
+                Err(CsiError::InFlight { .. }) => tokio::task::yield_now().await,
+                outcome => break outcome,
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), detached).await.expect("the attachment lets go").unwrap();
     let (kind, text) = error(pending.await.unwrap());
     assert!(kind == ErrorKind::NotReady && text.contains("was told to leave node `node-1`"), "{text}");
 }
