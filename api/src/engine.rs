@@ -73,7 +73,7 @@ pub struct EngineSpec {
     pub node_id: String,
     pub desire_state: DesireState,
     pub frontend: String,
-    /// Replica name → `ip:port` of its NBD relay. Exactly the replicas that are current.
+    /// Replica name → `ip:port` of its NBD server. Exactly the replicas that are current.
     pub replica_address_map: BTreeMap<String, String>,
     pub active: bool,
     pub data_engine: DataEngine,

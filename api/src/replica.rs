@@ -61,7 +61,7 @@ pub struct ReplicaStatus {
     pub owner_id: String,
     pub current_state: InstanceState,
     pub ip: String,
-    /// TCP port of its NBD relay; the control port is the next one.
+    /// TCP port of its NBD server; the control port is the next one.
     pub port: u16,
     pub started: bool,
     /// Ours: the generation in its `replica.json`; 0 when it holds no data yet.
