@@ -37,11 +37,11 @@ const (
 // devicesEnv says to TestPowerDevices what to serve: a directory with `devN` files; mounts go on `diskN`, the log is `log`.
 const devicesEnv = "POWER_CUT_DEVICES"
 
-// TestPowerDevices is the process that serves the disks of TestPowerLoss; alone it does nothing.
+// TestPowerDevices is the process that serves the disks of TestWhatWasReadySurvivesALossOfPower; alone it does nothing.
 func TestPowerDevices(t *testing.T) {
 	dir := os.Getenv(devicesEnv)
 	if dir == "" {
-		t.Skip("a part of TestPowerLoss")
+		t.Skip("a part of TestWhatWasReadySurvivesALossOfPower")
 	}
 	log, err := os.OpenFile(filepath.Join(dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {

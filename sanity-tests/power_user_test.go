@@ -16,9 +16,9 @@ import (
 	"google.golang.org/grpc"
 )
 
-// What the user of TestPowerLoss does, and what was promised to him at which position of the log.
+// What the user of TestWhatWasReadySurvivesALossOfPower does, and what was promised to him at which position of the log.
 
-// machineEnv says to the parts of TestPowerLoss where their machine is.
+// machineEnv says to the parts of TestWhatWasReadySurvivesALossOfPower where their machine is.
 const machineEnv = "POWER_CUT_MACHINE"
 
 // machine is one computer: its disks, its files and its address, in namespaces of its own. Ending its first process is a power cut to everything that runs on it.
@@ -51,7 +51,7 @@ func thisMachine(t *testing.T) (m machine) {
 	t.Helper()
 	text := os.Getenv(machineEnv)
 	if text == "" {
-		t.Skip("a part of TestPowerLoss")
+		t.Skip("a part of TestWhatWasReadySurvivesALossOfPower")
 	}
 	if err := json.Unmarshal([]byte(text), &m); err != nil {
 		t.Fatal(err)

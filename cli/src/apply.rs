@@ -6,12 +6,9 @@ use api::ErrorKind;
 use clap::Args;
 use serde_json::{Map, Value};
 
-use crate::client::Client;
+use crate::client::{CONFLICT_RETRIES, Client};
 use crate::documents::{self, Document};
 use crate::failure::Failure;
-
-/// How often a change is tried again that collided with somebody else's.
-const CONFLICT_RETRIES: u32 = 10;
 
 /// Creates or changes objects from YAML or JSON files.
 #[derive(Args, Debug)]

@@ -13,12 +13,15 @@ use serde::Serialize;
 use serde_json::Value;
 use store::ResourceType;
 
-use crate::failure::{Failure, failed};
+use crate::failure::{Failure, failed, is_of_kind};
 
 /// How long a request that is answered at once may take.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a change is tried again that collided with somebody else's.
+pub const CONFLICT_RETRIES: u32 = 10;
 
 /// A client of one instance. Cheap to clone.
 #[derive(Clone)]
@@ -145,6 +148,27 @@ impl Client {
         self.json(Method::PUT, &path(resource, namespace, Some(name)), Some(object)).await
     }
 
+    /// Changes an object as it is, again after a collision with somebody else's change. `change` may refuse what it sees.
+    pub async fn modify<T>(
+        &self,
+        resource: &ResourceType,
+        namespace: Option<&str>,
+        name: &str,
+        mut change: impl FnMut(&mut Value) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let mut tries = 0;
+        loop {
+            let mut object = self.get(resource, namespace, name).await?;
+            let changed = change(&mut object)?;
+            tries += 1;
+            match self.replace(resource, namespace, name, &object).await {
+                Ok(_) => return Ok(changed),
+                Err(error) if tries <= CONFLICT_RETRIES && is_of_kind(&error, ErrorKind::Pending) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Deletes an object; `None` when there was none.
     pub async fn delete(
         &self,
@@ -188,7 +212,7 @@ impl Client {
 fn absent_as_none<T>(result: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
-        Err(error) if error.downcast_ref::<Failure>().is_some_and(|f| f.kind == ErrorKind::NotFound) => Ok(None),
+        Err(error) if is_of_kind(&error, ErrorKind::NotFound) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -9,10 +9,11 @@ use api::{Engine, ErrorKind, Volume, condition};
 use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use serde_json::Value;
 use store::ResourceType;
 
 use crate::client::{Client, Event};
-use crate::failure::{Failure, failed};
+use crate::failure::{failed, is_of_kind};
 
 /// Requests the replacement of an engine; returns what was done.
 pub async fn run(
@@ -51,12 +52,7 @@ async fn volume_of(client: &Client, name: &str, claims: &str) -> anyhow::Result<
 
 /// Writes the request; returns its time, which its answer names.
 async fn request(client: &Client, name: &str, namespace: &str) -> anyhow::Result<String> {
-    let resource = ResourceType::of::<Volume>();
-    loop {
-        let Some(mut object) = client.find(&resource, Some(namespace), name).await? else {
-            let message = format!("there is no claim or volume `{name}`; `volume list` shows what there is");
-            return failed(ErrorKind::NotFound, message);
-        };
+    let request = |object: &mut Value| {
         let volume: Volume = serde_json::from_value(object.clone())?;
         let state = volume.status.map(|s| s.state).unwrap_or_default();
         if state != VolumeState::Attached {
@@ -67,12 +63,15 @@ async fn request(client: &Client, name: &str, namespace: &str) -> anyhow::Result
         }
         let now = Timestamp::now().to_string();
         object["spec"]["engineUpgradeRequestedAt"] = now.clone().into();
-        match client.replace(&resource, Some(namespace), name, &object).await {
-            Ok(_) => return Ok(now),
-            // Somebody else wrote the volume at this moment.
-            Err(error) if error.downcast_ref::<Failure>().is_some_and(|f| f.kind == ErrorKind::Pending) => {}
-            Err(error) => return Err(error),
+        Ok(now)
+    };
+    let requested = client.modify(&ResourceType::of::<Volume>(), Some(namespace), name, request).await;
+    match requested {
+        Err(error) if is_of_kind(&error, ErrorKind::NotFound) => {
+            let message = format!("there is no claim or volume `{name}`; `volume list` shows what there is");
+            failed(ErrorKind::NotFound, message)
         }
+        requested => requested,
     }
 }
 

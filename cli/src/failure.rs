@@ -22,6 +22,11 @@ pub fn failed<T>(kind: ErrorKind, message: impl Into<String>) -> anyhow::Result<
     Err(Failure::new(kind, message).into())
 }
 
+/// Whether an error is a failure of that kind.
+pub fn is_of_kind(error: &anyhow::Error, kind: ErrorKind) -> bool {
+    error.downcast_ref::<Failure>().is_some_and(|failure| failure.kind == kind)
+}
+
 /// The exit code for an error: by the kind of the first [`Failure`] in its chain, 1 when there is none.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     // As the context of another error it is no link of the chain.

@@ -86,6 +86,15 @@ fn end(volume: &mut Volume) {
     assert!(volume.shutdown(), "{}", volume.log());
 }
 
+/// What the device that was lost had acknowledged is read from the next one.
+fn everything_is_there_after_another_attachment(volume: &mut Volume) {
+    volume.detach_loop();
+    volume.config.compare_replicas = true;
+    volume.attach();
+    run(&mut fio(volume, &["--rw=read", "--size=24M", "--verify=crc32c"]));
+    end(volume);
+}
+
 /// A mounted filesystem; taken away also when a test fails.
 struct Mounted(PathBuf);
 
@@ -258,11 +267,7 @@ fn engines_that_die_at_once_are_tried_more_and_more_slowly_until_the_limit() {
     assert!(report(&volume).unwrap().problem.contains("no engine came to serve"), "its last words stay");
     // The volume is attached anew and has everything.
     std::fs::remove_file(volume.broken()).unwrap();
-    volume.detach_loop();
-    volume.config.compare_replicas = true;
-    volume.attach();
-    run(&mut fio(&volume, &["--rw=read", "--size=24M", "--verify=crc32c"]));
-    end(&mut volume);
+    everything_is_there_after_another_attachment(&mut volume);
 }
 
 #[test]
@@ -379,11 +384,7 @@ fn without_repeated_requests_the_device_ends_with_its_engine() {
     );
     assert!(dd(&device).contains("Input/output error"));
     assert!(volume.log().contains("is not replaced") && volume.log().contains("attached again"), "{}", volume.log());
-    volume.detach_loop();
-    volume.config.compare_replicas = true;
-    volume.attach();
-    run(&mut fio(&volume, &["--rw=read", "--size=24M", "--verify=crc32c"]));
-    end(&mut volume);
+    everything_is_there_after_another_attachment(&mut volume);
 }
 
 #[test]

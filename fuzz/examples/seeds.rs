@@ -218,7 +218,7 @@ fn qcow2_files() -> Vec<Vec<u8>> {
     std::fs::create_dir_all(&folder).expect("a folder");
     let path = |name: &str| folder.join(name).display().to_string();
     let mut raw = vec![0u8; 24 << 10];
-    raw[1000..3000].iter_mut().zip(0u32..).for_each(|(byte, index)| *byte = (index * index >> 3) as u8 | 1);
+    raw[1000..3000].iter_mut().zip(0u32..).for_each(|(byte, index)| *byte = ((index * index) >> 3) as u8 | 1);
     raw[9000..9100].fill(7);
     std::fs::write(path("raw"), raw).expect("a file");
     let files: Vec<Vec<u8>> = [

@@ -1,5 +1,7 @@
 //! Two engines that start at once on the same real replica processes: never does each go on with a part of them.
 
+mod engine_role;
+
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -19,20 +21,7 @@ const SIZE: u64 = 16 << 20;
 #[ignore = "a role for the processes that the test starts"]
 fn role_process() {
     runtime::log::init(runtime::log::Format::Text, "info");
-    let config = PathBuf::from(std::env::var("ENGINE_TEST_CONFIG").unwrap());
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<i32>().unwrap());
-    let result = match (number("ENGINE_TEST_FD"), number("ENGINE_TEST_LIVES")) {
-        (Some(device), Some(lives)) => engine::process::run(&config, device, lives as u32),
-        _ => {
-            let script = "ENGINE_TEST_FD=$2 ENGINE_TEST_LIVES=$4 exec \"$ENGINE_TEST_EXE\" --exact role_process --ignored --nocapture";
-            engine::holder::run(&config, ["sh", "-c", script, "engine"].map(Into::into).to_vec())
-        }
-    };
-    if let Err(error) = result {
-        eprintln!("{}", error.chain());
-        std::process::exit(1);
-    }
-    std::process::exit(0);
+    engine_role::run();
 }
 
 fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {

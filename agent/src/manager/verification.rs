@@ -305,14 +305,13 @@ async fn give(
 }
 
 async fn ask(peer: &Peer, key: &ImageKey, range: Range<u64>) -> Result<Vec<u8>, PeerError> {
-    let broken = |error: &dyn std::error::Error| PeerError::Transfer(chain(error));
     let mut connection = peer.connect().await?;
     // Ends the reading when nobody waits for it any more.
-    let _hang_up = connection.hang_up().map_err(|error| broken(&error))?;
+    let _hang_up = connection.hang_up()?;
     let key = key.clone();
     let work = blocking(move || {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         Ok(connection.ask(&key, &range).and_then(|()| connection.read_exact(&mut bytes)).map(|()| bytes))
     });
-    work.await.map_err(|error| broken(&error))?
+    work.await.map_err(|error| PeerError::Transfer(chain(&error)))?
 }

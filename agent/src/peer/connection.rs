@@ -44,8 +44,9 @@ impl Connection {
     }
 
     /// What ends all waiting on this connection when it is dropped, unless [`HangUp::keep`] is called.
-    pub fn hang_up(&self) -> io::Result<HangUp> {
-        self.stream.get_ref().try_clone().map(|stream| HangUp(Some(stream)))
+    pub fn hang_up(&self) -> Result<HangUp, PeerError> {
+        let stream = self.stream.get_ref().try_clone().map_err(|error| PeerError::Transfer(error.to_string()))?;
+        Ok(HangUp(Some(stream)))
     }
 
     /// Asks for a range of a copy. Its bytes must then be read, all of them, before anything else is asked for.

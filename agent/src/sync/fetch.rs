@@ -165,7 +165,7 @@ impl Fetch {
             None => self.peers[peer_of(worker)].connect().await,
         };
         let watched = opened.and_then(|connection| {
-            let hang_up = connection.hang_up().map_err(|e| PeerError::Transfer(e.to_string()))?;
+            let hang_up = connection.hang_up()?;
             Ok((connection, hang_up))
         });
         let (mut connection, hang_up) = match watched {

@@ -10,17 +10,15 @@ use api::{BackingImage, ErrorKind};
 use clap::Args;
 use futures::StreamExt;
 use jiff::Timestamp;
+use serde_json::Value;
 use store::ResourceType;
 use tokio::time::{Instant, timeout_at};
 
 use super::Disks;
 use crate::client::{Client, Event};
 use crate::duration;
-use crate::failure::{Failure, failed};
+use crate::failure::failed;
 use crate::progress::Progress;
-
-/// How often a change that collides with another one is tried again.
-const CONFLICT_RETRIES: u32 = 10;
 
 /// Which copies to read.
 #[derive(Args, Debug)]
@@ -132,21 +130,13 @@ async fn ask(
 ) -> anyhow::Result<Timestamp> {
     let resource = ResourceType::of::<BackingImage>();
     let disks: Vec<&String> = if named.is_empty() { vec![] } else { copies.collect() };
-    let mut tries = 0;
-    loop {
-        let mut object = client.get(&resource, Some(namespace), name).await?;
+    let wish = |object: &mut Value| {
         let now = Timestamp::now();
         object["spec"]["verifyRequestedAt"] = now.to_string().into();
         object["spec"]["verifyDisks"] = serde_json::to_value(&disks)?;
-        tries += 1;
-        match client.replace(&resource, Some(namespace), name, &object).await {
-            Ok(_) => return Ok(now),
-            Err(error)
-                if tries <= CONFLICT_RETRIES
-                    && error.downcast_ref::<Failure>().is_some_and(|f| f.kind == ErrorKind::Pending) => {}
-            Err(error) => return Err(error),
-        }
-    }
+        Ok(now)
+    };
+    client.modify(&resource, Some(namespace), name, wish).await
 }
 
 /// What is known of a copy since the wish.
@@ -204,6 +194,7 @@ mod tests {
     use api::image::BackingImageStatus;
 
     use super::*;
+    use crate::failure::Failure;
 
     fn copy(state: CopyState, verified_at: &str, damage: &str) -> DiskFileStatus {
         DiskFileStatus { state, verified_at: verified_at.into(), damage: damage.into(), ..Default::default() }

@@ -9,6 +9,8 @@
 
 mod array;
 mod clients;
+#[path = "../engine_role/mod.rs"]
+mod engine_role;
 mod nbd;
 mod run;
 mod steps;
@@ -22,20 +24,7 @@ use world::{Form, Length, Shape};
 #[test]
 #[ignore = "a role for the processes that the tests start"]
 fn role_process() {
-    let config = std::path::PathBuf::from(std::env::var("ENGINE_TEST_CONFIG").unwrap());
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<i32>().unwrap());
-    let result = match (number("ENGINE_TEST_FD"), number("ENGINE_TEST_LIVES")) {
-        (Some(device), Some(lives)) => engine::process::run(&config, device, lives as u32),
-        _ => {
-            let script = "ENGINE_TEST_FD=$2 ENGINE_TEST_LIVES=$4 exec \"$ENGINE_TEST_EXE\" --exact role_process --ignored --nocapture";
-            engine::holder::run(&config, ["sh", "-c", script, "engine"].map(Into::into).to_vec())
-        }
-    };
-    if let Err(error) = result {
-        eprintln!("{}", error.chain());
-        std::process::exit(1);
-    }
-    std::process::exit(0);
+    engine_role::run();
 }
 
 fn number(name: &str) -> Option<u64> {
