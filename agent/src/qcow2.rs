@@ -238,7 +238,6 @@ pub fn inspect(file: &File, size_bytes: u64) -> Result<Header, Qcow2Error> {
     tables.add("the L1 table", header.l1_offset, header.l1_entries * 8);
     tables.add("the refcount table", header.refcount_table_offset, header.refcount_table_bytes);
     let mut inspection = Inspection { file, size_bytes, header: &header, tables };
-    inspection.tables.check_overlap()?;
     inspection.check_extensions()?;
     inspection.check_refcounts()?;
     let l2_tables = inspection.check_l1()?;
@@ -373,7 +372,7 @@ impl Inspection<'_> {
                 return Err(Qcow2Error::Corrupt { problem: "an invalid L1 entry", offset: *entry });
             }
             if offset != 0 {
-                self.check_within("an L2 table", offset, header.cluster_bytes())?;
+                // Whether it lies within the file is seen when it is read.
                 self.tables.add("an L2 table", offset, header.cluster_bytes());
             }
             *entry = offset;
@@ -437,7 +436,8 @@ impl Inspection<'_> {
         let end = (offset & !511).checked_add(sectors * 512);
         match end {
             Some(end) if end <= self.size_bytes.next_multiple_of(512) && offset < self.size_bytes => {
-                self.check_data(offset)
+                let cluster = self.header.cluster_bytes();
+                (offset / cluster * cluster..end).step_by(cluster as usize).try_for_each(|part| self.check_data(part))
             }
             _ => Err(Qcow2Error::Truncated { what: "a compressed cluster", offset, size_bytes: self.size_bytes }),
         }

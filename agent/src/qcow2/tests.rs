@@ -53,6 +53,7 @@ fn accepts_what_qemu_makes() {
         &[],
         &["-c"],
         &["-c", "-o", "compression_type=zstd"],
+        &["-c", "-o", "cluster_size=512"],
         &["-o", "compat=0.10"],
         &["-o", "cluster_size=512"],
         &["-o", "cluster_size=2M"],
@@ -133,29 +134,59 @@ fn refuses_absurd_headers() {
     let path = qcow2(dir.path(), "h", &[]);
     let whole = std::fs::read(&path).unwrap();
     let cases: &[(usize, &[u8], &str)] = &[
+        (0, b"QFI\0", "the magic number is missing"),
         (4, &4u32.to_be_bytes(), "version 4"),
+        (8, &8u64.to_be_bytes(), "has a backing file"),
+        (16, &8u32.to_be_bytes(), "has a backing file"),
         (20, &31u32.to_be_bytes(), "cluster size"),
         (24, &(!511u64).to_be_bytes(), "above the limit"),
         (24, &1000u64.to_be_bytes(), "multiple of 512"),
+        (24, &0u64.to_be_bytes(), "multiple of 512 bytes above 0"),
+        (32, &1u32.to_be_bytes(), "encrypted"),
         (36, &u32::MAX.to_be_bytes(), "L1 table claims"),
         (36, &0u32.to_be_bytes(), "L1 table is too small"),
         (40, &(1u64 << 50).to_be_bytes(), "beyond its end"),
         (40, &(!0xffffu64).to_be_bytes(), "beyond its end"),
+        (40, &0x3_0200u64.to_be_bytes(), "the L1 table is not at the start of a cluster"),
+        (48, &0u64.to_be_bytes(), "the refcount table is not at the start of a cluster"),
+        (48, &0x1_0200u64.to_be_bytes(), "the refcount table is not at the start of a cluster"),
         (48, &(!0xffffu64).to_be_bytes(), "beyond its end"),
         (56, &u32::MAX.to_be_bytes(), "refcount table claims"),
+        (56, &0u32.to_be_bytes(), "there is no refcount table"),
         (72, &1u64.to_be_bytes(), "marked as dirty"),
         (72, &2u64.to_be_bytes(), "marked as corrupt"),
         (72, &4u64.to_be_bytes(), "external data file"),
         (72, &(1u64 << 40).to_be_bytes(), "feature bits 0x10000000000"),
+        (96, &7u32.to_be_bytes(), "the refcount width is above 64 bits"),
         (100, &u32::MAX.to_be_bytes(), "header length"),
+        (100, &96u32.to_be_bytes(), "header length"),
+        (100, &108u32.to_be_bytes(), "header length"),
+        (100, &0x1_0008u32.to_be_bytes(), "header length"),
     ];
     for (position, bytes, expected) in cases {
-        let mut changed = whole.clone();
-        changed[*position..position + bytes.len()].copy_from_slice(bytes);
-        std::fs::write(&path, &changed).unwrap();
-        let error = refused(&path);
+        let error = changed(&whole, &path, &[(*position, bytes)]);
         assert!(error.contains(expected), "{position} {expected}: {error}");
     }
+    let compressed = COMPRESSION_TYPE.to_be_bytes();
+    for rest in [(104, &[2u8] as &[u8]), (100, &104u32.to_be_bytes())] {
+        let error = changed(&whole, &path, &[(72, &compressed), rest]);
+        assert!(error.contains("neither zlib nor zstd"), "{rest:?}: {error}");
+    }
+    let small = std::fs::read(qcow2(dir.path(), "s", &["-o", "cluster_size=8k"])).unwrap();
+    let error = changed(&small, &path, &[(72, &EXTENDED_L2.to_be_bytes())]);
+    assert!(error.contains("need clusters of 16 KiB or more"), "{error}");
+}
+
+#[test]
+fn refuses_a_header_that_ends_within_a_field() {
+    let mut whole = minimal();
+    for length in [0, HEADER_BYTES_V2 - 1, 103] {
+        let error = Header::parse(&whole[..length]).unwrap_err().to_string();
+        assert!(error.contains(&format!("the file ends after {length} bytes")), "{length}: {error}");
+    }
+    whole[72..80].copy_from_slice(&COMPRESSION_TYPE.to_be_bytes());
+    let error = Header::parse(&whole[..104]).unwrap_err().to_string();
+    assert!(error.contains("neither zlib nor zstd"), "{error}");
 }
 
 #[test]
@@ -170,6 +201,21 @@ fn refuses_an_l2_table_that_is_used_twice() {
     bytes[l1 + free * 8..][..8].copy_from_slice(&used.to_be_bytes());
     std::fs::write(&path, bytes).unwrap();
     assert!(refused(&path).contains("used twice"), "{}", refused(&path));
+}
+
+#[test]
+fn refuses_a_compressed_cluster_that_runs_into_a_table() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = qcow2(dir.path(), "r", &["-o", "cluster_size=512"]);
+    let whole = std::fs::read(&path).unwrap();
+    let l1 = be64(&whole, 40) as usize;
+    let l2 = |i: usize| be64(&whole, l1 + i * 8) & OFFSET_MASK;
+    let used: Vec<u64> = (0..be32(&whole, 36) as usize).map(l2).filter(|offset| *offset != 0).collect();
+    // It begins in a data cluster and has two sectors.
+    let table = *used.last().unwrap();
+    let entry = L2_COMPRESSED | 1 << 61 | (table - 512);
+    let error = changed(&whole, &path, &[(used[0] as usize, &entry.to_be_bytes())]);
+    assert!(error.contains(&format!("a data cluster and an L2 table overlap at byte {table}")), "{error}");
 }
 
 /// A copy of a good file with some bytes changed.
@@ -209,12 +255,31 @@ fn refuses_tables_that_overlap() {
             &[(entry, &(L2_COMPRESSED | (l2 + 512)).to_be_bytes())],
             "a data cluster and an L2 table overlap",
         ),
+        (
+            "compressed = header",
+            &[(entry, &(L2_COMPRESSED | 512).to_be_bytes())],
+            "a data cluster and the header overlap",
+        ),
     ];
     for (what, changes, expected) in cases {
         let error = changed(&whole, &path, changes);
         let (one, other) = expected.split_once(" and ").unwrap_or((expected, ""));
         let turned = format!("{} and {one} overlap", other.trim_end_matches(" overlap"));
         assert!(error.contains(expected) || error.contains(&turned), "{what}: {error}");
+    }
+    let misplaced: &[(usize, u64, &str)] = &[
+        (refcounts as usize, block + 512, "an unaligned refcount block"),
+        (refcounts as usize, 1 << 40, "a refcount block at byte 1099511627776 lies beyond its end"),
+        (l1 as usize, 1 << 63 | 1 << 40, "an L2 table at byte 1099511627776 lies beyond its end"),
+        (l1 as usize, 1 << 63 | 1 << 56 | l2, "an invalid L1 entry"),
+        (l1 as usize, 1 << 63 | l2 | 2, "an invalid L1 entry"),
+        (entry, be64(&whole, entry) | 1 << 56, "an invalid L2 entry"),
+        (entry, be64(&whole, entry) | 2, "an invalid L2 entry"),
+        (entry, be64(&whole, entry) + 512, "an invalid L2 entry"),
+    ];
+    for (position, value, expected) in misplaced {
+        let error = changed(&whole, &path, &[(*position, &value.to_be_bytes())]);
+        assert!(error.contains(expected), "{position}: {error}");
     }
     // A file with a table of one entry only, so that the header itself is the L1 table.
     assert!(changed(&whole, &path, &[(40, &0u64.to_be_bytes())]).contains("not at the start of a cluster"));
@@ -232,6 +297,10 @@ fn refuses_a_compressed_cluster_beyond_the_end() {
         let error = changed(&whole, &path, &[(entry, &(L2_COMPRESSED | descriptor).to_be_bytes())]);
         assert!(error.contains("a compressed cluster") && error.contains("beyond its end"), "{descriptor:#x}: {error}");
     }
+    // The file may end within the last sector of the data, but not before its first byte.
+    let odd = [&whole[..], &[0; 100]].concat();
+    let error = changed(&odd, &path, &[(entry, &(L2_COMPRESSED | (end + 200)).to_be_bytes())]);
+    assert!(error.contains("a compressed cluster"), "{error}");
 }
 
 #[test]
@@ -257,7 +326,13 @@ fn refuses_header_extensions_that_lie() {
         ("longer than any file", extension(0x1234_5678, u32::MAX), "longer than the header"),
         ("a data file", [extension(EXTENSION_DATA_FILE, 8), b"/etc/pwd".to_vec()].concat(), "external data file"),
         ("encryption", [extension(EXTENSION_ENCRYPTION, 16), vec![0; 16]].concat(), "encrypted"),
-        ("short bitmaps", [extension(EXTENSION_BITMAPS, 8), vec![0; 8]].concat(), "extension of bitmaps is not"),
+        ("short bitmaps", [extension(EXTENSION_BITMAPS, 16), vec![0; 24]].concat(), "extension of bitmaps is not"),
+        (
+            "bitmaps within a cluster",
+            [extension(EXTENSION_BITMAPS, 24), vec![0; 8], 64u64.to_be_bytes().into(), 512u64.to_be_bytes().into()]
+                .concat(),
+            "extension of bitmaps is not",
+        ),
         (
             "bitmaps elsewhere",
             [
@@ -285,6 +360,9 @@ fn refuses_header_extensions_that_lie() {
         let error = changed(&whole, &path, &[(start, bytes)]);
         assert!(error.contains(expected), "{what}: {error}");
     }
+    let cut = [&whole[..start], &extension(EXTENSION_BITMAPS, 24), &[0; 8]].concat();
+    let error = changed(&cut, &path, &[]);
+    assert!(error.contains("the header extension of bitmaps at byte"), "{error}");
 }
 
 fn minimal() -> Vec<u8> {
