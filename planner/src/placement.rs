@@ -173,3 +173,88 @@ pub fn mix(random: u64, text: &str) -> u64 {
     // FNV's low bits mix well, its high bits less so for short texts.
     hash ^ (hash >> 29)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(id: &str) -> Disk {
+        Disk {
+            id: id.into(),
+            name: id.into(),
+            node: format!("node-{id}"),
+            path: format!("/{id}"),
+            node_tags: vec![],
+            tags: vec![],
+            health: Health::Ready,
+            unschedulable: None,
+            evicting: false,
+            maximum_bytes: 100,
+            available_bytes: 100,
+            reserved_bytes: 0,
+        }
+    }
+
+    /// Why a disk cannot take 60 bytes for somebody who asks for `tag`; `None`: it can.
+    fn refused(tag: Option<&str>, load: Load, change: impl FnOnce(&mut Disk)) -> Option<String> {
+        let mut changed = disk("a");
+        change(&mut changed);
+        let disks = Disks { list: vec![changed], ..Default::default() };
+        let wanted: Vec<String> = tag.into_iter().map(str::to_owned).collect();
+        let settings =
+            Settings { allow_empty_node_selector: false, allow_empty_disk_selector: false, ..Default::default() };
+        let request = Request {
+            disks: &disks,
+            loads: &BTreeMap::from([("a".to_owned(), load)]),
+            settings: &settings,
+            selectors: &[Selectors { who: "the image", node: &[], disk: &wanted }],
+            bytes: 60,
+            random: 0,
+        };
+        let choice = choose_for_copies(&request, &BTreeSet::new(), 1);
+        assert_eq!(choice.chosen.len() + choice.refused.len(), 1);
+        choice.refused.first().cloned()
+    }
+
+    #[test]
+    fn every_reason_against_a_disk_is_said() {
+        let none = Load::default();
+        assert_eq!(refused(None, none, |_| ()), None);
+        assert_eq!(refused(Some("ssd"), none, |d| d.tags = vec!["ssd".into()]), None);
+        type Case<'a> = (Option<&'a str>, Load, fn(&mut Disk), &'a str);
+        let cases: [Case<'_>; 10] = [
+            (None, none, |d| d.health = Health::NotReady("down".into()), "down"),
+            (None, none, |d| d.health = Health::Unknown("silent".into()), "silent"),
+            (None, none, |d| d.unschedulable = Some("closed".into()), "closed"),
+            (None, none, |d| d.evicting = true, "eviction requested"),
+            (None, none, |d| d.tags = vec!["ssd".into()], "has no disk selector"),
+            (None, none, |d| d.node_tags = vec!["fast".into()], "has no node selector"),
+            (Some("ssd"), none, |_| (), "lacks the tag `ssd`"),
+            (None, none, |d| d.available_bytes = 59, "59 bytes are free of 60 needed"),
+            (None, Load { incoming_bytes: 41, ..none }, |_| (), "59 bytes are free of 60 needed"),
+            (None, Load { copy_bytes: 31, ..none }, |d| d.reserved_bytes = 10, "59 bytes are free of 60 needed"),
+        ];
+        for (tag, load, change, why) in cases {
+            let said = refused(tag, load, change).unwrap_or_else(|| panic!("taken: {why}"));
+            assert!(said.starts_with("a of node-a: ") && said.contains(why), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_gone_only_when_every_node_has_told() {
+        let mut disks = Disks { list: vec![disk("a")], ..Default::default() };
+        assert!(!disks.is_gone("b"), "no node has told anything");
+        disks.nodes.insert("node-a".into(), Health::Ready);
+        assert!(disks.is_gone("b") && !disks.is_gone("a"));
+        disks.incomplete.insert("node-c".into());
+        assert!(!disks.is_gone("b"));
+    }
+
+    #[test]
+    fn a_node_that_has_not_reported_each_of_its_disks_is_incomplete() {
+        let mut node = api::Node::new("n", Default::default());
+        node.spec.disks.insert("disk-1".into(), Default::default());
+        let disks = Disks::of(&[node]);
+        assert!(disks.incomplete.contains("n") && !disks.is_gone("x"));
+    }
+}

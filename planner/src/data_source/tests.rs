@@ -268,3 +268,75 @@ fn a_source_that_waits_says_why_until_when_and_what_can_be_done() {
         expect!["Retrying: cannot download `http://x/ubuntu.qcow2`: cannot connect: Connection refused (os error 111); 2026-01-01T00:00:04Z; check that the address of the source can be reached from the node of the disk"].assert_eq(&said);
     }
 }
+
+fn actions(o: &Observed) -> Vec<Action> {
+    decide(o).actions
+}
+
+const REMOVE: &str = "backing-image-ds-ubuntu";
+
+#[test]
+fn a_process_that_is_not_wanted_any_more_is_removed() {
+    let remove = Action::RemoveWorkload(REMOVE.into());
+    let report = Report { state: CopyState::InProgress, ..Default::default() };
+    let mut o = observed();
+    running(&mut o, State::Running, Some(report));
+    let mut deleted = o.clone();
+    deleted.source.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now()));
+    assert_eq!(actions(&deleted), [remove.clone(), Action::RemoveFinalizer]);
+    let mut transferred = o.clone();
+    transferred.source.spec.file_transferred = true;
+    assert_eq!(actions(&transferred), [remove.clone()]);
+    o.source.spec.parameters.insert("url".into(), "http://x/other".into());
+    let changed = actions(&o);
+    assert!(matches!(&changed[..], [first, Action::EnsureWorkload(_)] if *first == remove), "{changed:?}");
+}
+
+#[test]
+fn another_disk_keeps_the_back_off() {
+    let mut o = observed();
+    running(&mut o, State::Failed("killed".into()), None);
+    o.source.status = Some(decide(&o).status);
+    o.workload = None;
+    o.source.spec.disk_uuid = "e".into();
+    o.disks.list[0].id = "e".into();
+    let decision = decide(&o);
+    assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(crate::retry::INITIAL)));
+}
+
+#[test]
+fn nothing_is_started_on_a_disk_that_nobody_has_reported() {
+    let mut o = observed();
+    o.disks.list.clear();
+    let decision = decide(&o);
+    assert_eq!((decision.actions, decision.status.current_state), (vec![], CopyState::Unknown));
+}
+
+#[test]
+fn a_process_that_does_not_answer_is_asked_again_and_not_ended() {
+    let mut o = observed();
+    running(&mut o, State::Running, None);
+    o.report = Some(Err("timeout".into()));
+    let decision = decide(&o);
+    assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(Duration::from_secs(1))));
+}
+
+#[test]
+fn a_whole_file_is_prepared_again_only_when_no_agent_has_it() {
+    let mut o = observed();
+    let whole = Report { state: CopyState::ReadyForTransfer, ..Default::default() };
+    running(&mut o, State::Running, Some(whole));
+    o.source.status = Some(BackingImageDataSourceStatus { failures: 3, ..decide(&o).status });
+    let status = decide(&o).status;
+    assert_eq!(status.failures, 0, "it has succeeded");
+    o.source.status = Some(status);
+    o.workload = None;
+    assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
+    o.taken_over = Some(CopyState::Failed);
+    assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
+    o.taken_over = Some(CopyState::Ready);
+    assert_eq!(actions(&o), []);
+    // What an agent has is of a former preparation as long as this one is not whole.
+    o.source.status.as_mut().unwrap().current_state = CopyState::Starting;
+    assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
+}

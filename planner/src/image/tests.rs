@@ -1,5 +1,7 @@
 //! Decision tables, and every world of up to three disks.
 
+mod guards;
+
 use std::collections::BTreeMap;
 
 use api::data_source::BackingImageDataSourceStatus;

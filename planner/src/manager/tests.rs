@@ -337,3 +337,96 @@ fn a_copy_that_nobody_verified_for_long_is_read_slowly() {
     o.images[0].metadata.creation_timestamp = Some(hours_ago(2));
     assert_eq!(decide(&o).actions.len(), 1);
 }
+
+#[test]
+fn an_agent_that_keeps_dying_is_started_less_and_less_often() {
+    let mut o = world("wanted; held=ready; process=failed");
+    let dead = decide(&o);
+    assert_eq!(dead.recheck_after, Some(Duration::from_secs(1)));
+    o.memory = dead.memory;
+    o.workload = None;
+    let waiting = decide(&o);
+    assert_eq!((waiting.actions, waiting.recheck_after), (vec![], Some(Duration::from_secs(1))));
+    o.now = crate::retry::after(now(), Duration::from_secs(1));
+    assert!(matches!(decide(&o).actions[..], [Action::EnsureWorkload(_)]));
+}
+
+#[test]
+fn an_agent_that_cannot_be_asked_is_left_alone_and_what_failed_stays_failed() {
+    let mut o = world("wanted; held=ready; process=running");
+    o.workload.as_mut().unwrap().state = State::Unknown("silent".into());
+    assert_eq!(decide(&o).actions, []);
+    check("wanted; held=failed; disk=silent", expect!["nothing | Unknown failed"]);
+}
+
+#[test]
+fn an_agent_whose_disk_moved_is_started_anew_there() {
+    let mut o = world("wanted; held=ready; process=running; file=ready");
+    o.disks.list[0].path = "/elsewhere".into();
+    let actions = decide(&o).actions;
+    let anew = [Action::RemoveWorkload, Action::EnsureWorkload(wish("bim-d", &o.disks.list[0]))];
+    assert_eq!(actions[1..], anew);
+}
+
+#[test]
+fn an_attempt_ends_with_its_agent() {
+    let mut o = world("wanted; held=unknown; process=failed");
+    o.memory.copies.insert("ubuntu".into(), Attempt { is_running: true, ..Default::default() });
+    assert!(!decide(&o).memory.copies["ubuntu"].is_running);
+}
+
+#[test]
+fn a_new_image_of_an_old_name_waits_until_the_old_file_is_gone() {
+    let mut o = world("wanted; held=ready; process=running; stray; peers");
+    o.manager.as_mut().unwrap().spec.backing_images.insert("ubuntu".into(), "87654321".into());
+    let decision = decide(&o);
+    let old = Action::DeleteFile { image: "ubuntu".into(), uuid: "87654321".into() };
+    assert_eq!(decision.actions[0], old);
+    assert!(matches!(&decision.actions[1..], [Action::SetSpec(spec)] if spec.backing_images["ubuntu"] == "12345678"));
+    assert!(decision.status.backing_image_file_map.is_empty(), "nothing is known of the new one yet");
+    // What was held of the old one is no reason to look for the new one on the disk.
+    let mut o = world("wanted; held=ready; process=running; peers");
+    let held = &mut o.manager.as_mut().unwrap().status.as_mut().unwrap().backing_image_file_map;
+    held.get_mut("ubuntu").unwrap().uuid = "87654321".into();
+    assert!(matches!(decide(&o).actions[..], [Action::SyncFile { .. }]));
+}
+
+#[test]
+fn a_failed_request_is_told_although_it_left_no_file() {
+    check("wanted; held; process=running; due", expect!["adopt | Running failed broken 2026-01-01T00:00:00Z"]);
+}
+
+#[test]
+fn a_preparation_on_another_disk_is_not_fetched_from_here() {
+    let mut o = world("wanted; held; process=running; source=ready-for-transfer");
+    o.data_sources.get_mut("ubuntu").unwrap().spec.disk_uuid = "e".into();
+    assert_eq!(decide(&o).actions, []);
+    let mut o = world("wanted; held; process=running; source=ready-for-transfer");
+    o.data_sources.get_mut("ubuntu").unwrap().status.as_mut().unwrap().ip.clear();
+    assert_eq!(decide(&o).actions, [], "it has no address yet");
+}
+
+#[test]
+fn a_file_that_is_taken_for_good_is_removed_only_when_it_is_got_anew() {
+    // Nobody else has it: what lies there may be the last.
+    check(
+        "wanted; held=failed; process=running; other; due",
+        expect![
+            "adopt | Running failed the copy differs from the image: its checksum is other, that of the image is c 2026-01-01T00:00:00Z"
+        ],
+    );
+}
+
+#[test]
+fn of_two_overdue_copies_the_longest_unread_is_read() {
+    let mut o = world("wanted; held=ready; process=running; file=ready; verified=2025-12-01T00:00:00Z; scrub=60");
+    let mut other = o.images[0].clone();
+    other.metadata.name = Some("zebra".into());
+    o.images.push(other);
+    o.manager.as_mut().unwrap().spec.backing_images.insert("zebra".into(), "12345678".into());
+    let Some(Ok(agent)) = &mut o.agent else { unreachable!() };
+    let later = FileInfo { name: "zebra".into(), verified_at: "2025-12-02T00:00:00Z".into(), ..agent.files[0].clone() };
+    agent.files.push(later);
+    let actions = decide(&o).actions;
+    assert!(matches!(&actions[..], [Action::VerifyFile { image, .. }] if image == "ubuntu"), "{actions:?}");
+}
