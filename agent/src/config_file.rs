@@ -149,6 +149,7 @@ mod tests {
         let metadata = path.metadata().unwrap();
         let config = FileConfig { size: 3, modification_time: modification_time(&metadata), ..Default::default() };
         assert!(config.matches(&metadata));
+        assert!(!FileConfig { size: 4, ..config.clone() }.matches(&metadata));
         let file = std::fs::File::options().write(true).open(&path).unwrap();
         file.set_modified(std::time::UNIX_EPOCH).unwrap();
         assert!(!config.matches(&path.metadata().unwrap()));

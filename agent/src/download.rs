@@ -88,6 +88,9 @@ impl From<AgentError> for Broken {
     }
 }
 
+/// Why a part is given up that could be read and continued.
+const NOT_AN_IMAGE: &str = "with what an earlier process had it is not a valid image";
+
 /// What the source is known to be.
 #[derive(Default)]
 struct Known {
@@ -112,7 +115,7 @@ impl Receiving {
     /// Ends the work and removes everything of it.
     async fn abandon(self, files: &FileSet) -> Result<(), AgentError> {
         self.keeper.stop().await;
-        self.ingest.abandon().await?;
+        self.ingest.stop().await;
         unfinished::remove(files)
     }
 }
@@ -136,15 +139,19 @@ pub async fn download(
     let (mut result, is_resumed) = once(what, &place, cancel).await;
     if is_resumed
         && let Err(error) = &result
-        && matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid)
+        && is_wrong_content(error)
     {
         // It may be the earlier part that is wrong. What is received in one go tells.
-        let reason = "with what an earlier process had it is not a valid image";
+        let reason = NOT_AN_IMAGE;
         tracing::warn!(url = %what.url, error = error.chain(), reason, "download begins again");
         report(Event::Restarted { reason });
         (result, _) = once(what, &place, cancel).await;
     }
     result
+}
+
+fn is_wrong_content(error: &AgentError) -> bool {
+    matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid)
 }
 
 /// One download, from where an earlier process was; and whether that was anywhere.
@@ -181,7 +188,7 @@ enum Framed {
 async fn judge(what: &Download, ingest: Ingest, framed: Framed) -> Result<Ingested, AgentError> {
     if framed == Framed::ByClose && what.expected.is_none() {
         let received_bytes = ingest.received_bytes();
-        ingest.abandon().await?;
+        ingest.stop().await;
         return Err(AgentError::UnknownLength { received_bytes });
     }
     let ingested = ingest.finish(what.pad_to_sector).await?;
@@ -257,7 +264,16 @@ async fn resume(
     *known = Known { length: record.length, validator };
     tracing::info!(url = %what.url, bytes, "download goes on with what an earlier process had");
     (place.report)(Event::Started { length: known.length });
-    let ingest = Ingest::resume(&place.files.partial, known.length, bytes).await?;
+    let ingest = match Ingest::resume(&place.files.partial, known.length, bytes).await {
+        Err(error) if is_wrong_content(&error) => {
+            tracing::warn!(url = %what.url, error = error.chain(), reason = NOT_AN_IMAGE, "download begins again");
+            unfinished::remove(place.files)?;
+            *known = Known::default();
+            (place.report)(Event::Restarted { reason: NOT_AN_IMAGE });
+            return Ok(false);
+        }
+        other => other?,
+    };
     *slot = Some(Receiving::start(ingest, record, place, true));
     (place.report)(Event::Resumed { bytes });
     (place.report)(Event::Received { bytes });
@@ -391,7 +407,7 @@ fn continues(headers: &HeaderMap, have: u64, length: Option<u64>) -> Option<Opti
     let range = headers.get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).and_then(parse_content_range);
     let (start, total) = range?;
     let is_same = length.is_none() || total.is_none() || total == length;
-    (have > 0 && start == have && is_same && total.is_none_or(|total| total >= have)).then_some(total)
+    (have > 0 && start == have && is_same).then_some(total)
 }
 
 /// The start and the total of `bytes 5-9/10`; none when that makes no sense. A total of `*` is not known.
@@ -427,6 +443,41 @@ mod tests {
             assert_eq!(parse_content_range(wrong), None, "{wrong}");
         }
         assert_eq!(parse_content_range("items 5-9/10"), None);
+    }
+
+    #[test]
+    fn a_part_goes_on_only_where_the_last_one_ended_in_the_same_file() {
+        let check = |have, length, range: &'static str| {
+            continues(&HeaderMap::from_iter([(CONTENT_RANGE, HeaderValue::from_static(range))]), have, length)
+        };
+        assert_eq!(check(5, Some(10), "bytes 5-9/10"), Some(Some(10)));
+        assert_eq!(check(5, Some(10), "bytes 5-9/*"), Some(None));
+        assert_eq!(check(5, None, "bytes 5-9/10"), Some(Some(10)));
+        for (have, length, range) in [
+            (5, Some(10), "bytes 4-9/10"),
+            (5, Some(10), "bytes 6-9/10"),
+            (5, Some(10), "bytes 5-9/11"),
+            (0, None, "bytes 0-9/10"),
+        ] {
+            assert_eq!(check(have, length, range), None, "{have} {range}");
+        }
+        assert_eq!(continues(&HeaderMap::new(), 5, None), None);
+    }
+
+    #[test]
+    fn what_may_pass_is_tried_again_and_the_rest_is_not() {
+        let url = SourceUrl::parse("http://h/x").unwrap();
+        let what = Download { url, expected: None, pad_to_sector: false };
+        let judge = |code| check_status(&what, StatusCode::from_u16(code).unwrap());
+        for code in [200, 206, 416] {
+            assert!(judge(code).is_ok(), "{code}");
+        }
+        for code in [408, 425, 429, 500, 502, 503, 504] {
+            assert!(matches!(judge(code), Err(Broken::Retry(_))), "{code}");
+        }
+        for code in [204, 304, 400, 401, 403, 404, 410] {
+            assert!(matches!(judge(code), Err(Broken::Failed(_))), "{code}");
+        }
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::{durable, qcow2, sparse};
 
 const SECTOR_BYTES: u64 = 512;
 
-/// A file that is being written. Dropped unfinished, it leaves the partial file to its owner: see [`Ingest::abandon`].
+/// A file that is being written. Dropped unfinished, it leaves the partial file to its owner.
 pub struct Ingest {
     path: PathBuf,
     buffer: BytesMut,
@@ -214,14 +214,8 @@ impl Ingest {
         .await
     }
 
-    /// Ends the work and removes the partial file.
-    pub async fn abandon(self) -> Result<(), AgentError> {
-        let path = self.path.clone();
-        self.stop().await;
-        blocking(move || durable::remove_file(&path)).await
-    }
-
-    async fn stop(self) {
+    /// Ends the work; nothing is written any more afterwards.
+    pub async fn stop(self) {
         let Ingest { to_hasher, to_writer, hasher, writer, .. } = self;
         drop((to_hasher, to_writer));
         let _ = hasher.await;
@@ -295,17 +289,13 @@ fn open_again(path: &Path, length: Option<u64>, bytes: u64) -> Result<File, Agen
     Ok(file)
 }
 
-/// Takes room for what is still to come. On failure the file is removed.
+/// Takes room for what is still to come.
 fn take_room(file: &File, path: &Path, start: u64, length: Option<u64>) -> Result<(), AgentError> {
     let Some(length) = length.filter(|length| *length > start) else { return Ok(()) };
     // The length comes first: behind the end of a file ext4 makes no holes, so reserved zeros would keep their blocks.
-    let room = sparse::check_free(path.parent().unwrap_or(Path::new("/")), length - start)
-        .and_then(|()| file.set_len(length).map_err(AgentError::io("set the length of", path)))
-        .and_then(|()| sparse::reserve(file, path, start, length - start));
-    if room.is_err() {
-        durable::remove_file(path)?;
-    }
-    room
+    sparse::check_free(path.parent().unwrap_or(Path::new("/")), length - start)?;
+    file.set_len(length).map_err(AgentError::io("set the length of", path))?;
+    sparse::reserve(file, path, start, length - start)
 }
 
 fn hash_all(mut hashes: mpsc::Receiver<Hash>) -> Digests {
@@ -394,6 +384,30 @@ mod tests {
             let used = result.file.metadata().unwrap().blocks() * 512;
             assert!(used <= 4 * 64 * 1024, "sparse, but {used} bytes used");
         }
+    }
+
+    #[tokio::test]
+    async fn room_is_taken_before_the_first_byte_and_zeros_at_the_end_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f.tmp");
+        let begun = Ingest::begin(&path, Some(3 << 20)).await.unwrap();
+        assert!(path.metadata().unwrap().blocks() * 512 >= 3 << 20);
+        begun.stop().await;
+        // Without a length nothing is taken, and zeros are not written.
+        let mut bytes = vec![0u8; 3 << 20];
+        bytes[0] = 1;
+        let mut ingest = Ingest::begin(&path, None).await.unwrap();
+        ingest.push(Bytes::from(bytes.clone())).await.unwrap();
+        ingest.finish(false).await.unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_says_no_length_is_not_received_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ingest = Ingest::begin(&dir.path().join("f.tmp"), None).await.unwrap();
+        ingest.received_bytes = MAX_FILE_BYTES;
+        assert!(matches!(ingest.push(Bytes::from_static(b"x")).await, Err(AgentError::TooLarge { .. })));
     }
 
     #[tokio::test]

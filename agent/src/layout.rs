@@ -180,12 +180,10 @@ pub struct FileSet {
 }
 
 impl FileSet {
-    /// Removes all of them.
+    /// Removes all of them; when one cannot be removed, still the others.
     pub fn remove(&self) -> Result<(), AgentError> {
-        for path in [&self.file, &self.partial, &self.config, &self.manifest, &self.unfinished] {
-            durable::remove_file(path)?;
-        }
-        Ok(())
+        let all = [&self.file, &self.partial, &self.config, &self.manifest, &self.unfinished];
+        all.map(|path| durable::remove_file(path)).into_iter().collect()
     }
 }
 

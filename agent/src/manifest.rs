@@ -243,6 +243,54 @@ mod tests {
         }
     }
 
+    /// Peers make their checksums themselves, so every field is judged although the checksum is right.
+    #[test]
+    fn every_field_is_judged() {
+        let sealed = |position: usize, change: &[u8], more: usize| {
+            let mut bytes = sample(3 * CHUNK_BYTES).encode();
+            bytes.truncate(bytes.len() - HASH_BYTES);
+            bytes[position..position + change.len()].copy_from_slice(change);
+            bytes.resize(bytes.len() + more, 0);
+            let hash = blake3::hash(&bytes);
+            bytes.extend_from_slice(hash.as_bytes());
+            Manifest::decode(&bytes)
+        };
+        assert!(sealed(0, &[], 0).is_ok());
+        assert_eq!(sealed(0, b"X", 0), Err(ManifestError::Magic));
+        let cases: [(usize, &[u8], &str); 9] = [
+            (12, &(CHUNK_BYTES as u32 * 2).to_le_bytes(), "chunk size"),
+            (16, &0u64.to_le_bytes(), "file size"),
+            (16, &(MAX_FILE_BYTES + 1).to_le_bytes(), "file size"),
+            (24, &0u64.to_le_bytes(), "virtual size"),
+            (24, &(MAX_VIRTUAL_BYTES + 1).to_le_bytes(), "virtual size"),
+            (32, &2u64.to_le_bytes(), "format"),
+            (40, b"../../..", "image uuid"),
+            (112, &4u64.to_le_bytes(), "number of chunks"),
+            (112, &u64::MAX.to_le_bytes(), "number of chunks"),
+        ];
+        for (position, change, field) in cases {
+            assert_eq!(sealed(position, change, 0), Err(ManifestError::Field { field }), "{position}");
+        }
+        assert!(matches!(sealed(0, &[], 1), Err(ManifestError::Length { .. })));
+    }
+
+    #[test]
+    fn a_file_that_is_too_large_to_be_one_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("backing.chunks");
+        std::fs::write(&path, b"BIchunks").unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(MAX_MANIFEST_BYTES + 1).unwrap();
+        let error = Manifest::read(&path).unwrap_err();
+        assert!(matches!(error, AgentError::Manifest { source: ManifestError::Magic, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_chunk_of_zeros_has_its_length_too() {
+        let manifest = sample(3 * CHUNK_BYTES);
+        assert!(manifest.accepts(1, &vec![0; CHUNK_BYTES as usize]));
+        assert!(!manifest.accepts(1, &[0; 512]));
+    }
+
     #[test]
     fn a_cut_one_is_noticed() {
         let bytes = sample(3 * CHUNK_BYTES).encode();

@@ -150,6 +150,20 @@ impl Reply {
         self
     }
 
+    /// Claims another length than that of the body.
+    pub fn announcing(mut self, length: usize) -> Reply {
+        let from = self.head.find("Content-Length: ").unwrap();
+        let to = from + self.head[from..].find("\r\n").unwrap();
+        self.head.replace_range(from..to, &format!("Content-Length: {length}"));
+        self
+    }
+
+    /// Calls itself a part of the file.
+    pub fn as_partial(mut self) -> Reply {
+        self.head = self.head.replace("200 OK", "206 Partial Content");
+        self
+    }
+
     pub fn stalled(mut self) -> Reply {
         self.stall = true;
         self

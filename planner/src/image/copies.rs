@@ -219,8 +219,7 @@ fn replenish(
     }
     let selectors = selectors(&o.image);
     let bytes = if status.real_size > 0 { status.real_size } else { status.size };
-    // What leaves in this very pass is no place to come to.
-    let taken: BTreeSet<String> = map.keys().chain(o.image.spec.disk_file_spec_map.keys()).cloned().collect();
+    let taken: BTreeSet<String> = map.keys().cloned().collect();
     let choice = choose_for_copies(&request(o, &selectors, bytes), &taken, missing);
     for disk in &choice.chosen {
         map.insert(disk.id.clone(), DiskFileSpec::default());

@@ -430,3 +430,33 @@ fn of_two_overdue_copies_the_longest_unread_is_read() {
     let actions = decide(&o).actions;
     assert!(matches!(&actions[..], [Action::VerifyFile { image, .. }] if image == "ubuntu"), "{actions:?}");
 }
+
+#[test]
+fn what_is_asked_for_is_what_is_known_of_the_image() {
+    let mut o = world("wanted; held; process=running; peers");
+    o.images[0].spec.checksum = "x".into();
+    let actions = decide(&o).actions;
+    let is_known = |file: &FileWish| (file.checksum.as_str(), file.size) == ("c", 9);
+    assert!(matches!(&actions[..], [Action::SyncFile { file, .. }] if is_known(file)), "{actions:?}");
+    // Before the first file is whole its length is an announcement.
+    let actions = decide(&world("wanted; new; held; process=running; source=ready-for-transfer")).actions;
+    assert!(matches!(&actions[..], [Action::FetchFile { file, .. }] if file.size == 0), "{actions:?}");
+}
+
+#[test]
+fn a_copy_that_was_held_is_looked_for_on_the_disk_once() {
+    check(
+        "wanted; held=ready; process=running; peers; due",
+        expect!["sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed broken 2026-01-01T00:00:00Z"],
+    );
+    let mut o = world("wanted; held=ready; process=running; peers");
+    o.memory.copies.insert("ubuntu".into(), Attempt { is_running: true, ..Default::default() });
+    assert!(matches!(decide(&o).actions[..], [Action::SyncFile { .. }]));
+}
+
+#[test]
+fn a_data_source_that_has_done_its_part_is_not_asked_again() {
+    let mut o = world("wanted; held; process=running; peers; source=ready-for-transfer");
+    o.data_sources.get_mut("ubuntu").unwrap().spec.file_transferred = true;
+    assert!(matches!(decide(&o).actions[..], [Action::SyncFile { .. }]));
+}

@@ -1,0 +1,297 @@
+//! Copies on a disk that are not what they should be, and requests that meet others: each guard alone.
+
+mod support;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::time::Duration;
+
+use api::image::CopyState;
+use backing_image_agent::config_file::FileConfig;
+use backing_image_agent::layout::FileSet;
+use backing_image_agent::manifest::{Manifest, hash_chunk};
+use proto::bimrpc::{BackingImageSpec, VerifyRequest};
+use support::*;
+use tokio::net::TcpListener;
+use tonic::Code;
+
+fn config(files: &FileSet, change: impl FnOnce(&mut FileConfig)) {
+    let mut config = FileConfig::read(&files.config).unwrap();
+    change(&mut config);
+    config.write(&files.config).unwrap();
+}
+
+fn manifest(files: &FileSet, change: impl FnOnce(&mut Manifest)) {
+    let mut manifest = Manifest::read(&files.manifest).unwrap().unwrap();
+    change(&mut manifest);
+    manifest.write(&files.manifest).unwrap();
+}
+
+/// Changes a sealed file and leaves its time as it was.
+fn rewrite(files: &FileSet, change: impl FnOnce(&File)) {
+    let time = files.file.metadata().unwrap().modified().unwrap();
+    std::fs::set_permissions(&files.file, PermissionsExt::from_mode(0o644)).unwrap();
+    let file = File::options().read(true).write(true).open(&files.file).unwrap();
+    change(&file);
+    file.set_modified(time).unwrap();
+}
+
+/// A disk with a ready copy, whose manager has ended.
+async fn left_behind() -> TestDisk {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    prepare(&disk, &manager, &image()).await;
+    manager.kill();
+    disk
+}
+
+/// A peer that takes connections and says nothing.
+async fn silent_peer() -> (std::net::SocketAddr, TcpListener) {
+    let address = address(8000);
+    let listener = TcpListener::bind(std::net::SocketAddr::new(address.ip(), 8001)).await.unwrap();
+    (address, listener)
+}
+
+#[tokio::test]
+async fn a_prepared_file_about_which_not_everything_agrees_is_not_taken_over() {
+    type Change = fn(&FileSet);
+    let changes: [(&str, Change); 4] = [
+        ("its time", |f| File::open(&f.file).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap()),
+        ("the manifest of another image", |f| manifest(f, |m| m.uuid = "ffffffff".parse().unwrap())),
+        ("the manifest of another file", |f| manifest(f, |m| m.sha512 = "a".repeat(128).parse().unwrap())),
+        ("a longer manifest", |f| {
+            manifest(f, |m| (m.size_bytes, m.chunks) = (m.size_bytes + MIB as u64, [&m.chunks[..], &[None]].concat()));
+        }),
+    ];
+    for (what, change) in changes {
+        let disk = TestDisk::new();
+        let manager = RunningManager::start(&disk).await;
+        let source = Source::of(&image()).await;
+        let data_source = RunningSource::start(source_config(&disk, &[("url", &source.url())], None)).await;
+        data_source.end().await;
+        change(&disk.disk().source(&key()));
+        let error = manager.fetch(spec(), &data_source.address.to_string()).await.unwrap_err();
+        assert_eq!(error.code(), Code::FailedPrecondition, "{what}");
+        assert!(error.message().contains("is not what its `.cfg` and `.chunks` say"), "{what}: {error}");
+        assert_eq!(data_source.get().await.state, CopyState::ReadyForTransfer, "{what}: nothing was let go");
+        let other = BackingImageSpec { uuid: "ffffffff".into(), ..spec() };
+        let error = manager.fetch(other, &data_source.address.to_string()).await.unwrap_err();
+        assert!(error.message().contains("works on uuid `0a1b2c3d`, not `ffffffff`"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_hand_over_clears_away_what_earlier_attempts_left() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    let partial = disk.disk().copy(&key()).partial;
+    std::fs::create_dir_all(partial.parent().unwrap()).unwrap();
+    std::fs::write(&partial, "half").unwrap();
+    prepare(&disk, &manager, &image()).await;
+    assert!(!partial.exists());
+    // A data source that is started again finds the copy, and what one before it left.
+    std::fs::write(disk.disk().source(&key()).partial, "half").unwrap();
+    let again = RunningSource::start(source_config(&disk, &[("url", "http://127.0.0.1:9/x")], None)).await;
+    wait_until("it knows of the hand-over", async || again.get().await.state == CopyState::Ready).await;
+    assert_eq!(disk.temporary_files(), Vec::<String>::new());
+}
+
+/// Verified anew: a copy that was taken as it is says nothing of a verification.
+#[tokio::test]
+async fn a_copy_about_which_not_everything_agrees_is_read_before_it_is_ready() {
+    type Change = fn(&FileSet);
+    let changes: [(&str, Change); 4] = [
+        ("the config of another image", |f| config(f, |c| c.uuid = "ffffffff".into())),
+        ("the manifest of another image", |f| manifest(f, |m| m.uuid = "ffffffff".parse().unwrap())),
+        ("another checksum", |f| config(f, |c| c.current_checksum = "a".repeat(128))),
+        ("another format", |f| config(f, |c| c.format = "qcow2".into())),
+    ];
+    for (what, change) in changes {
+        let disk = left_behind().await;
+        change(&disk.disk().copy(&key()));
+        let manager = RunningManager::start(&disk).await;
+        let copy = manager.reaches("ready").await;
+        assert!(!copy.verified_at.is_empty(), "{what}");
+        assert_eq!(copy.status.unwrap().checksum, sha512(&image()), "{what}");
+    }
+    let disk = left_behind().await;
+    assert_eq!(RunningManager::start(&disk).await.reaches("ready").await.verified_at, "");
+}
+
+#[tokio::test]
+async fn a_copy_that_is_not_what_was_recorded_is_not_ready() {
+    type Change = fn(&FileSet);
+    let changes: [(&str, Change, &str); 4] = [
+        ("bytes behind the end", |f| rewrite(f, |file| file.set_len(image().len() as u64 + 512).unwrap()), "differ"),
+        ("the last bytes gone", |f| rewrite(f, |file| file.set_len(image().len() as u64 - 512).unwrap()), "differ"),
+        (
+            "a longer manifest",
+            |f| {
+                let longer = |m: &mut Manifest| {
+                    (m.size_bytes, m.chunks) = (m.size_bytes + MIB as u64, [&m.chunks[..], &[None]].concat());
+                };
+                manifest(f, longer);
+            },
+            "differ",
+        ),
+        (
+            "nothing that describes it",
+            |f| {
+                std::fs::remove_file(&f.config).unwrap();
+                std::fs::remove_file(&f.manifest).unwrap();
+            },
+            "neither `backing.cfg` nor `backing.chunks`",
+        ),
+    ];
+    for (what, change, why) in changes {
+        let disk = left_behind().await;
+        change(&disk.disk().copy(&key()));
+        let manager = RunningManager::start(&disk).await;
+        let message = manager.reaches("failed").await.status.unwrap().error_msg;
+        assert!(message.contains(why), "{what}: {message}");
+    }
+    // While the manager runs: another length alone is seen.
+    let disk = left_behind().await;
+    let manager = RunningManager::start(&disk).await;
+    rewrite(&disk.disk().copy(&key()), |file| file.set_len(MIB as u64).unwrap());
+    manager.reaches("failed").await;
+}
+
+#[tokio::test]
+async fn a_raw_copy_stays_raw_when_its_manifest_is_lost() {
+    let disk = left_behind().await;
+    let files = disk.disk().copy(&key());
+    rewrite(&files, |file| file.write_all_at(b"QFI\xfb\0\0\0\x03", 0).unwrap());
+    std::fs::remove_file(&files.manifest).unwrap();
+    config(&files, |c| c.current_checksum = sha512(&std::fs::read(&files.file).unwrap()));
+    let manager = RunningManager::start(&disk).await;
+    assert_eq!(manager.reaches("ready").await.format, "raw");
+}
+
+#[tokio::test]
+async fn a_copy_that_is_found_on_the_disk_must_be_the_one_that_is_wanted() {
+    for wanted in [BackingImageSpec { checksum: "a".repeat(128), ..spec() }, BackingImageSpec { size: 512, ..spec() }] {
+        for synced in [true, false] {
+            let (disk, known) = (left_behind().await, TestDisk::new());
+            let manager = RunningManager::start(&known).await;
+            // It appears while the manager runs, as after a disk was mounted late.
+            let moved = known.disk().image_dir(&key());
+            std::fs::create_dir_all(moved.parent().unwrap()).unwrap();
+            run_program("cp", &["-a", disk.disk().image_dir(&key()).to_str().unwrap(), moved.to_str().unwrap()]);
+            let (peer, _listener) = silent_peer().await;
+            let answer = match synced {
+                true => manager.sync(wanted.clone(), &[peer]).await,
+                false => manager.fetch(wanted.clone(), "").await,
+            };
+            assert_eq!(answer.unwrap_err().code(), Code::FailedPrecondition);
+            // The same when it is known by now.
+            let answer = match synced {
+                true => manager.sync(wanted.clone(), &[peer]).await,
+                false => manager.fetch(wanted.clone(), "").await,
+            };
+            assert_eq!(answer.unwrap_err().code(), Code::FailedPrecondition);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_copy_that_is_on_its_way_is_neither_begun_again_nor_fetched() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    let (peer, _listener) = silent_peer().await;
+    let (other, _other_listener) = silent_peer().await;
+    manager.sync(spec(), &[peer]).await.unwrap();
+    let again = manager.sync(spec(), &[other]).await.unwrap();
+    assert_eq!(again.status.unwrap().sender_manager_address, peer.to_string());
+    let error = manager.fetch(spec(), "").await.unwrap_err();
+    assert!(error.code() == Code::FailedPrecondition && error.message().contains("is being received"), "{error}");
+}
+
+#[tokio::test]
+async fn a_peer_that_says_nothing_of_its_manifest_is_left() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start_with(&disk, address(8000), Duration::from_millis(300)).await;
+    let (peer, _listener) = silent_peer().await;
+    manager.sync(spec(), &[peer]).await.unwrap();
+    let message = manager.reaches("failed").await.status.unwrap().error_msg;
+    assert!(message.contains("it was silent for 300ms"), "{message}");
+}
+
+/// A part that a killed sync left is kept only where it is right.
+#[tokio::test]
+async fn wrong_bytes_in_a_part_are_not_kept() {
+    let (from, bytes) = (TestDisk::new(), image());
+    let peer = RunningManager::start(&from).await;
+    prepare(&from, &peer, &bytes).await;
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    let partial = disk.disk().copy(&key()).partial;
+    std::fs::create_dir_all(partial.parent().unwrap()).unwrap();
+    // Longer than the file, with wrong chunks, and with bytes where holes must be.
+    std::fs::write(&partial, vec![0xff; bytes.len() + MIB]).unwrap();
+    manager.sync(spec(), &[peer.address]).await.unwrap();
+    manager.reaches("ready").await;
+    assert!(std::fs::read(disk.copy_file()).unwrap() == bytes);
+}
+
+#[tokio::test]
+async fn a_peer_with_another_image_of_the_name_cannot_help() {
+    let (from, bytes) = (TestDisk::new(), image());
+    let peer = RunningManager::start(&from).await;
+    prepare(&from, &peer, &bytes).await;
+    manifest(&from.disk().copy(&key()), |m| m.uuid = "ffffffff".parse().unwrap());
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    manager.sync(spec(), &[peer.address]).await.unwrap();
+    let message = manager.reaches("failed").await.status.unwrap().error_msg;
+    assert!(message.contains("the image with uuid ffffffff"), "{message}");
+}
+
+/// Overwrites a chunk, and has the copy verified.
+async fn damaged(disk: &TestDisk, manager: &RunningManager, chunk: u64) {
+    rewrite(&disk.disk().copy(&key()), |file| file.write_all_at(b"damage", chunk * MIB as u64 + 99).unwrap());
+    let request = VerifyRequest { name: "parrot".into(), uuid: UUID.into(), ..Default::default() };
+    manager.client().await.verify(request).await.unwrap();
+    manager.reaches("failed").await;
+}
+
+#[tokio::test]
+async fn a_repaired_copy_is_read_only_again_and_holes_need_no_peer() {
+    let (from, bytes) = (TestDisk::new(), image());
+    let peer = RunningManager::start(&from).await;
+    prepare(&from, &peer, &bytes).await;
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    manager.sync(spec(), &[peer.address]).await.unwrap();
+    manager.reaches("ready").await;
+    // A chunk of zeros; the only peer is dead.
+    damaged(&disk, &manager, 4).await;
+    manager.sync(spec(), &[address(8000)]).await.unwrap();
+    let copy = manager.reaches("ready").await;
+    assert!(copy.damage.contains("repaired from its manifest"), "{}", copy.damage);
+    assert!(std::fs::read(disk.copy_file()).unwrap() == bytes);
+    assert_eq!(disk.copy_file().metadata().unwrap().permissions().mode() & 0o777, 0o444);
+}
+
+/// What a damaged copy shall become is not what it was: nothing of it is written over.
+#[tokio::test]
+async fn a_damaged_copy_is_repaired_only_into_what_is_wanted() {
+    for wanted in [BackingImageSpec { checksum: "a".repeat(128), ..spec() }, BackingImageSpec { size: 512, ..spec() }] {
+        let (from, bytes) = (TestDisk::new(), image());
+        let peer = RunningManager::start(&from).await;
+        prepare(&from, &peer, &bytes).await;
+        let disk = TestDisk::new();
+        let manager = RunningManager::start(&disk).await;
+        manager.sync(spec(), &[peer.address]).await.unwrap();
+        manager.reaches("ready").await;
+        damaged(&disk, &manager, 2).await;
+        manager.sync(wanted, &[peer.address]).await.unwrap();
+        wait_until("no peer fits", async || {
+            let status = manager.get().await.status.unwrap();
+            status.state == "failed" && status.error_msg.contains("is wanted")
+        })
+        .await;
+        let chunk = &std::fs::read(disk.copy_file()).unwrap()[2 * MIB..3 * MIB];
+        assert_ne!(hash_chunk(chunk), hash_chunk(&bytes[2 * MIB..3 * MIB]), "it was not touched");
+    }
+}
