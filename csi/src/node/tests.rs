@@ -312,6 +312,109 @@ async fn a_degraded_volume_is_reported() {
     world.end().await;
 }
 
+/// Something of somebody else's at a path, until it is dropped.
+struct Foreign(PathBuf);
+
+impl Foreign {
+    fn at(path: PathBuf) -> Foreign {
+        fs::create_dir_all(&path).unwrap();
+        assert!(Command::new("mount").args(["-t", "tmpfs", "theirs"]).arg(&path).status().unwrap().success());
+        Foreign(path)
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        Command::new("umount").arg("-l").arg(&self.0).status().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_else_has_mounted_is_neither_covered_nor_taken_for_the_volume() {
+    let world = World::new(|_| ()).await;
+    let theirs = Foreign::at(world.path("staging"));
+    let (kind, text) = error(world.stage(mount()).await);
+    assert!(kind == ErrorKind::Incompatible && text.contains("theirs"), "{text}");
+    let (kind, text) = error(world.publish("target", mount(), false).await);
+    assert!(kind == ErrorKind::NotReady && text.contains("stage it first"), "{text}");
+    drop(theirs);
+    world.stage(mount()).await.unwrap();
+    let theirs = Foreign::at(world.path("target"));
+    for wish in [mount(), block()] {
+        let (kind, text) = error(world.publish("target", wish, false).await);
+        assert!(kind == ErrorKind::Incompatible && text.contains("mount"), "{text}");
+    }
+    drop(theirs);
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_with_the_volume_to_write_does_not_pass_for_one_who_only_reads() {
+    let world = World::new(|_| ()).await;
+    world.stage(mount()).await.unwrap();
+    world.publish("target", mount(), false).await.unwrap();
+    let (kind, text) = error(world.publish("target", mount(), true).await);
+    assert!(kind == ErrorKind::Incompatible && text.contains("writable"), "{text}");
+    world.unpublish("target").await.unwrap();
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_does_not_run_or_names_no_device_gives_none() {
+    let world = World::new(|_| ()).await;
+    let report = async |state, endpoint: String| {
+        let mut engine = world.context.store.get::<Engine>(&names::engine_name("v")).await.unwrap().unwrap();
+        let status = engine.status.as_mut().unwrap();
+        (status.current_state, status.endpoint) = (state, endpoint);
+        world.context.store.replace_status(&engine).await.unwrap();
+        error(world.stage(mount()).await)
+    };
+    let device = world.device.as_ref().unwrap().path.display().to_string();
+    for (state, endpoint, why) in [
+        (InstanceState::Stopped, device, "has no block device on node `node-1` yet"),
+        (InstanceState::Running, String::new(), "has no block device on node `node-1` yet"),
+        (InstanceState::Running, world.volume_file().display().to_string(), "which is no block device"),
+        (InstanceState::Running, world.text("nothing"), "which is not there"),
+    ] {
+        let (kind, text) = report(state, endpoint).await;
+        assert!(kind == ErrorKind::NotReady && text.contains(why), "{text}");
+    }
+    let refusal = device::find_volume(&world.context, "").await.unwrap_err();
+    assert_eq!(refusal.kind(), ErrorKind::Invalid);
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_volumes_of_one_xfs_image_are_used_on_one_node() {
+    let uuid = "uuid=0a1b2c3d-0000-4000-8000-000000000001";
+    let make = |file: &Path| {
+        let made = Command::new("mkfs.xfs").args(["-q", "-m", uuid]).arg(file).output().unwrap();
+        assert!(made.status.success(), "{made:?}");
+    };
+    let (one, other) = (World::new(make).await, World::new(make).await);
+    one.stage(mount()).await.unwrap();
+    other.stage(mount()).await.unwrap();
+    for world in [one, other] {
+        world.unstage().await.unwrap();
+        world.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn staging_reads_only_what_is_about_the_filesystem() {
+    let world = World::new(|_| ()).await;
+    let mut volume = world.context.store.get::<Volume>("v").await.unwrap().unwrap();
+    let given = [("fsType", "xfs"), ("a-key-of-a-later-version", "x")];
+    volume.spec.parameters = given.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+    world.context.store.replace(&volume).await.unwrap();
+    world.stage(mount()).await.unwrap();
+    assert_eq!(dataplane::mount::find(&world.path("staging")).unwrap().unwrap().fs_type, "xfs");
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
 #[test]
 fn paths_are_whole() {
     assert!(path("target_path", "/var/lib/x").is_ok());
