@@ -350,6 +350,18 @@ async fn what_somebody_else_has_mounted_is_neither_covered_nor_taken_for_the_vol
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_only_user_may_ask_again() {
+    let world = World::new(|_| ()).await;
+    world.stage(single_writer()).await.unwrap();
+    for _ in 0..2 {
+        world.publish("target", single_writer(), false).await.unwrap();
+    }
+    world.unpublish("target").await.unwrap();
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_user_with_the_volume_to_write_does_not_pass_for_one_who_only_reads() {
     let world = World::new(|_| ()).await;
     world.stage(mount()).await.unwrap();

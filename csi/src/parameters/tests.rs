@@ -128,6 +128,7 @@ fn every_wrong_value_is_refused_with_key_and_value_and_what_is_right() {
         let error = Parameters::parse(&given).unwrap_err();
         let text = error.to_string();
         assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(!matches!(error, ParameterError::NotOffered { .. }), "{error}");
         assert!(text.contains(&format!("`{key}`")) && text.contains(right), "{key}={value}: {text}");
         if key != download {
             assert!(text.contains(&format!("`{value}`")), "{text}");
@@ -182,6 +183,21 @@ fn an_unknown_key_is_refused_with_the_nearest_known_one() {
     let error = parse(&[("backingImageChecksun", "x")]).unwrap_err();
     assert_eq!(error.to_string(), "parameter `backingImageChecksun` is unknown; did you mean `backingImageChecksum`?");
     assert!(parse(&[("csi.storage.k8s.io/foo/bar/baz/qux", "x")]).is_err());
+}
+
+#[test]
+fn two_names_of_one_key_must_agree() {
+    let both = |one, other| parse(&[("fsType", one), ("csi.storage.k8s.io/fstype", other)]);
+    assert_eq!(both("xfs", "xfs").unwrap().fs_type, Some(FsType::Xfs));
+    let error = both("xfs", "ext4").unwrap_err();
+    assert!(matches!(error, ParameterError::Contradiction { .. }), "{error}");
+}
+
+#[test]
+fn what_longhorn_fills_in_by_itself_is_no_difference() {
+    let source = r#"{"url":"https://user:secret@example.com/u.qcow2","export-type":"raw","encryption":"ignore"}"#;
+    let none: [&str; 0] = [];
+    assert_eq!(check_image(&[("backingImageDataSourceParameters", source)], |_| ()), none);
 }
 
 #[test]
