@@ -51,3 +51,34 @@ pub(crate) fn describe(
         ..Default::default()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config_file::Format;
+    use crate::layout::{Disk, ImageKey};
+    use crate::manifest::hash_chunk;
+
+    #[test]
+    fn a_file_that_cannot_be_described_does_not_get_its_final_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Disk::new(dir.path()).source(&ImageKey::parse("parrot", "0a1b2c3d").unwrap());
+        let manifest = Manifest {
+            uuid: "0a1b2c3d".parse().unwrap(),
+            sha512: "a".repeat(128).parse().unwrap(),
+            format: Format::Raw,
+            size_bytes: 512,
+            virtual_size_bytes: 512,
+            chunks: vec![hash_chunk(&[1; 512])],
+        };
+        for in_the_way in [&files.manifest, &files.config] {
+            std::fs::create_dir_all(in_the_way.join("x")).unwrap();
+            std::fs::write(&files.partial, [1; 512]).unwrap();
+            let file = File::open(&files.partial).unwrap();
+            assert!(seal(&file, &files.partial, &files, &manifest, "").is_err());
+            assert!(files.partial.exists() && !files.file.exists());
+            std::fs::remove_dir_all(in_the_way).unwrap();
+            std::fs::remove_file(&files.partial).unwrap();
+        }
+    }
+}

@@ -107,7 +107,7 @@ async fn a_part_with_more_bytes_than_the_file_has_is_refused() {
             let (last, total) = (bytes.len() - 1, bytes.len());
             let mut body = bytes[start..].to_vec();
             body.extend_from_slice(&[1; 512]);
-            Reply::whole(&body).with(&format!("Content-Range: bytes {start}-{last}/{total}")).as_partial()
+            Reply::whole(&body).with(&format!("Content-Range: bytes {start}-{last}/{total}")).called_a_part()
         }
         _ => Reply::status("400 Bad Request"),
     })
@@ -127,7 +127,7 @@ async fn a_range_that_does_not_fit_means_to_begin_again() {
         |_, _| Reply::status("416 Range Not Satisfiable").with("Content-Range: bytes */512"),
         |bytes, start| {
             let (last, total) = (bytes.len() - 1, bytes.len() + 512);
-            Reply::whole(&bytes[start..]).with(&format!("Content-Range: bytes {start}-{last}/{total}")).as_partial()
+            Reply::whole(&bytes[start..]).with(&format!("Content-Range: bytes {start}-{last}/{total}")).called_a_part()
         },
         |bytes, start| piece(bytes, start - 512, bytes.len()),
     ];

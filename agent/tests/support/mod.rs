@@ -159,7 +159,7 @@ impl Reply {
     }
 
     /// Calls itself a part of the file.
-    pub fn as_partial(mut self) -> Reply {
+    pub fn called_a_part(mut self) -> Reply {
         self.head = self.head.replace("200 OK", "206 Partial Content");
         self
     }

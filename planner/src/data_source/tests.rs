@@ -286,7 +286,7 @@ fn a_process_that_is_not_wanted_any_more_is_removed() {
     assert_eq!(actions(&deleted), [remove.clone(), Action::RemoveFinalizer]);
     let mut transferred = o.clone();
     transferred.source.spec.file_transferred = true;
-    assert_eq!(actions(&transferred), [remove.clone()]);
+    assert_eq!(actions(&transferred), std::slice::from_ref(&remove));
     o.source.spec.parameters.insert("url".into(), "http://x/other".into());
     let changed = actions(&o);
     assert!(matches!(&changed[..], [first, Action::EnsureWorkload(_)] if *first == remove), "{changed:?}");
