@@ -574,7 +574,6 @@ fn replicas_are_in_sync_when_their_repairs_are_flushed() {
     story.reply(sent(&step)[0], None);
     let outputs = story.reply(sent(&step)[1], None);
     let Some(Output::Compare { token, .. }) = outputs.first() else { panic!("{outputs:?}") };
-    // Nor are they when the flush fails.
     let flush = sent(&story.tell(Event::Compared { token: *token, differing: Set::EMPTY }));
     story.reply(flush[0], Some(Failure::NoSpace));
     assert_eq!(story.reply(flush[1], Some(Failure::NoSpace)), []);
