@@ -65,6 +65,8 @@ fn a_replica_that_dies_under_load_costs_no_error_and_is_stale_then() {
     assert!(!status.replica_errors["r1"].is_empty());
     volume.detach_loop();
     assert!(volume.shutdown());
+    let left = engine::process::last_generation(&volume.config.control_socket).unwrap();
+    assert_eq!(left, Some(2), "nobody may have been told of it before its end");
     let records: Vec<_> = volume.replicas.iter().map(|replica| replica.record()).collect();
     assert_eq!((records[0].generation, records[0].clean), (1, false));
     for record in &records[1..] {

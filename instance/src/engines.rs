@@ -314,7 +314,8 @@ async fn shutdown(role: &Arc<Role>, name: &str, place: &Place) -> Result<(), Ins
                 .map_err(|source| InstanceError::End { what: what(), source })?;
         }
     }
-    clean_up(role, name, place).await
+    // The next pass reports the generation that it left, which it may have raised just before its end, and cleans up.
+    Ok(())
 }
 
 /// Whether a holder or an engine lives, whoever started it: both inherit a lock beside the control socket.

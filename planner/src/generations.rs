@@ -178,6 +178,8 @@ mod tests {
     #[test]
     fn a_half_done_close_is_compared() {
         check("recorded=4; a=4{a,b}clean b=4{a,b}", expect!["current=a,b compare"]);
+        // That `b` ended cleanly before says nothing about this one.
+        check("recorded=4; a=4{a,b}clean b=3{a,b}clean", expect!["current=a,b compare"]);
     }
 
     #[test]

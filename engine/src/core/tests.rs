@@ -300,6 +300,7 @@ fn rewrites_only_what_differs_and_reads_from_the_pinned_one_meanwhile() {
         Ok(Some((Payload { buffer: BufferId(2), start: 0 }, MIB as usize)))
     );
     assert_eq!(sent(&story.tell(Event::read(1, 512 * MIB, 4096, 9)))[0].replica, 0);
+    assert_eq!(sent(&story.tell(Event::read(3, MIB / 2, 4096, 11))), [], "the step excludes reads of its range");
     assert_eq!(sent(&story.tell(Event::write(2, 0, 4096, 10))), [], "the step excludes writes to its range");
     story.reply(step[0], None);
     story.reply(step[1], None);
@@ -322,8 +323,278 @@ fn what_was_read_while_comparing_is_read_again_after_another_crash() {
     for read_from in [Some(2), Some(1), None] {
         let mut story = story_that_reads_from(read_from, 3, true);
         assert_eq!((0..3).map(|r| story.core.replica_state(r)).position(|s| s == ReplicaState::InSync), Some(0));
-        let read = Submission { tag: 1, operation: Operation::Read, offset: MIB * 500, length: 512, payload: None };
-        let sent = sent(&story.tell(Event::Submit(read)));
-        assert!(sent.iter().filter(|t| t.offset == MIB * 500).all(|t| t.replica == 0), "{sent:?}");
+        let sent = sent(&story.tell(Event::read(1, MIB * 500, 512, 9)));
+        let of_it = sent.iter().filter(|t| t.offset == MIB * 500);
+        assert_eq!(of_it.map(|t| t.replica).collect::<Vec<_>>(), [0], "{sent:?}");
     }
+}
+
+fn lost(replica: usize) -> Event {
+    Event::ConnectionLost { replica, reason: "gone".into() }
+}
+
+fn control_lost(replica: usize) -> Event {
+    Event::ControlLost { replica, reason: "gone".into() }
+}
+
+/// A write of one page that fails on both replicas: its range is to be compared.
+fn fail_write(story: &mut Story, tag: u64, offset: u64) -> Vec<Output> {
+    let transfers = sent(&story.tell(Event::write(tag, offset, 4096, 9)));
+    story.reply(transfers[0], Some(Failure::NoSpace));
+    story.reply(transfers[1], Some(Failure::NoSpace))
+}
+
+/// Answers everything that comparing asks for; the ranges that were read.
+fn compare_to_the_end(story: &mut Story, outputs: Vec<Output>) -> Vec<(u64, u64)> {
+    let mut queue = VecDeque::from(outputs);
+    let mut compared = vec![];
+    while let Some(output) = queue.pop_front() {
+        let follows = match output {
+            Output::Send(transfer) => {
+                if transfer.operation == Operation::Read && transfer.replica == 0 {
+                    compared.push((transfer.offset, transfer.offset + u64::from(transfer.length)));
+                }
+                story.reply(transfer, None)
+            }
+            Output::Compare { token, .. } => story.tell(Event::Compared { token, differing: Set::EMPTY }),
+            _ => continue,
+        };
+        queue.extend(follows);
+    }
+    compared
+}
+
+#[test]
+fn what_is_heard_of_a_dropped_replica_changes_nothing() {
+    let mut story = story(3, false);
+    let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    story.tell(lost(2));
+    assert_eq!(story.tell(lost(2)), []);
+    assert_eq!(story.tell(control_lost(2)), []);
+    assert_eq!(story.reply(transfers[2], None), []);
+    let reply = ControlReply::Refused("late".into());
+    assert_eq!(story.tell(Event::ControlReply { replica: 2, reply }), []);
+    assert_eq!(story.core.members(), Set::first(2));
+}
+
+#[test]
+fn drops_a_survivor_that_cannot_be_told_about_the_fence() {
+    let mut story = story(3, false);
+    story.tell(lost(2));
+    let outputs = story.tell(control_lost(0));
+    let request = ControlRequest::Fence { generation: 12, members: Set::only(1) };
+    assert!(outputs.contains(&Output::Control { replica: 1, request }), "{outputs:?}");
+}
+
+#[test]
+fn a_read_whose_replica_is_lost_is_asked_of_the_next() {
+    let mut story = story(2, false);
+    assert_eq!(sent(&story.tell(Event::read(1, 0, 4096, 9)))[0].replica, 0);
+    let outputs = story.tell(lost(0));
+    assert_eq!(completed(&outputs), []);
+    let again = sent(&outputs);
+    assert_eq!(again.iter().map(|t| t.replica).collect::<Vec<_>>(), [1]);
+    assert_eq!(completed(&story.reply(again[0], None)), [(1, Ok(()))]);
+}
+
+#[test]
+fn another_one_is_pinned_only_when_the_pinned_one_is_lost() {
+    let mut story = story_that_reads_from(Some(2), 3, true);
+    let read = sent(&story.tell(Event::read(1, 500 * MIB, 4096, 9)));
+    let read = read.iter().find(|t| t.offset == 500 * MIB).unwrap();
+    let again = sent(&story.reply(*read, Some(Failure::Io)));
+    let outputs = story.reply(again[0], None);
+    assert_eq!(completed(&outputs), [(1, Ok(()))]);
+    assert_eq!(again[0].replica, 2);
+    // What was read of it is read of it again, also when a further range is to be compared, and when another one is lost.
+    assert_eq!(sent(&story.tell(Event::read(2, 500 * MIB, 4096, 10)))[0].replica, 2);
+    story.done(1);
+    story.done(2);
+    fail_write(&mut story, 3, 600 * MIB);
+    assert_eq!((1..3).map(|r| story.core.replica_state(r)).position(|s| s == ReplicaState::InSync), Some(1));
+    story.tell(lost(1));
+    assert_eq!(sent(&story.tell(Event::read(4, 700 * MIB, 4096, 11)))[0].replica, 2);
+}
+
+#[test]
+fn a_write_waits_for_a_read_and_nothing_overtakes_what_overlaps_it() {
+    let mut story = story(1, false);
+    let read = sent(&story.tell(Event::read(1, 0, 8192, 9)));
+    assert_eq!(sent(&story.tell(Event::write(2, 4096, 8192, 10))), []);
+    assert_eq!(sent(&story.tell(Event::write(3, 8192, 4096, 11))), [], "the second one waits before it");
+    let second = sent(&story.reply(read[0], None));
+    assert_eq!(second.iter().map(|t| t.offset).collect::<Vec<_>>(), [4096]);
+    assert_eq!(sent(&story.reply(second[0], None)).len(), 1);
+}
+
+#[test]
+fn a_request_that_does_not_fit_is_refused() {
+    let mut story = story(1, false);
+    let invalid =
+        |outputs: Vec<Output>| assert_eq!(outputs, [Output::Complete { tag: 1, result: Err(Failure::Invalid) }]);
+    invalid(story.tell(Event::write(1, 1024 * MIB - 512, 1024, 9)));
+    invalid(story.tell(Event::read(1, u64::MAX, 512, 9)));
+    invalid(story.tell(zero(1, 1024 * MIB, 512)));
+    for operation in [Operation::Read, Operation::Write] {
+        invalid(story.tell(Event::Submit(Submission { tag: 1, operation, offset: 0, length: 512, payload: None })));
+    }
+}
+
+#[test]
+fn drops_a_replica_that_answers_what_it_was_not_asked() {
+    let mut twice = story(2, false);
+    let write = sent(&twice.tell(Event::write(1, 0, 4096, 9)));
+    twice.reply(write[0], None);
+    twice.reply(write[0], None);
+    assert_eq!(twice.core.members(), Set::only(1));
+
+    let mut late = story(2, false);
+    let first = sent(&late.tell(Event::write(1, 0, 4096, 9)));
+    late.reply(first[0], None);
+    late.reply(first[1], None);
+    let second = sent(&late.tell(Event::write(2, 0, 4096, 9)));
+    assert_ne!(first[0].cookie, second[0].cookie);
+    late.reply(first[1], None);
+    assert_eq!(late.core.members(), Set::only(0), "that was the answer to the first write");
+}
+
+#[test]
+fn silence_of_all_is_borne_as_long_as_a_loss_of_all() {
+    let mut story = story(2, false);
+    story.tell(Event::write(1, 0, 4096, 9));
+    assert_eq!(story.wait(Duration::from_secs(12)), []);
+    assert_eq!(story.core.members(), Set::first(2));
+    let outputs = story.wait(Duration::from_millis(1250));
+    assert_eq!(story.core.members(), Set::EMPTY);
+    assert_eq!(completed(&outputs), [(1, Err(Failure::Io))], "it has waited long enough");
+}
+
+#[test]
+fn a_fence_is_over_with_its_last_member() {
+    let mut story = story(2, false);
+    let write = sent(&story.tell(Event::write(1, 0, 4096, 9)));
+    story.tell(lost(0));
+    assert_eq!(story.reply(write[1], None), [], "it is held until the fence is over");
+    assert_eq!(completed(&story.tell(lost(1))), []);
+    assert!(!story.core.is_fencing());
+    assert_eq!(completed(&story.wait(Duration::from_secs(5))), [(1, Err(Failure::Io))]);
+    assert_eq!(completed(&story.tell(Event::write(2, 0, 4096, 9))), [(2, Err(Failure::Io))]);
+}
+
+#[test]
+fn an_end_does_not_wait_for_replicas_that_are_gone() {
+    let ended = Output::Ended { clean: false };
+    let mut lost_at_the_end = story(1, false);
+    lost_at_the_end.tell(Event::write(1, 0, 4096, 9));
+    lost_at_the_end.tell(Event::Shutdown);
+    let outputs = lost_at_the_end.tell(lost(0));
+    assert_eq!((completed(&outputs), outputs.contains(&ended)), (vec![(1, Err(Failure::Io))], true));
+
+    let mut lost_before = story(1, false);
+    lost_before.tell(lost(0));
+    assert_eq!(lost_before.tell(Event::write(1, 0, 4096, 9)), []);
+    let outputs = lost_before.tell(Event::Shutdown);
+    assert_eq!((completed(&outputs), outputs.contains(&ended)), (vec![(1, Err(Failure::Io))], true));
+}
+
+#[test]
+fn a_barrier_without_a_replica_is_not_flushed() {
+    let mut story = story(1, false);
+    story.tell(lost(0));
+    assert_eq!(story.tell(Event::Pause), [Output::Paused { flushed: false }]);
+}
+
+#[test]
+fn an_end_that_is_not_flushed_or_not_recorded_by_all_is_not_clean() {
+    let closing = || {
+        let mut story = story(2, false);
+        let flush = sent(&story.tell(Event::Shutdown));
+        story.reply(flush[0], None);
+        story.reply(flush[1], None);
+        assert_eq!(story.done(0), []);
+        story
+    };
+    let unclean = [Output::Ended { clean: false }];
+    let reply = ControlReply::Refused("its disk is full".into());
+    assert_eq!(closing().tell(Event::ControlReply { replica: 1, reply }), unclean);
+    assert_eq!(closing().tell(control_lost(1)), unclean);
+    assert_eq!(closing().wait(Duration::from_millis(8250)), unclean);
+    // One that has recorded it may go.
+    let mut story = closing();
+    assert_eq!(story.tell(control_lost(0)), []);
+    assert_eq!(story.done(1), [Output::Ended { clean: true }]);
+
+    let mut story = self::story(2, false);
+    let flush = sent(&story.tell(Event::Shutdown));
+    story.reply(flush[0], Some(Failure::NoSpace));
+    assert_eq!(story.reply(flush[1], Some(Failure::NoSpace)), unclean);
+}
+
+#[test]
+fn what_no_replica_can_read_is_skipped_while_comparing() {
+    let mut story = story(2, true);
+    let step = sent(&story.tell(Event::Tick));
+    story.reply(step[0], Some(Failure::Io));
+    let next = sent(&story.reply(step[1], Some(Failure::Io)));
+    assert_eq!(next.iter().map(|t| (t.replica, t.offset)).collect::<Vec<_>>(), [(0, MIB), (1, MIB)]);
+}
+
+#[test]
+fn an_outdated_answer_of_a_compare_rewrites_nothing() {
+    let mut story = story(3, true);
+    let step = sent(&story.tell(Event::Tick));
+    story.reply(step[0], None);
+    story.reply(step[1], None);
+    let outputs = story.reply(step[2], None);
+    let Some(Output::Compare { token, .. }) = outputs.first() else { panic!("{outputs:?}") };
+    let differing = Set::only(1).with(Set::only(2));
+    assert_eq!(story.tell(Event::Compared { token: token + 1, differing }), [], "nobody asked for that");
+    story.tell(lost(0));
+    let again = sent(&story.tell(Event::Compared { token: *token, differing }));
+    let again: Vec<_> = again.iter().map(|t| (t.replica, t.operation, t.offset)).collect();
+    assert_eq!(again, [1, 2].map(|replica| (replica, Operation::Read, 0)));
+}
+
+#[test]
+fn replicas_are_in_sync_when_their_repairs_are_flushed() {
+    let mut story = story(2, false);
+    let step = sent(&fail_write(&mut story, 1, 0));
+    story.reply(step[0], None);
+    let outputs = story.reply(step[1], None);
+    let Some(Output::Compare { token, .. }) = outputs.first() else { panic!("{outputs:?}") };
+    let flush = sent(&story.tell(Event::Compared { token: *token, differing: Set::EMPTY }));
+    assert_eq!(flush.iter().map(|t| t.operation).collect::<Vec<_>>(), [Operation::Flush; 2]);
+    // A change that fails on all now is compared before the end.
+    let second = fail_write(&mut story, 2, 8 * MIB);
+    assert_eq!(sent(&second), []);
+    story.reply(flush[0], None);
+    let step = story.reply(flush[1], None);
+    assert_eq!(sent(&step).iter().map(|t| t.offset).collect::<Vec<_>>(), [8 * MIB; 2]);
+    assert_eq!(story.core.replica_state(1), ReplicaState::Comparing);
+    story.reply(sent(&step)[0], None);
+    let outputs = story.reply(sent(&step)[1], None);
+    let Some(Output::Compare { token, .. }) = outputs.first() else { panic!("{outputs:?}") };
+    let flush = sent(&story.tell(Event::Compared { token: *token, differing: Set::EMPTY }));
+    story.reply(flush[0], Some(Failure::NoSpace));
+    assert_eq!(story.reply(flush[1], Some(Failure::NoSpace)), []);
+    assert_eq!(story.core.replica_state(1), ReplicaState::Comparing);
+    let flush = sent(&story.wait(Duration::from_secs(1)));
+    story.reply(flush[0], None);
+    assert_eq!(story.reply(flush[1], None), [Output::Equal]);
+    assert_eq!(story.core.replica_state(1), ReplicaState::InSync);
+}
+
+#[test]
+fn places_that_may_differ_are_merged_and_all_compared() {
+    let mut story = story(2, false);
+    let mut first = vec![];
+    let places: Vec<u64> = (0..2 + limits::MAX_COMPARE_RANGES as u64).map(|n| n * 4 * MIB).collect();
+    for place in &places {
+        first.extend(fail_write(&mut story, 1, *place));
+    }
+    let compared = compare_to_the_end(&mut story, first);
+    for place in places {
+        assert!(compared.iter().any(|(start, end)| *start <= place && place + 4096 <= *end), "{place}: {compared:?}");
+    }
+    assert_eq!(story.core.replica_state(1), ReplicaState::InSync);
 }

@@ -103,7 +103,6 @@ fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
         warn!(%error, "cannot become an I/O flusher; reclaim of memory may wait for this volume");
     }
-    let state = |source| EngineError::Write { path: life.lock_path().to_owned(), source };
     let names: Vec<String> = config.replicas.keys().cloned().collect();
     let started = start::start(&config, &names, life, lives)?;
     info!(volume = %config.volume, generation = started.generation, lives, "engine serves");
@@ -113,7 +112,7 @@ fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result
     let clean = engine.run()?;
     drop(engine);
     fuse::mount::detach(&mount_file);
-    life.forget().map_err(state)?;
+    // What it noted stays: a generation that nobody was told yet is read from there. The next holder forgets it.
     info!(clean, "engine ended");
     Ok(())
 }

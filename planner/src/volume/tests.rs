@@ -65,6 +65,7 @@ fn world(text: &str) -> Observed {
                 o.disks.list.iter_mut().filter(|d| d.node == value).for_each(|d| d.health = health.clone());
             }
             "since" => drop(o.silent_since.insert(value.into(), "2025-12-31T23:00:00Z".parse().unwrap())),
+            "just" => drop(o.silent_since.insert(value.into(), "2025-12-31T23:59:50Z".parse().unwrap())),
             "said" => {
                 let condition = Condition::new(READY, ConditionStatus::False, value, "it said why");
                 engine.status.get_or_insert_default().conditions.push(condition);
@@ -425,4 +426,71 @@ fn replicas_are_looked_at_anew_when_an_engine_ended_by_surprise() {
         .filter_map(|a| if let Action::SetReplicaSpec { spec, .. } = a { Some(spec.active) } else { None })
         .collect();
     assert_eq!(told, [false, false]);
+}
+
+#[test]
+fn a_silent_replica_is_waited_for_and_what_was_read_of_it_counts() {
+    let replicas = "r1=running:3{r1,r2,r3}clean r2=running:3{r1,r2,r3}clean";
+    check(
+        &format!("on=n1; silent=n3; just=n3; engine=stopped:3@n2; {replicas} r3=running:3{{r1,r2,r3}}clean"),
+        expect![[r#"
+            engine Stopped at n2 with  above 3
+            Attaching Unknown Attaching: waits for replica r3 on node n3: node n3 does not answer; the attachment goes on without it at 2026-01-01T00:00:20Z"#]],
+    );
+    // It went on without the others, which the engine could not tell.
+    check(
+        &format!("on=n1; silent=n3; since=n3; engine=stopped:3@n2; {replicas} r3=running:4{{r3}}"),
+        expect![[r#"
+        engine Stopped at n2 with  above 3
+        Attaching Faulted StaleReplica: the newest replica in sight is of generation 3, but the volume has reached generation 4: newer writes are on replicas that are not in sight (r3: node n3 does not answer)"#]],
+    );
+}
+
+#[test]
+fn the_engine_begins_above_what_the_records_say() {
+    check(
+        "on=n1; engine=stopped:3@n2; recorded=3; r1=running:4{r1,r2}clean r2=running:4{r1,r2}clean",
+        expect![[r#"
+        engine Running at n1 with r1,r2 above 4
+        Attaching Unknown Attaching: the engine on node n1 is starting"#]],
+    );
+}
+
+#[test]
+fn an_engine_that_is_to_run_on_a_silent_node_may_run_whatever_it_said_last() {
+    check(
+        "on=n2; wish=; silent=n1; since=n1; engine=stopped:4@n1; recorded=4; map=r2; r1=failed r2=running:4{r2} r3=failed",
+        expect![[r#"
+            r2 Running
+            engine Stopped at n1 with r2 above 4
+            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns or its Node object is deleted"#]],
+    );
+}
+
+#[test]
+fn what_an_engine_dropped_before_it_ended_by_surprise_has_failed() {
+    check(
+        "on=n1; wish=; engine=error:4@n1; map=r1,r2; dropped=r2; recorded=4; r1=running:4{r1} r2=running:3{r1,r2}",
+        expect![[r#"
+            r1 Running
+            fail r2: the engine dropped it
+            engine Stopped at n1 with r1 above 4
+            Detaching Unknown Detaching: the engine on node n1 is being stopped"#]],
+    );
+}
+
+#[test]
+fn what_an_engine_said_of_another_attachment_fails_nobody() {
+    let replicas = "recorded=4; r1=running:4{r1,r2} r2=running:4{r1,r2}";
+    // Its report is of the attachment before, in which `r2` may have been dropped and salvaged since.
+    check(
+        &format!("on=n1; wish=; engine=starting:4@n1; map=r1,r2; dropped=r2; {replicas}"),
+        expect!["Attaching Unknown Attaching: the engine on node n1 is starting"],
+    );
+    check(
+        &format!("on=n1; wish=; engine=running:4@n1; map=r1; dropped=r2; {replicas}"),
+        expect![
+            "Attached Degraded Degraded: 1 of 3 replicas are in sync: 2 of 3 replicas have a place: a replica cannot be added to a volume that holds data (rebuilding is not offered by this version)"
+        ],
+    );
 }

@@ -37,11 +37,26 @@ impl World {
         if compare || self.attachments[a].differ {
             // Also when only one is left of those that were being compared.
             self.oracle.forget_observations();
+            let first = members.lowest().expect("an engine has members");
+            self.set_reader(self.attachments[a].config.replicas[first]);
+        } else {
+            self.reader = None;
         }
         if !compare {
             self.check_equal_but_for_repeated(a, members);
         }
         false
+    }
+
+    /// What may differ between replicas is read from this one from now on. What was in flight may look different only when that
+    /// is another one than before, or has lost something.
+    pub(super) fn set_reader(&mut self, replica: usize) {
+        let reader = Some((replica, self.replicas[replica].incarnation));
+        if self.reader.is_some() && self.reader != reader {
+            self.oracle.forget_observations();
+            self.tally.add("lost readers", 1);
+        }
+        self.reader = reader;
     }
 
     /// The first acknowledged change that a replica misses.
@@ -104,6 +119,12 @@ impl World {
             let is_recorded = record.generation == generation && record.members == names;
             assert!(is_recorded, "{} has not recorded {generation}{names:?}: {}", config.names[place], self.state());
         }
+    }
+
+    /// What an engine acknowledged under is known to the controller before everything that it left is removed.
+    pub(super) fn check_reported(&self, a: usize) {
+        let (recorded, heard) = (self.attachments[a].recorded, self.heard());
+        assert!(heard >= recorded || self.has_rivals(), "generation {recorded} was not reported: {}", self.state());
     }
 
     fn has_rivals(&self) -> bool {

@@ -194,7 +194,7 @@ impl World {
                 }
                 if self.dice.percent(50) {
                     // It was not brought to stable storage.
-                    self.attachments[a].known = None;
+                    (self.attachments[a].known, self.attachments[a].recorded) = (None, 0);
                 }
                 // The loop device goes with the machine.
                 self.attachments[a].device = false;

@@ -40,6 +40,8 @@ pub struct Attachment {
     /// The highest generation that the controller had seen in the store when it was started.
     pub heard: u64,
     pub differ: bool,
+    /// The highest generation under which it acknowledged.
+    pub recorded: u64,
     /// What the instance role heard of the engine.
     pub told: Option<Told>,
     /// The block device is there.
@@ -75,6 +77,7 @@ impl Attachment {
             claimed: 0,
             heard: 0,
             differ: false,
+            recorded: 0,
             told: None,
             device: false,
             disowned: false,
@@ -115,8 +118,6 @@ impl World {
         let unmounted = !attachment.mounted && !had_served;
         if in_order || unmounted {
             (attachment.holder, attachment.mounted) = (false, false);
-            // Left by an end in order.
-            (attachment.known, attachment.differ) = (None, false);
         }
         attachment.quick_deaths = if now - life.began < 10 * SECOND { attachment.quick_deaths + 1 } else { 0 };
         let pause = match attachment.quick_deaths {

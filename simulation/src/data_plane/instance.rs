@@ -90,6 +90,7 @@ impl World {
                     self.attachments[a].device = false;
                     again = true;
                 } else if attachment.is_over() {
+                    self.check_reported(a);
                     self.attachments.remove(a);
                     again = true;
                 } else {

@@ -29,7 +29,7 @@ mod user;
 
 use std::collections::BTreeMap;
 
-use engine::core::Transfer;
+use engine::core::{Set, Transfer};
 use proto::replica::{Reply, Request};
 
 use controller::Controller;
@@ -138,6 +138,12 @@ enum Happening {
     Tick {
         life: u32,
     },
+    /// An answer about bytes that were compared a while ago.
+    Compared {
+        life: u32,
+        token: u64,
+        differing: Set,
+    },
     Resume {
         life: u32,
     },
@@ -197,6 +203,10 @@ struct World {
     user: User,
     oracle: Oracle,
     faults: bool,
+    /// Bytes are compared elsewhere, so the answer comes while other things happen.
+    compares_late: bool,
+    /// The replica process whose state of what may differ users have seen; none while all are in sync.
+    reader: Option<(usize, u32)>,
     /// From then to then every change fails on every replica.
     full: (u64, u64),
     /// The engine dies after so many further outputs of its core.
@@ -247,6 +257,8 @@ impl World {
             user: User::new(&mut dice, nodes),
             oracle: Oracle::new(),
             faults: true,
+            compares_late: seed % 4 == 3,
+            reader: None,
             full: (0, 0),
             doom: None,
             end: None,
@@ -289,6 +301,9 @@ impl World {
             }
             Happening::RoundOver { life, round } => self.round_over(life, round),
             Happening::Tick { life } => self.tick(life),
+            Happening::Compared { life, token, differing } => {
+                self.tell(life, engine::core::Event::Compared { token, differing });
+            }
             Happening::Resume { life } => self.tell(life, engine::core::Event::Resume),
             Happening::NextLife { attachment } => self.next_life(attachment),
             Happening::HolderLimit { attachment, lives } => self.holder_limit(attachment, lives),

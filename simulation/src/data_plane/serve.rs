@@ -78,6 +78,7 @@ impl World {
         };
         // The members must be remembered before anything is acknowledged.
         attachment.known = Some(Known { generation, members: names });
+        attachment.recorded = generation;
         let again = attachment.served;
         attachment.served = true;
         attachment.life.as_mut().expect("it begins").stage = Stage::Serving(Box::new(serving));
@@ -192,19 +193,21 @@ impl World {
             }
             Output::Drop { replica: place, .. } => {
                 (serving.links[place], serving.recorded) = (None, None);
-                if serving.comparing {
-                    self.oracle.forget_observations();
-                }
+                let is_comparing = serving.comparing;
                 self.tally.add("replicas dropped", 1);
                 let life = self.attachments[a].life.take().expect("it serves");
                 let replica = self.attachments[a].config.replicas[place];
                 self.cut_connection(&life, place, replica);
                 self.attachments[a].life = Some(life);
+                if is_comparing {
+                    self.reads_come_from(a);
+                }
             }
             Output::Record { generation, members } => {
                 serving.recorded = Some((generation, members));
                 self.check_recorded(a, generation, members);
                 let attachment = &mut self.attachments[a];
+                attachment.recorded = generation;
                 let members = members.iter().map(|m| attachment.config.names[m].clone()).collect();
                 attachment.known = Some(Known { generation, members });
                 self.tally.add("fences", 1);
@@ -212,12 +215,14 @@ impl World {
             Output::MayDiffer => {
                 serving.comparing = true;
                 self.attachments[a].differ = true;
+                self.reads_come_from(a);
             }
             Output::Equal => {
                 serving.comparing = false;
                 if !serving.nbd_changed {
                     self.attachments[a].differ = false;
                 }
+                self.reader = None;
                 self.tally.add("comparisons finished", 1);
             }
             Output::Compare { token, length, pinned, others } => {
@@ -227,6 +232,10 @@ impl World {
                 let differing = differing.fold(Set::EMPTY, |set, (replica, _)| set.with(Set::only(*replica)));
                 if !differing.is_empty() {
                     self.tally.add("repairs", 1);
+                }
+                if self.compares_late {
+                    let wait = self.dice.upto(2 * MILLI);
+                    return self.after(wait, Happening::Compared { life, token, differing });
                 }
                 self.pass_on(life, Event::Compared { token, differing });
             }
@@ -239,6 +248,16 @@ impl World {
             Output::Ended { clean } => serving.ended = Some(clean),
             Output::StatusChanged => {}
         }
+    }
+
+    /// Replicas may differ: the pinned one alone decides what users see of what was in flight at an unclean end. When it is lost
+    /// before the others were repaired, they see what another one holds (`ARCHITECTURE.md`, "the lost reader").
+    fn reads_come_from(&mut self, a: usize) {
+        let Some(serving) = self.attachments[a].serving() else { return };
+        let is_pinned = |place: &usize| serving.core.replica_state(*place) == ReplicaState::InSync;
+        let Some(place) = serving.core.members().iter().find(is_pinned) else { return };
+        let replica = self.attachments[a].config.replicas[place];
+        self.set_reader(replica);
     }
 
     fn send(&mut self, a: usize, transfer: &Transfer) {
