@@ -8,8 +8,8 @@ pub const QMP_TIMEOUT: Duration = Duration::from_secs(60);
 pub const DAEMON_START_TIMEOUT: Duration = Duration::from_secs(20);
 /// From `quit` to the end of `qemu-storage-daemon`: it flushes what it holds.
 pub const DAEMON_QUIT_TIMEOUT: Duration = Duration::from_secs(60);
-/// Free memory that a `qemu-storage-daemon` keeps for its next requests: four of the largest that an engine sends.
-pub const DAEMON_SPARE_MEMORY: u64 = 4 << 20;
+/// How long a `qemu-storage-daemon` keeps free memory for its next requests, in milliseconds.
+pub const DAEMON_SPARE_MEMORY_MS: u64 = 1000;
 /// Most memory for the tables of a head; QEMU takes no more than the volume needs. 16 bytes for 128 KiB: enough for all of 64 GiB.
 /// Random requests all over a larger volume read 4 KiB of table each time that they leave it. QEMU's own limit is 32 MiB.
 pub const HEAD_TABLE_CACHE: u64 = 8 << 20;

@@ -171,13 +171,19 @@ async fn converse<S: AsyncRead + AsyncWrite>(stream: S, replica: Replica, stop: 
             return;
         }
         let whole = line.ends_with(b"\n");
-        let reply = match serde_json::from_slice::<Request>(&line) {
+        let request = serde_json::from_slice::<Request>(&line);
+        let is_rare = matches!(request, Ok(Request::Open { .. }));
+        let reply = match request {
             Ok(request) => replica.answer(request).await,
             Err(error) => Reply::Refused { message: format!("the request is not understood: {error}") },
         };
         let mut text = serde_json::to_vec(&reply).expect("a reply is plain data");
         text.push(b'\n');
-        if writer.write_all(&text).await.is_err() || writer.flush().await.is_err() || !whole {
+        let written = writer.write_all(&text).await.is_ok() && writer.flush().await.is_ok();
+        if is_rare {
+            runtime::memory::release_startup_code();
+        }
+        if !written || !whole {
             return;
         }
     }
