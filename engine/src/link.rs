@@ -157,6 +157,9 @@ mod tests {
 
     const BYTES: usize = 512;
 
+    /// A request's tag and how it ended.
+    type Completed = (u64, Result<(), Failure>);
+
     /// One replica that was asked for a read, a write and a flush, and what it says.
     struct World {
         link: Link,
@@ -210,7 +213,7 @@ mod tests {
         }
 
         /// Which requests ended by what the replica says.
-        fn says(&mut self, bytes: &[u8]) -> Result<Vec<(u64, Result<(), Failure>)>, String> {
+        fn says(&mut self, bytes: &[u8]) -> Result<Vec<Completed>, String> {
             self.far.write_all(bytes).unwrap();
             self.link.receive(0, &mut self.core, &mut self.buffers, Duration::ZERO)?;
             let mut outputs = vec![];
