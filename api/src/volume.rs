@@ -111,6 +111,10 @@ pub struct VolumeStatus {
     pub actual_size: u64,
     /// RFC 3339; empty when not degraded.
     pub last_degraded_at: String,
+    /// Ours: the filesystem that the node service makes on this volume, which was blank; gone before anybody uses the volume.
+    /// While it stands here, what is there is the remainder of an attempt that was cut off, and is made again.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub unfinished_filesystem: String,
     pub conditions: Vec<Condition>,
     #[serde(flatten)]
     pub other: Unknown,

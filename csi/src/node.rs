@@ -7,6 +7,7 @@ mod stage;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod unfinished;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -1,6 +1,7 @@
 //! Filesystems on devices: recognize, make when blank, grow.
 //!
-//! Nothing is ever formatted that is not blank: no signature that `blkid` knows, and zeroes at both ends.
+//! Nothing is ever formatted that is not blank: no signature that `blkid` knows, and zeroes at both ends. The one exception is what
+//! an interrupted `mkfs` left, which the caller must know of: a promise of his that the device was blank when that began.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -14,6 +15,9 @@ const BLANK_BYTES: u64 = 1 << 20;
 /// An ext4 that is this much smaller than its device is grown; less is the remainder that it cannot use.
 const EXT4_GROW_BYTES: u64 = 1 << 20;
 
+/// Where the first mount of an xfs writes: behind the one record that `mkfs` leaves.
+const FIRST_LOG_BYTES: u64 = 1 << 20;
+
 /// What is on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Contents {
@@ -21,12 +25,29 @@ pub enum Contents {
     Blank,
     /// A filesystem, by the kernel's name of it.
     Filesystem(String),
-    /// Something else, a phrase: a partition table, LVM, data without a known signature.
+    /// Something else, a phrase: a partition table, LVM.
     Other(String),
+    /// Data without a known signature.
+    Unknown,
+}
+
+/// A filesystem that is to be made.
+#[derive(Clone, Copy, Debug)]
+pub struct New<'a> {
+    /// `ext4` or `xfs`.
+    pub fs_type: &'a str,
+    pub uuid: &'a str,
+    /// Appended to the arguments of `mkfs`; a UUID in them counts.
+    pub extra: &'a [String],
 }
 
 /// Looks what is on a device.
 pub async fn detect(device: &Path) -> Result<Contents, DataplaneError> {
+    probe(device).await.map(|(contents, _)| contents)
+}
+
+/// The same, with the UUID of a filesystem.
+async fn probe(device: &Path) -> Result<(Contents, Option<String>), DataplaneError> {
     let args = ["-p".as_ref(), "-o".as_ref(), "export".as_ref(), device.as_os_str()];
     let output = run("blkid", args, limits::PROBE_TIMEOUT).await?;
     let value = |key: &str| {
@@ -35,26 +56,43 @@ pub async fn detect(device: &Path) -> Result<Contents, DataplaneError> {
             .lines()
             .find_map(|line| line.split_once('=').filter(|(k, _)| *k == key).map(|(_, v)| v.to_owned()))
     };
-    match output.code {
-        Some(0) => Ok(match (value("USAGE").as_deref(), value("TYPE"), value("PTTYPE")) {
+    let contents = match output.code {
+        Some(0) => match (value("USAGE").as_deref(), value("TYPE"), value("PTTYPE")) {
             (Some("filesystem"), Some(fs_type), _) => Contents::Filesystem(fs_type),
             (_, Some(other), _) => Contents::Other(format!("data of type {other}")),
             (_, None, Some(table)) => Contents::Other(format!("a partition table ({table})")),
             (_, None, None) => Contents::Other("data that is not understood".into()),
-        }),
+        },
         // "Nothing found". An ambivalent probe (8) is an error: more than one signature is not blank.
-        Some(2) if is_zero_at_both_ends(device).await? => Ok(Contents::Blank),
-        Some(2) => Ok(Contents::Other("data without a known signature".into())),
-        Some(8) => Ok(Contents::Other("signatures of several filesystems at once".into())),
-        _ => Err(output.failure()),
+        Some(2) if is_zero_at_both_ends(device).await? => Contents::Blank,
+        Some(2) => Contents::Unknown,
+        Some(8) => Contents::Other("signatures of several filesystems at once".into()),
+        _ => return Err(output.failure()),
+    };
+    Ok((contents, value("UUID")))
+}
+
+/// Whether a device that was blank when `mkfs` began holds only what that left when it was interrupted.
+///
+/// A filesystem that is whole is none: it is used. One with another UUID, or that was ever mounted, is somebody's; so is anything
+/// else that has a signature.
+pub async fn is_remainder(device: &Path, new: &New<'_>) -> Result<bool, DataplaneError> {
+    match probe(device).await? {
+        (Contents::Unknown, _) => Ok(true),
+        (Contents::Filesystem(found), Some(uuid)) if found == new.fs_type && uuid == new.uuid => {
+            Ok(!was_mounted(device, &found)? && !is_whole(device, &found).await?)
+        }
+        _ => Ok(false),
     }
 }
 
-/// Makes a filesystem on a blank device, with Longhorn's defaults; refuses any other device. `extra` is appended to the arguments.
-pub async fn format_blank(device: &Path, fs_type: &str, extra: &[String]) -> Result<(), DataplaneError> {
-    let (program, defaults): (_, &[&str]) = match fs_type {
-        "ext4" => ("mkfs.ext4", &["-b4096", "-q", "-m0"]),
-        "xfs" => ("mkfs.xfs", &["-ssize=4096", "-bsize=4096", "-q"]),
+/// Makes a filesystem, with Longhorn's defaults, on a blank device; refuses any other one, except what is the remainder of an
+/// attempt that the caller knows of (`unfinished`).
+pub async fn format(device: &Path, new: &New<'_>, unfinished: bool) -> Result<(), DataplaneError> {
+    let New { fs_type, uuid, extra } = *new;
+    let (program, force, defaults): (_, _, &[&str]) = match fs_type {
+        "ext4" => ("mkfs.ext4", "-F", &["-b4096", "-q", "-m0"]),
+        "xfs" => ("mkfs.xfs", "-f", &["-ssize=4096", "-bsize=4096", "-q"]),
         other => {
             return Err(DataplaneError::Unsupported {
                 message: format!("cannot make a filesystem of type `{other}`; use ext4 or xfs"),
@@ -63,17 +101,78 @@ pub async fn format_blank(device: &Path, fs_type: &str, extra: &[String]) -> Res
     };
     let found = match detect(device).await? {
         Contents::Blank => None,
+        _ if unfinished && is_remainder(device, new).await? => None,
         Contents::Filesystem(fs_type) => Some(format!("a filesystem ({fs_type})")),
         Contents::Other(what) => Some(what),
+        Contents::Unknown => Some("data without a known signature".into()),
     };
     if let Some(what) = found {
         return Err(DataplaneError::NotBlank {
             message: format!("`{}` is not formatted as {fs_type}, because it holds {what}", device.display()),
         });
     }
-    let mut args: Vec<String> = defaults.iter().map(|a| (*a).to_owned()).chain(extra.iter().cloned()).collect();
+    let mut args: Vec<String> = defaults.iter().map(|a| (*a).to_owned()).collect();
+    args.extend(unfinished.then(|| force.to_owned()));
+    match fs_type {
+        // The last one counts.
+        "ext4" => args.extend(["-U".into(), uuid.to_owned()]),
+        // Said twice is an error.
+        _ if extra.iter().any(|a| a.contains("uuid=")) => {}
+        _ => args.push(format!("-muuid={uuid}")),
+    }
+    args.extend(extra.iter().cloned());
     args.push(device.display().to_string());
     run_ok(program, args, limits::FILESYSTEM_TIMEOUT).await.map(drop)
+}
+
+/// Makes durable what was written to a device.
+pub async fn flush(device: &Path) -> Result<(), DataplaneError> {
+    let owned = device.to_owned();
+    let flushed = tokio::task::spawn_blocking(move || File::open(owned)?.sync_all()).await;
+    let flushed = flushed.map_err(std::io::Error::other).and_then(|done| done);
+    flushed.map_err(|e| DataplaneError::io(format!("flush `{}`", device.display()), e))
+}
+
+/// Whether a filesystem was ever mounted: `mkfs` leaves the time of the last mount (ext4) or the number of the last change of the
+/// superblock (xfs) empty, and one record in the log of xfs.
+fn was_mounted(device: &Path, fs_type: &str) -> Result<bool, DataplaneError> {
+    let block = read_at(device, 0, 4096)?;
+    let number = |at: usize, length: usize| block[at..at + length].iter().fold(0, |n, b| n << 8 | u64::from(*b));
+    if fs_type != "xfs" {
+        const MOUNT_TIME: usize = 1024 + 0x2c;
+        return Ok(number(MOUNT_TIME, 4) != 0);
+    }
+    let (block_size, log_start, log_blocks, last_change) = (number(4, 4), number(48, 8), number(96, 4), number(240, 8));
+    let (group_blocks, group_bits) = (number(84, 4), number(124, 1).min(63));
+    let (group, within) = (log_start >> group_bits, log_start & ((1 << group_bits) - 1));
+    let log = group.saturating_mul(group_blocks).saturating_add(within).saturating_mul(block_size);
+    let length = log_blocks.saturating_mul(block_size).min(FIRST_LOG_BYTES) as usize;
+    let records = read_at(device, log, length)?;
+    let further = records.chunks(512).skip(1).any(|sector| sector.starts_with(&[0xfe, 0xed, 0xba, 0xbe]));
+    Ok(last_change != 0 || further)
+}
+
+/// Whether nothing of a filesystem is missing, as its own checker says.
+async fn is_whole(device: &Path, fs_type: &str) -> Result<bool, DataplaneError> {
+    let check = match fs_type {
+        // sb_inprogress: the checker would look all over the device for another superblock.
+        "xfs" if read_at(device, 126, 1)? != [0] => return Ok(false),
+        "xfs" => run("xfs_repair", ["-n".as_ref(), device.as_os_str()], limits::FILESYSTEM_TIMEOUT).await?,
+        _ => run("e2fsck", ["-f".as_ref(), "-n".as_ref(), device.as_os_str()], limits::FILESYSTEM_TIMEOUT).await?,
+    };
+    match (fs_type, check.code) {
+        (_, Some(0)) => Ok(true),
+        // 4: errors left; 8 may come with it when so much is missing that the check cannot go on.
+        ("xfs", Some(1 | 2)) | ("ext4", Some(4 | 8 | 12)) => Ok(false),
+        _ => Err(check.failure()),
+    }
+}
+
+fn read_at(device: &Path, at: u64, length: usize) -> Result<Vec<u8>, DataplaneError> {
+    let mut bytes = vec![0; length];
+    let read = File::open(device).and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, at));
+    read.map_err(|e| DataplaneError::io(format!("read the superblock of `{}`", device.display()), e))?;
+    Ok(bytes)
 }
 
 /// Grows a filesystem to its device before it is mounted (ext4: checked first, as the tool demands). Others are grown when mounted.
@@ -109,10 +208,7 @@ pub async fn grow_mounted(target: &Path, fs_type: &str) -> Result<(), DataplaneE
 
 /// Bytes of an ext2/3/4, from its superblock.
 fn ext_size(device: &Path) -> Result<u64, DataplaneError> {
-    let failed = |e| DataplaneError::io(format!("read the superblock of `{}`", device.display()), e);
-    let mut block = [0u8; 1024];
-    let mut file = File::open(device).map_err(failed)?;
-    file.seek(SeekFrom::Start(1024)).and_then(|_| file.read_exact(&mut block)).map_err(failed)?;
+    let block = read_at(device, 1024, 1024)?;
     let word = |at: usize| u64::from(u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]));
     // s_feature_incompat has the bit of 64-bit block numbers; only then is s_blocks_count_hi valid.
     let high = if word(0x60) & 0x80 != 0 { word(0x150) } else { 0 };
@@ -144,10 +240,18 @@ mod tests {
 
     use super::*;
 
+    const EXT4: New<'static> = New { fs_type: "ext4", uuid: "5f1c1b2e-0000-4000-8000-00000000abcd", extra: &[] };
+    const XFS: New<'static> = New { fs_type: "xfs", ..EXT4 };
+    const OTHER_UUID: &str = "5f1c1b2e-0000-4000-8000-000000000001";
+
     fn file(folder: &tempfile::TempDir, size: u64) -> std::path::PathBuf {
         let path = folder.path().join("disk");
         File::create(&path).unwrap().set_len(size).unwrap();
         path
+    }
+
+    fn overwrite(path: &Path, at: u64, bytes: &[u8]) {
+        File::options().write(true).open(path).unwrap().write_all_at(bytes, at).unwrap();
     }
 
     #[tokio::test]
@@ -155,10 +259,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, 32 << 20);
         assert_eq!(detect(&path).await.unwrap(), Contents::Blank);
-        format_blank(&path, "ext4", &[]).await.unwrap();
+        format(&path, &EXT4, false).await.unwrap();
         assert_eq!(detect(&path).await.unwrap(), Contents::Filesystem("ext4".into()));
-        let error = format_blank(&path, "xfs", &[]).await.unwrap_err();
-        assert!(error.to_string().contains("holds a filesystem (ext4)"), "{error}");
+        for unfinished in [false, true] {
+            let error = format(&path, &XFS, unfinished).await.unwrap_err();
+            assert!(error.to_string().contains("holds a filesystem (ext4)"), "{error}");
+        }
         File::options().write(true).open(&path).unwrap().set_len(64 << 20).unwrap();
         grow_before_mount(&path, "ext4").await.unwrap();
         assert!(ext_size(&path).unwrap() > 60 << 20);
@@ -169,9 +275,48 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for at in [100, (8 << 20) - 1] {
             let path = file(&folder, 8 << 20);
-            File::options().write(true).open(&path).unwrap().write_at(b"x", at).unwrap();
-            assert!(matches!(detect(&path).await.unwrap(), Contents::Other(_)));
-            assert!(matches!(format_blank(&path, "ext4", &[]).await, Err(DataplaneError::NotBlank { .. })));
+            overwrite(&path, at, b"x");
+            assert_eq!(detect(&path).await.unwrap(), Contents::Unknown);
+            assert!(matches!(format(&path, &EXT4, false).await, Err(DataplaneError::NotBlank { .. })));
         }
+    }
+
+    /// Each state of the device: whether it counts as what an interrupted attempt left.
+    #[tokio::test]
+    async fn only_what_an_interrupted_attempt_left_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        for (new, inode_table, mounted) in [(EXT4, 20 << 20, 1024 + 0x2c), (XFS, 8192, 240)] {
+            let fresh = async || {
+                let path = file(&folder, 320 << 20);
+                format(&path, &new, false).await.unwrap();
+                path
+            };
+            let damage = |path: &Path| {
+                // The first block group descriptors, or the header of the first allocation group.
+                let at = if new.fs_type == "xfs" { inode_table } else { 4096 };
+                overwrite(path, at, &[0; 512]);
+            };
+            let path = fresh().await;
+            assert!(!is_remainder(&path, &new).await.unwrap(), "{}: it is whole", new.fs_type);
+            damage(&path);
+            assert!(is_remainder(&path, &new).await.unwrap(), "{}: a part of it is missing", new.fs_type);
+            let other = New { uuid: OTHER_UUID, ..new };
+            assert!(!is_remainder(&path, &other).await.unwrap(), "{}: somebody else made it", new.fs_type);
+            assert!(matches!(format(&path, &new, false).await, Err(DataplaneError::NotBlank { .. })));
+            format(&path, &new, true).await.unwrap();
+            assert!(!is_remainder(&path, &new).await.unwrap(), "{}: it was made again", new.fs_type);
+            damage(&path);
+            overwrite(&path, mounted, &[1]);
+            assert!(!is_remainder(&path, &new).await.unwrap(), "{}: it was mounted", new.fs_type);
+        }
+        let path = file(&folder, 320 << 20);
+        format(&path, &XFS, false).await.unwrap();
+        overwrite(&path, 126, &[1]);
+        assert!(is_remainder(&path, &XFS).await.unwrap(), "mkfs.xfs says itself that it had not ended");
+        let path = file(&folder, 320 << 20);
+        overwrite(&path, 510, &[0x55, 0xaa]);
+        overwrite(&path, 446, &[0, 0, 2, 0, 0x83, 0, 0, 0, 8, 0, 0, 0, 0, 1, 0, 0]);
+        assert!(matches!(detect(&path).await.unwrap(), Contents::Other(_)));
+        assert!(!is_remainder(&path, &EXT4).await.unwrap(), "a partition table is no remainder");
     }
 }

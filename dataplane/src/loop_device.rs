@@ -255,7 +255,8 @@ mod tests {
         let target = folder.path().join("mount");
         fs::create_dir(&target).unwrap();
         let device = attach(&path).await.unwrap();
-        let made = crate::filesystem::format_blank(&device.path, "ext4", &[]).await;
+        let new = crate::filesystem::New { fs_type: "ext4", uuid: "5f1c1b2e-0000-4000-8000-00000000abcd", extra: &[] };
+        let made = crate::filesystem::format(&device.path, &new, false).await;
         let mounted = mount::mount(&device.path, &target, "ext4", &[]);
         let refused = detach(&device).await;
         let ended = mount::unmount(&target, mount::Unmount::Orderly).await;

@@ -78,3 +78,42 @@ impl Lines {
         Ok(lines)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn takes_lines_as_they_become_whole_and_none_without_measure() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let mut lines = Lines::new(OwnedFd::from(near)).unwrap();
+        far.write_all(b"one\ntw").unwrap();
+        assert_eq!(lines.read().unwrap(), [b"one\n"]);
+        far.write_all(b"o\n").unwrap();
+        assert_eq!(lines.read().unwrap(), [b"two\n"]);
+        far.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        let refused = loop {
+            sent += far.write(&[b'x'; 4096]).unwrap();
+            assert!(sent <= limits::MAX_CONTROL_LINE + 4096, "{sent} bytes were taken");
+            match lines.read() {
+                Ok(whole) => assert!(whole.is_empty()),
+                Err(refused) => break refused,
+            }
+        };
+        assert!(refused.contains("too long"), "{refused}");
+    }
+
+    #[test]
+    fn queues_only_so_much_for_who_does_not_read() {
+        let (near, _far) = UnixStream::pair().unwrap();
+        let mut lines = Lines::new(OwnedFd::from(near)).unwrap();
+        let line = "x".repeat(1 << 20);
+        let most = limits::MAX_CONTROL_BACKLOG / line.len() + 2;
+        let refused = (0..most).find_map(|_| lines.write(&line).err()).expect("it queues without end");
+        assert!(refused.contains("does not read"), "{refused}");
+    }
+}

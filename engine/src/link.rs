@@ -146,3 +146,130 @@ impl Link {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::core::{Failure, Operation, Options, Output, Set, Submission};
+
+    const BYTES: usize = 512;
+
+    /// A request's tag and how it ended.
+    type Completed = (u64, Result<(), Failure>);
+
+    /// One replica that was asked for a read, a write and a flush, and what it says.
+    struct World {
+        link: Link,
+        core: Core,
+        buffers: Buffers,
+        far: UnixStream,
+        cookies: Vec<u64>,
+        read: Payload,
+    }
+
+    impl World {
+        fn new(sent: bool) -> World {
+            let mut buffers = Buffers::default();
+            let mut core = Core::new(Options {
+                size_bytes: 1 << 20,
+                generation: 1,
+                replicas: 1,
+                members: Set::first(1),
+                read_from: None,
+                compare: false,
+                replica_timeout: Duration::from_secs(8),
+                no_replica_hold: Duration::from_secs(8),
+                scratch: vec![buffers.get(1)],
+                compare_step_bytes: 1 << 20,
+                zero_piece_bytes: 1 << 20,
+            });
+            let mut payload = || Some(Payload { buffer: buffers.get(BYTES), start: 0 });
+            let (read, write) = (payload(), payload());
+            for (tag, operation, payload) in
+                [(0, Operation::Read, read), (1, Operation::Write, write), (2, Operation::Flush, None)]
+            {
+                let length = if payload.is_some() { BYTES as u64 } else { 0 };
+                let submission = Submission { tag, operation, offset: tag * BYTES as u64, length, payload };
+                core.handle(Duration::ZERO, Event::Submit(submission));
+            }
+            let (near, far) = UnixStream::pair().unwrap();
+            let mut link = Link::new(OwnedFd::from(near)).unwrap();
+            let (mut outputs, mut cookies) = (vec![], vec![]);
+            core.take_outputs(&mut outputs);
+            for output in outputs {
+                if let Output::Send(transfer) = output {
+                    cookies.push(transfer.cookie);
+                    link.push(&transfer);
+                }
+            }
+            assert_eq!(cookies.len(), 3);
+            if sent {
+                link.send(&buffers).unwrap();
+            }
+            World { link, core, buffers, far, cookies, read: read.unwrap() }
+        }
+
+        /// Which requests ended by what the replica says.
+        fn says(&mut self, bytes: &[u8]) -> Result<Vec<Completed>, String> {
+            self.far.write_all(bytes).unwrap();
+            self.link.receive(0, &mut self.core, &mut self.buffers, Duration::ZERO)?;
+            let mut outputs = vec![];
+            self.core.take_outputs(&mut outputs);
+            let completed = outputs.into_iter().filter_map(|output| match output {
+                Output::Complete { tag, result } => Some((tag, result)),
+                _ => None,
+            });
+            Ok(completed.collect())
+        }
+    }
+
+    #[test]
+    fn a_read_ends_when_all_of_its_bytes_are_there() {
+        let mut world = World::new(true);
+        let header = wire::encode_reply(world.cookies[0], 0);
+        for part in [&header[..7], &header[7..], &[7; 500]] {
+            assert_eq!(world.says(part), Ok(vec![]));
+        }
+        let rest = [&[7; 12][..], &wire::encode_reply(world.cookies[1], 0)].concat();
+        assert_eq!(world.says(&rest), Ok(vec![(0, Ok(())), (1, Ok(()))]));
+        assert_eq!(world.buffers.part_mut(world.read, BYTES), [7; BYTES]);
+    }
+
+    #[test]
+    fn an_error_carries_no_bytes_and_is_no_success() {
+        let mut world = World::new(true);
+        let replies = [wire::encode_reply(world.cookies[0], 5), wire::encode_reply(world.cookies[2], 0)].concat();
+        assert_eq!(world.says(&replies), Ok(vec![(0, Err(Failure::Io)), (2, Ok(()))]));
+    }
+
+    #[test]
+    fn a_replica_that_breaks_the_protocol_is_left() {
+        let whole = |world: &World| [&wire::encode_reply(world.cookies[0], 0)[..], &[7; BYTES]].concat();
+        type Says = fn(&World) -> Vec<u8>;
+        let cases: [(&str, Says); 5] = [
+            ("no NBD reply", |_| vec![0; 16]),
+            ("not asked", |world| wire::encode_reply(world.cookies[2] ^ 1 << 40, 0).to_vec()),
+            ("not asked", |world| wire::encode_reply(world.cookies[2], 0).repeat(2)),
+            ("not asked", |_| wire::encode_reply(u64::MAX, 0).to_vec()),
+            // More bytes than were asked for.
+            ("no NBD reply", |world| [&wire::encode_reply(world.cookies[0], 0)[..], &[7; BYTES + 16]].concat()),
+        ];
+        for (why, says) in cases {
+            let mut world = World::new(true);
+            let bytes = says(&world);
+            let said = world.says(&bytes).unwrap_err();
+            assert!(said.contains(why), "{said} should contain {why}");
+        }
+        let mut world = World::new(false);
+        let bytes = whole(&world);
+        let said = world.says(&bytes).unwrap_err();
+        assert!(said.contains("before it had received it"), "{said}: its buffer would be given away while it is sent");
+        let mut world = World::new(true);
+        world.far.shutdown(std::net::Shutdown::Write).unwrap();
+        let said = world.link.receive(0, &mut world.core, &mut world.buffers, Duration::ZERO).unwrap_err();
+        assert!(said.contains("ended the connection"), "{said}");
+    }
+}

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use proto::engine::{Reply, Request, Status};
 
+use crate::limits;
+
 /// What a question led to.
 #[derive(Debug)]
 pub enum Beat {
@@ -65,8 +67,16 @@ impl Pulse {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             connection.get_ref().set_read_timeout(Some(left))?;
-            if connection.read_until(b'\n', &mut self.line)? == 0 {
+            let come = connection.fill_buf()?;
+            if come.is_empty() {
                 return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let count = come.iter().position(|byte| *byte == b'\n').map_or(come.len(), |at| at + 1);
+            self.line.extend_from_slice(&come[..count]);
+            connection.consume(count);
+            if self.line.len() > limits::MAX_CONTROL_LINE {
+                // No answer, however it ends; that its sender is silent shows when the time is over.
+                self.line.clear();
             }
         }
         self.is_asked = false;
@@ -74,5 +84,41 @@ impl Pulse {
             Reply::Status(status) => Ok(status),
             Reply::Done | Reply::Refused { .. } => Err(io::ErrorKind::InvalidData.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    /// What a beat is when an engine answers by this, again and again, until nobody listens.
+    fn beat(answer: &'static [u8]) -> Beat {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        thread::spawn(move || {
+            let (mut engine, _) = listener.accept().unwrap();
+            while !answer.is_empty() && engine.write_all(answer).is_ok() {}
+            thread::park_timeout(Duration::from_secs(30));
+        });
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || sender.send(Pulse::of(&socket).beat(Duration::from_millis(200))));
+        receiver.recv_timeout(Duration::from_secs(20)).expect("it listens for ever")
+    }
+
+    #[test]
+    fn an_answer_that_does_not_come_or_does_not_end_is_silence() {
+        assert!(matches!(beat(b""), Beat::Silence));
+        assert!(matches!(beat(&[b'x'; 4096]), Beat::Silence));
+    }
+
+    #[test]
+    fn what_is_no_status_is_no_answer() {
+        assert!(matches!(beat(b"nonsense\n"), Beat::Nobody));
+        assert!(matches!(beat(b"{\"reply\":\"done\"}\n"), Beat::Nobody));
     }
 }

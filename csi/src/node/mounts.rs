@@ -6,12 +6,11 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-pub use dataplane::filesystem::Contents as Content;
+pub use dataplane::filesystem::{Contents as Content, New};
 use dataplane::mount::Unmount;
 use dataplane::{DataplaneError, filesystem, mount, stats};
 
 use crate::CsiError;
-use crate::capability::FsType;
 
 /// `major:minor` of a block device, as the kernel's list of mounts writes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,9 +73,19 @@ pub async fn content(device: &Path) -> Result<Content, CsiError> {
     Ok(filesystem::detect(device).await?)
 }
 
-/// Makes a filesystem on a blank device; refused on any other.
-pub async fn format(device: &Path, fs_type: FsType, extra: &[String]) -> Result<(), CsiError> {
-    Ok(filesystem::format_blank(device, fs_type.as_str(), extra).await?)
+/// Whether a device holds only what an interrupted attempt to make a filesystem left.
+pub async fn is_remainder(device: &Path, new: &New<'_>) -> Result<bool, CsiError> {
+    Ok(filesystem::is_remainder(device, new).await?)
+}
+
+/// Makes a filesystem on a device that is blank, or holds what an `unfinished` attempt left; refused on any other.
+pub async fn format(device: &Path, new: &New<'_>, unfinished: bool) -> Result<(), CsiError> {
+    Ok(filesystem::format(device, new, unfinished).await?)
+}
+
+/// Makes durable what was written to a device.
+pub async fn flush(device: &Path) -> Result<(), CsiError> {
+    Ok(filesystem::flush(device).await?)
 }
 
 /// Mounts the filesystem of a device, grown to the device. A failure leaves nothing mounted.

@@ -7,7 +7,7 @@ use proto::csi;
 use tracing::info;
 
 use super::device::{self, Device};
-use super::{Context, mounts, path};
+use super::{Context, mounts, path, unfinished};
 use crate::CsiError;
 use crate::capability::{Access, Usage};
 use crate::deadline::Deadline;
@@ -28,7 +28,7 @@ pub async fn publish(
     let usage = Usage::required(volume_capability.as_ref())?;
     let staging = path("staging_target_path", &staging_target_path)?;
     let _flight = context.in_flight.take(&volume_id)?;
-    device::find_volume(context, &volume_id).await?;
+    let volume = device::find_volume(context, &volume_id).await?;
     let device = device::of_volume(context, &volume_id).await?;
     let elsewhere = published(&device, staging).await?;
     let elsewhere = elsewhere.iter().find(|other| other.as_path() != target);
@@ -40,7 +40,10 @@ pub async fn publish(
         return Err(CsiError::NotUsable { volume_id, reason });
     }
     match &usage.access {
-        Access::Block => publish_block(&device, target, readonly).await?,
+        Access::Block => {
+            unfinished::forget(context, &volume, &device.path).await?;
+            publish_block(&device, target, readonly).await?;
+        }
         Access::Mount { .. } => {
             if mounts::at(staging).await?.is_none_or(|m| m.device != device.number) {
                 let reason = format!("is not staged at `{}`; stage it first (NodeStageVolume)", staging.display());

@@ -2,6 +2,9 @@
 //!
 //! Observe, decide, act: what is mounted and what the device holds, then one plan. Nothing is ever formatted that is not blank;
 //! a filesystem that the image brings is used as it is and grown to the device.
+//!
+//! Before a blank volume is formatted the volume's status says so, and it says so until the new filesystem is on stable storage:
+//! when power goes or this process is killed meanwhile, what is left is made again, on whichever node.
 
 use std::path::Path;
 
@@ -9,8 +12,8 @@ use proto::csi;
 use tracing::info;
 
 use super::device::{self, Device};
-use super::mounts::{self, Content, Mount};
-use super::{Context, path};
+use super::mounts::{self, Content, Mount, New};
+use super::{Context, path, unfinished};
 use crate::capability::{Access, FsType, Usage};
 use crate::deadline::Deadline;
 use crate::parameters::Parameters;
@@ -29,6 +32,8 @@ struct Observed<'a> {
     content: Content,
     /// For a blank device.
     fs_type: FsType,
+    /// The content is the remainder of an attempt to make this filesystem.
+    unfinished: Option<FsType>,
 }
 
 /// What there is to do.
@@ -42,6 +47,8 @@ enum Plan {
     /// Make a filesystem, then mount it.
     Format {
         fs_type: FsType,
+        /// Over what is left of an attempt.
+        again: bool,
     },
 }
 
@@ -55,17 +62,23 @@ fn decide(observed: &Observed<'_>) -> Result<Plan, CsiError> {
     }
     let keep = |reason: String| Err(CsiError::Content { volume_id: observed.volume_id.to_owned(), reason });
     match &observed.content {
-        Content::Blank => Ok(Plan::Format { fs_type: observed.fs_type }),
+        Content::Blank => Ok(Plan::Format { fs_type: observed.fs_type, again: false }),
+        _ if let Some(fs_type) = observed.unfinished => Ok(Plan::Format { fs_type, again: true }),
         Content::Filesystem(fs_type) if MOUNTABLE.contains(&fs_type.as_str()) => {
             Ok(Plan::Mount { fs_type: fs_type.clone() })
         }
         Content::Filesystem(fs_type) => keep(format!(
             "it holds a filesystem of type {fs_type}, which is not mounted here; use it as a block device (`volumeMode: Block`)"
         )),
-        Content::Other(what) => keep(format!(
-            "it holds {what}, no filesystem, and nothing is formatted that is not blank; use it as a block device (`volumeMode: Block`), or an image with a filesystem"
-        )),
+        Content::Other(what) => keep(no_filesystem(what)),
+        Content::Unknown => keep(no_filesystem("data without a known signature")),
     }
+}
+
+fn no_filesystem(what: &str) -> String {
+    format!(
+        "it holds {what}, no filesystem, and nothing is formatted that is not blank; use it as a block device (`volumeMode: Block`), or an image with a filesystem"
+    )
 }
 
 /// Makes the volume ready on this node.
@@ -81,13 +94,13 @@ pub async fn stage(
     let staging = path("staging_target_path", &staging_target_path)?;
     let usage = Usage::required(volume_capability.as_ref())?;
     let _flight = context.in_flight.take(&volume_id)?;
-    let volume = device::find_volume(context, &volume_id).await?;
+    let mut volume = device::find_volume(context, &volume_id).await?;
     let device = device::of_volume(context, &volume_id).await?;
     let mounted = mounts::at(staging).await?;
     let Access::Mount { fs_type, flags } = usage.access else {
         return match mounted {
             // Its users get the device itself.
-            None => Ok(csi::NodeStageVolumeResponse {}),
+            None => unfinished::forget(context, &volume, &device.path).await.map(|()| csi::NodeStageVolumeResponse {}),
             Some(_) => Err(CsiError::PathTaken {
                 path: staging.to_owned(),
                 reason: "it is staged with a filesystem, and is wanted as a block device now; unstage it first".into(),
@@ -100,20 +113,30 @@ pub async fn stage(
     given.retain(|key, _| parameters::FILESYSTEM_KEYS.contains(&key.as_str()));
     let parameters = Parameters::parse(&given)?;
     let fs_type = fs_type.or(parameters.fs_type).unwrap_or_default();
-    let content = match mounted {
-        Some(_) => Content::Blank,
-        None => mounts::content(&device.path).await?,
-    };
-    let observed = Observed { volume_id: &volume_id, staging, device: &device, mounted, content, fs_type };
+    let uuid = volume.metadata.uid.clone().unwrap_or_default();
+    let new = |fs_type: FsType| New { fs_type: fs_type.as_str(), uuid: &uuid, extra: &parameters.mkfs_params };
+    let (mut content, mut unfinished) = (Content::Blank, None);
+    if mounted.is_none() {
+        content = mounts::content(&device.path).await?;
+        unfinished = unfinished::of(&volume);
+        if let Some(fs_type) = unfinished
+            && !mounts::is_remainder(&device.path, &new(fs_type)).await?
+        {
+            unfinished = None;
+        }
+    }
+    let observed = Observed { volume_id: &volume_id, staging, device: &device, mounted, content, fs_type, unfinished };
     let mounted_as = match decide(&observed)? {
         Plan::Nothing => return Ok(csi::NodeStageVolumeResponse {}),
         Plan::Mount { fs_type } => fs_type,
-        Plan::Format { fs_type } => {
-            mounts::format(&device.path, fs_type, &parameters.mkfs_params).await?;
-            info!(volume = volume_id, %fs_type, "blank volume formatted");
+        Plan::Format { fs_type, again } => {
+            volume = unfinished::note(context, &volume, fs_type).await?;
+            mounts::format(&device.path, &new(fs_type), again).await?;
+            info!(volume = volume_id, %fs_type, again, "volume formatted");
             fs_type.as_str().to_owned()
         }
     };
+    unfinished::forget(context, &volume, &device.path).await?;
     std::fs::create_dir_all(staging).map_err(|source| CsiError::Path {
         what: "create",
         path: staging.to_owned(),
@@ -147,7 +170,7 @@ mod tests {
 
     use super::*;
 
-    fn check(mounted: Option<&str>, content: Content) -> Result<Plan, String> {
+    fn check(mounted: Option<&str>, content: Content, unfinished: Option<FsType>) -> Result<Plan, String> {
         let device = Device { path: PathBuf::from("/dev/loop7"), number: mounts::DeviceNumber("7:7".into()) };
         let mounted = mounted.map(|number| Mount {
             target: PathBuf::from("/staging"),
@@ -157,28 +180,42 @@ mod tests {
             is_part: false,
         });
         let (staging, fs_type) = (Path::new("/staging"), FsType::Xfs);
-        decide(&Observed { volume_id: "v", staging, device: &device, mounted, content, fs_type })
+        decide(&Observed { volume_id: "v", staging, device: &device, mounted, content, fs_type, unfinished })
             .map_err(|e| e.to_string())
     }
 
     #[test]
     fn formats_only_what_is_blank() {
-        assert_eq!(check(None, Content::Blank), Ok(Plan::Format { fs_type: FsType::Xfs }));
-        assert_eq!(check(None, Content::Filesystem("ext4".into())), Ok(Plan::Mount { fs_type: "ext4".into() }));
+        let format = |fs_type, again| Ok(Plan::Format { fs_type, again });
+        assert_eq!(check(None, Content::Blank, None), format(FsType::Xfs, false));
+        assert_eq!(check(None, Content::Filesystem("ext4".into()), None), Ok(Plan::Mount { fs_type: "ext4".into() }));
         for content in [
             Content::Filesystem("vfat".into()),
             Content::Filesystem("crypto_LUKS".into()),
             Content::Other("a partition table (gpt)".into()),
-            Content::Other("data that nobody knows".into()),
+            Content::Unknown,
         ] {
-            let text = check(None, content).unwrap_err();
+            let text = check(None, content, None).unwrap_err();
             assert!(text.contains("left as it is") && text.contains("volumeMode: Block"), "{text}");
         }
     }
 
     #[test]
+    fn makes_again_what_was_cut_off() {
+        for content in [Content::Unknown, Content::Filesystem("ext4".into())] {
+            let plan = check(None, content, Some(FsType::Ext4));
+            assert_eq!(plan, Ok(Plan::Format { fs_type: FsType::Ext4, again: true }));
+        }
+        // Nothing is left of it, so that the wish of now counts.
+        assert_eq!(
+            check(None, Content::Blank, Some(FsType::Ext4)),
+            Ok(Plan::Format { fs_type: FsType::Xfs, again: false })
+        );
+    }
+
+    #[test]
     fn what_is_staged_stays_and_what_is_foreign_is_not_covered() {
-        assert_eq!(check(Some("7:7"), Content::Other("anything".into())), Ok(Plan::Nothing));
-        assert!(check(Some("7:8"), Content::Blank).unwrap_err().contains("/dev/loop8"));
+        assert_eq!(check(Some("7:7"), Content::Unknown, Some(FsType::Ext4)), Ok(Plan::Nothing));
+        assert!(check(Some("7:8"), Content::Blank, None).unwrap_err().contains("/dev/loop8"));
     }
 }

@@ -84,6 +84,19 @@ fn acknowledges_a_write_when_every_replica_has_it() {
 }
 
 #[test]
+fn asks_nobody_for_what_reaches_beyond_the_end() {
+    let size = 1024 * MIB;
+    for (offset, length) in [(size - 512, 1024), (size, 512), (u64::MAX - 100, 512), (u64::MAX, 1)] {
+        for event in [Event::read(1, offset, length, 9), Event::write(1, offset, length, 9), zero(1, offset, length)] {
+            let outputs = story(2, false).tell(event);
+            assert_eq!(sent(&outputs), [], "{offset} {length}");
+            assert_eq!(completed(&outputs), [(1, Err(Failure::Invalid))], "{offset} {length}");
+        }
+    }
+    assert_eq!(sent(&story(2, false).tell(Event::write(1, size - 512, 512, 9))).len(), 2);
+}
+
+#[test]
 fn acknowledges_nothing_before_the_survivors_recorded_the_fence() {
     let mut story = story(3, false);
     let transfers = sent(&story.tell(Event::write(1, 0, 4096, 9)));

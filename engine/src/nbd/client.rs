@@ -103,7 +103,13 @@ mod tests {
 
     #[test]
     fn refuses_what_it_cannot_use() {
+        let mut of_another_option = reply(wire::REP_ACK, &[]);
+        of_another_option[11] = wire::OPT_LIST as u8;
+        let mut endless = reply(wire::REP_INFO, &[]);
+        endless[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
         for (says, why) in [
+            ([greeting(), export(512, 0x45), of_another_option].concat(), "not asked for"),
+            ([greeting(), endless].concat(), "not asked for"),
             (vec![0; 18], "fixed newstyle"),
             ([greeting(), reply(wire::REP_ACK, &[])].concat(), "no size"),
             ([greeting(), export(512, 0x47), reply(wire::REP_ACK, &[])].concat(), "writable"),

@@ -187,6 +187,34 @@ mod tests {
         assert!(error.contains("one export, `vol-1`"), "{error}");
     }
 
+    fn option(number: u32, length: u32, content: &[u8]) -> Vec<u8> {
+        let header = [&wire::OPTION_MAGIC.to_be_bytes()[..], &number.to_be_bytes(), &length.to_be_bytes()];
+        [&header.concat()[..], content].concat()
+    }
+
+    #[test]
+    fn an_option_without_measure_ends_the_connection_before_it_has_come() {
+        let most = limits::NBD_MAX_OPTION as u32;
+        assert_eq!(HANDSHAKE.option(&option(wire::OPT_GO, most, b""), true, &mut Vec::new()), (0, Progress::More));
+        for length in [most + 1, u32::MAX] {
+            let input = option(wire::OPT_GO, length, b"");
+            assert_eq!(HANDSHAKE.option(&input, true, &mut Vec::new()).1, Progress::End, "{length}");
+        }
+    }
+
+    /// The old way to open an export has no other way to refuse.
+    #[test]
+    fn an_unknown_export_name_ends_the_connection() {
+        for (name, progress) in
+            [("vol-1", Progress::Transmission), ("", Progress::Transmission), ("vol-2", Progress::End)]
+        {
+            let input = option(wire::OPT_EXPORT_NAME, name.len() as u32, name.as_bytes());
+            let mut answer = Vec::new();
+            assert_eq!(HANDSHAKE.option(&input, true, &mut answer), (input.len(), progress), "{name}");
+            assert_eq!(answer.len(), if progress == Progress::End { 0 } else { 10 }, "{name}");
+        }
+    }
+
     #[test]
     fn ends_the_connection_of_a_stranger() {
         for input in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64]] {

@@ -197,6 +197,50 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn takes_nothing_without_its_magic_number() {
+        let request = Request { flags: 0, command: CMD_READ, cookie: 7, offset: 4096, length: 512 }.encode();
+        let reply = encode_reply(7, 0);
+        let mut option_reply = [0; 20];
+        option_reply[..8].copy_from_slice(&OPTION_REPLY_MAGIC.to_be_bytes());
+        let mut greeting = [0; 18];
+        greeting[..8].copy_from_slice(&MAGIC.to_be_bytes());
+        greeting[8..16].copy_from_slice(&OPTION_MAGIC.to_be_bytes());
+        greeting[17] = 1;
+        let taken = |request: &[u8], reply: &[u8], option_reply: &[u8; 20], greeting: &[u8; 18]| {
+            let one = (Request::parse(request).is_some(), parse_reply(reply).is_some());
+            (one, parse_option_reply(option_reply).is_some(), is_greeting(greeting))
+        };
+        assert_eq!(taken(&request, &reply, &option_reply, &greeting), ((true, true), true, true));
+        for at in 0..16 {
+            let (mut request, mut reply, mut option_reply, mut greeting) = (request, reply, option_reply, greeting);
+            request[at % 4] ^= 1;
+            reply[at % 4] ^= 1;
+            option_reply[at % 8] ^= 1;
+            greeting[at] ^= 1;
+            assert_eq!(taken(&request, &reply, &option_reply, &greeting), ((false, false), false, false), "{at}");
+        }
+        greeting[17] = NO_ZEROES as u8;
+        assert!(!is_greeting(&greeting), "a server of the old style ends the handshake otherwise");
+    }
+
+    /// A trim would leave replicas with different bytes; `NO_HOLE` is what keeps a full disk from failing a later write.
+    #[test]
+    fn asks_for_zeroes_that_read_as_zeroes_everywhere() {
+        assert_eq!(command(Operation::Zero { allocate: false }), (CMD_WRITE_ZEROES, 0));
+        assert_eq!(command(Operation::Zero { allocate: true }), (CMD_WRITE_ZEROES, NO_HOLE));
+        assert_eq!(command(Operation::Flush), (CMD_FLUSH, 0));
+    }
+
+    #[test]
+    fn only_zero_is_success() {
+        assert_eq!((failure(0), failure(28)), (None, Some(Failure::NoSpace)));
+        for error in [1, 5, 12, 22, 75, 95, 108, u32::MAX] {
+            assert_eq!(failure(error), Some(Failure::Io), "{error}");
+        }
+        assert_eq!([Failure::Io, Failure::Invalid, Failure::NoSpace].map(error_number), [5, 22, 28]);
+    }
+
     proptest! {
         #[test]
         fn requests_survive_the_wire(flags: u16, command: u16, cookie: u64, offset: u64, length: u32) {

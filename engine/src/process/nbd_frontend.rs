@@ -296,3 +296,134 @@ impl Session {
         self.give_back(tags, buffers);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const HANDSHAKE: Handshake<'static> = Handshake { export: "vol-1", size_bytes: 1 << 30 };
+    const NONE: (u64, u64) = (0, 0);
+
+    struct Client {
+        session: Session,
+        buffers: Buffers,
+        far: UnixStream,
+    }
+
+    impl Client {
+        /// In transmission phase, with the 10 bytes of the handshake's end read.
+        fn new() -> Client {
+            let (near, far) = UnixStream::pair().unwrap();
+            let session = Session::new(OwnedFd::from(near), 1).unwrap();
+            let mut client = Client { session, buffers: Buffers::default(), far };
+            let option =
+                [&wire::OPTION_MAGIC.to_be_bytes()[..], &wire::OPT_EXPORT_NAME.to_be_bytes(), &[0; 4]].concat();
+            client.says(&[&3u32.to_be_bytes()[..], &option].concat()).unwrap();
+            assert!(client.session.uses_export());
+            client.far.read_exact(&mut [0; 18 + 10]).unwrap();
+            client
+        }
+
+        fn says(&mut self, bytes: &[u8]) -> Result<Vec<Arrived>, Ended> {
+            self.far.write_all(bytes).unwrap();
+            self.more()
+        }
+
+        fn more(&mut self) -> Result<Vec<Arrived>, Ended> {
+            let mut arrived = vec![];
+            self.session.receive(&HANDSHAKE, &mut self.buffers, &mut arrived)?;
+            self.session.send(&mut self.buffers)?;
+            Ok(arrived)
+        }
+
+        fn asks(&mut self, command: u16, flags: u16, (offset, length): (u64, u64)) -> Result<Vec<Arrived>, Ended> {
+            self.says(&request(command, flags, 7, offset, length as u32))
+        }
+
+        fn hears(&mut self) -> (u32, u64) {
+            let mut reply = [0; wire::REPLY_LENGTH];
+            self.far.read_exact(&mut reply).unwrap();
+            wire::parse_reply(&reply).unwrap()
+        }
+    }
+
+    fn request(command: u16, flags: u16, cookie: u64, offset: u64, length: u32) -> [u8; wire::REQUEST_LENGTH] {
+        Request { flags, command, cookie, offset, length }.encode()
+    }
+
+    #[test]
+    fn takes_what_it_offers() {
+        let zero = |allocate| Operation::Zero { allocate };
+        for (command, flags, operation) in [
+            (wire::CMD_READ, 0, Operation::Read),
+            (wire::CMD_FLUSH, 0, Operation::Flush),
+            (wire::CMD_TRIM, 0, zero(false)),
+            (wire::CMD_WRITE_ZEROES, 0, zero(false)),
+            (wire::CMD_WRITE_ZEROES, wire::NO_HOLE, zero(true)),
+        ] {
+            let arrived = Client::new().asks(command, flags, (4096, 512)).unwrap();
+            let range = if operation == Operation::Flush { NONE } else { (4096, 512) };
+            let found = (arrived[0].operation, arrived[0].cookie, (arrived[0].offset, arrived[0].length));
+            assert_eq!((arrived.len(), found), (1, (operation, 7, range)));
+        }
+        let mut client = Client::new();
+        assert_eq!(client.asks(wire::CMD_WRITE, 0, (4096, 6)).unwrap(), []);
+        assert_eq!(client.says(b"abc").unwrap(), []);
+        let arrived = client.says(b"def").unwrap();
+        assert_eq!((arrived[0].operation, arrived[0].length), (Operation::Write, 6));
+        assert_eq!(client.buffers.bytes(arrived[0].buffer.unwrap())[..6], *b"abcdef");
+    }
+
+    /// A flag that is not understood (FUA, FAST_ZERO, …) promises something that would not be kept.
+    #[test]
+    fn refuses_what_it_does_not_offer_and_goes_on() {
+        let (too_long, fua) = ((0, u64::from(limits::NBD_MAX_IO) + 1), 1);
+        for (command, flags, range) in [
+            (wire::CMD_READ, 0, too_long),
+            (wire::CMD_READ, fua, (0, 512)),
+            (wire::CMD_FLUSH, fua, NONE),
+            (wire::CMD_TRIM, fua, (0, 512)),
+            (wire::CMD_WRITE_ZEROES, fua, (0, 512)),
+            (wire::CMD_WRITE_ZEROES, 16, (0, 512)),
+            (7, 0, (0, 512)),
+            (u16::MAX, 0, NONE),
+        ] {
+            let mut client = Client::new();
+            assert_eq!(client.asks(command, flags, range).unwrap(), [], "{command} {flags}");
+            assert_eq!(client.hears(), (wire::error_number(Failure::Invalid), 7), "{command} {flags}");
+            assert_eq!(client.asks(wire::CMD_READ, 0, (0, 512)).unwrap().len(), 1);
+        }
+    }
+
+    #[test]
+    fn ends_with_a_client_that_cannot_be_understood_any_more() {
+        let too_long = (0, u64::from(limits::NBD_MAX_IO) + 1);
+        for (command, flags, range) in [(wire::CMD_WRITE, 0, too_long), (wire::CMD_WRITE, 1, (0, 512))] {
+            assert!(Client::new().asks(command, flags, range).is_err(), "its bytes would be taken for requests");
+        }
+        assert!(Client::new().says(&[0; wire::REQUEST_LENGTH]).is_err(), "no magic number");
+        let mut client = Client::new();
+        let goodbye = [request(wire::CMD_DISC, 0, 1, 0, 0), request(wire::CMD_WRITE_ZEROES, 0, 2, 0, 512)].concat();
+        assert_eq!(client.says(&goodbye).unwrap(), [], "nothing is taken after a good-bye");
+        assert!(client.session.is_over());
+    }
+
+    #[test]
+    fn takes_no_more_than_its_share_at_once() {
+        for (length, most) in [
+            (512, limits::NBD_CLIENT_REQUESTS),
+            (limits::NBD_MAX_IO, limits::NBD_CLIENT_BYTES / limits::NBD_MAX_IO as usize),
+        ] {
+            let mut client = Client::new();
+            let arrived = client.says(&request(wire::CMD_READ, 0, 7, 0, length).repeat(most + 1)).unwrap();
+            assert_eq!(arrived.len(), most);
+            assert_eq!(client.more().unwrap(), []);
+            let buffer = client.session.answer(&arrived[0], Err(Failure::Io)).unwrap();
+            client.buffers.put(buffer);
+            assert_eq!(client.more().unwrap().len(), 1, "an answer makes room");
+        }
+    }
+}
