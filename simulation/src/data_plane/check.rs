@@ -36,7 +36,6 @@ impl World {
         }
         if compare || self.attachments[a].differ {
             // Also when only one is left of those that were being compared.
-            self.oracle.forget_observations();
             let first = members.lowest().expect("an engine has members");
             self.set_reader(self.attachments[a].config.replicas[first]);
         } else {
