@@ -295,6 +295,7 @@ impl Holder {
                 let _ = rustix::process::pidfd_send_signal(&process, Signal::TERM);
             }
             match pulse.beat(if served_since.is_some() { answer_limit } else { limits::HOLDER_POLL }) {
+                // Nobody else can answer as long as the lock keeps other holders away and each engine is gone before the next.
                 Beat::Answer(status) if status.pid == child.id() => {
                     if served_since.is_none() && status.serving {
                         info!(volume = %self.config.volume, pid = child.id(), "engine answers");
@@ -331,6 +332,7 @@ impl Holder {
     fn kill(&mut self, child: &mut Child, process: &OwnedFd) -> Result<(), EngineError> {
         let _ = child.kill();
         let deadline = Instant::now() + self.limit();
+        // `watch` would wait for its end too; this is what gives up when a kernel never lets go of it.
         while !self.wait(Some(process), deadline.saturating_duration_since(Instant::now()))?.0 {
             if Instant::now() >= deadline {
                 let (volume, limit_ms) = (self.config.volume.clone(), self.config.holder_limit_ms);

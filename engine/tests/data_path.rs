@@ -5,10 +5,12 @@ mod support;
 use backing_image_engine as engine;
 
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proto::engine::{ReplicaAddress, ReplicaState};
-use support::{MIB, VERIFY, Volume, fio, kill, run, sh, wait_until};
+use proto::replica::{Request, file};
+use support::{MIB, Moment, Replica, VERIFY, Volume, fio, kill, run, sh, wait_until};
 
 /// Not a test: what the holder and engine processes of the tests run.
 #[test]
@@ -88,6 +90,10 @@ fn a_silent_replica_is_dropped_after_its_time_limit() {
     assert!(started.elapsed() >= Duration::from_millis(1_500));
     assert_eq!(volume.state("r2"), ReplicaState::Dropped);
     assert!(volume.status().replica_errors["r2"].contains("1.5s"));
+    // What was on its way to it may still be carried out, but nothing comes any more.
+    assert!(sh(&format!("kill -CONT {daemon}")).status.success());
+    let served = format!(" 03 [0-9]+ {}$", volume.replicas[1].directory.join(file::NBD_SOCKET).display());
+    wait_until("its connection has ended", || !sh(&format!("grep -qE '{served}' /proc/net/unix")).status.success());
     volume.detach_loop();
     assert!(volume.shutdown());
     assert!(volume.replicas[0].record().clean);
@@ -211,15 +217,7 @@ fn a_holder_without_a_replica_ends_at_a_signal() {
     volume.replicas[0].kill();
     volume.start_holder();
     wait_until("it is mounted", || volume.is_mounted());
-    let holder = volume.holder.as_ref().unwrap().id();
-    let threads = std::fs::read_dir(format!("/proc/{holder}/task")).unwrap().flatten();
-    let thread = threads.map(|thread| thread.file_name().into_string().unwrap()).max().unwrap();
-    // The test harness runs the role in a second thread, whose signals alone are turned into events.
-    assert!(
-        sh(&format!("python3 -c 'import ctypes; ctypes.CDLL(None).syscall(234, {holder}, {thread}, 15)'"))
-            .status
-            .success()
-    );
+    volume.signal_holder();
     assert!(volume.wait_holder(), "{}", volume.log());
     assert!(!volume.is_mounted());
 }
@@ -292,6 +290,48 @@ fn replicas_that_differ_are_compared_and_repaired() {
     assert!(volume.replicas.iter().all(|replica| replica.record().clean && replica.record().generation == 5));
     volume.assert_equal(0, 1);
     volume.assert_equal(0, 2);
+}
+
+#[test]
+fn what_a_next_engine_must_know_is_noted_before_a_replica_is_opened() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.config.compare_replicas = true;
+    let [claimed, differ] = ["claimed", "differ"].map(|what| volume.folder().join(format!("engine.sock.{what}")));
+    let noted = Arc::new(Mutex::new(None));
+    let seen = noted.clone();
+    volume.replicas[0].set_hook(move |request, moment| {
+        if matches!(request, Request::Open { .. }) && moment == Moment::Before {
+            *seen.lock().unwrap() = Some((std::fs::read_to_string(&claimed).ok(), differ.exists()));
+        }
+    });
+    volume.start_holder();
+    volume.wait_serving();
+    // The first generation, and one more should a replica have to be fenced out.
+    assert_eq!(*noted.lock().unwrap(), Some((Some("2".to_owned()), true)));
+    assert!(volume.shutdown());
+}
+
+#[test]
+fn a_replica_of_another_volume_or_size_is_never_a_member() {
+    let mut volume = Volume::new(3, 64 * MIB);
+    volume.replicas[1].set_record(|record| record.volume = "vol-2".into());
+    volume.replicas[2].set_record(|record| record.size_bytes = 32 * MIB);
+    // One that says the right size and has another one.
+    let small = Replica::create(volume.folder(), "r4", "vol-1", 32 * MIB);
+    small.set_record(|record| record.size_bytes = 64 * MIB);
+    volume.config.replicas.insert("r4".into(), ReplicaAddress::Directory(small.directory.clone()));
+    volume.replicas.push(small);
+    volume.start_holder();
+    volume.wait_serving();
+    let status = volume.status();
+    for (replica, words) in
+        [("r2", "belongs to volume `vol-2`"), ("r3", "33554432 bytes"), ("r4", "export has 33554432")]
+    {
+        assert_eq!(status.replicas[replica], ReplicaState::Dropped, "{replica}: {status:?}");
+        assert!(status.replica_errors[replica].contains(words), "{:?}", status.replica_errors);
+    }
+    assert_eq!(volume.replicas[0].record().members, ["r1"]);
+    assert!(volume.shutdown());
 }
 
 #[test]

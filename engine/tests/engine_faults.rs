@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use engine::control_client;
@@ -243,6 +243,46 @@ fn an_engine_that_hangs_while_it_starts_leaves_time_for_another() {
     assert!(reached.load(Ordering::SeqCst));
     assert_no_error(&volume, load);
     assert!(volume.log().contains("did not begin to serve in time"), "{}", volume.log());
+    end(&mut volume);
+}
+
+/// A volume in use is not lost because somebody ends all processes, whatever its engine does at that moment.
+#[test]
+fn a_signal_to_the_holder_of_a_volume_in_use_changes_nothing() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.attach();
+    let load = start_load(&volume);
+    wait_until("the holder watches it", || volume.log().contains("engine answers"));
+    let pid = volume.engine_pid();
+    volume.signal_holder();
+    wait_until("the engine refuses", || volume.log().contains("is in use: something has"));
+    assert_eq!((volume.engine_pid(), volume.status().lives), (pid, 1));
+    // While the next one begins.
+    let begins = Arc::new(AtomicU32::new(0));
+    let stopped = begins.clone();
+    let reached = at(&volume, 0, "open", Moment::Before, move |pid| {
+        signal(pid, Signal::STOP);
+        stopped.store(pid, Ordering::SeqCst);
+    });
+    kill(pid);
+    wait_until("it begins", || begins.load(Ordering::SeqCst) > 0);
+    assert!(reached.load(Ordering::SeqCst));
+    volume.signal_holder();
+    let refused = || volume.log().matches("signal ignored: the volume is in use").count();
+    wait_until("the holder refuses", || refused() == 1);
+    assert!(volume.is_mounted());
+    // While none is there.
+    std::fs::write(volume.broken(), "").unwrap();
+    kill(begins.load(Ordering::SeqCst));
+    wait_until("it pauses", || {
+        report(&volume).is_some_and(|said| said.next_attempt_ms.is_some() && said.attempts >= 3)
+    });
+    volume.signal_holder();
+    wait_until("the holder refuses again", || refused() == 2);
+    assert!(volume.is_mounted());
+    std::fs::remove_file(volume.broken()).unwrap();
+    wait_until("an engine serves", || volume.try_status().is_some_and(|status| status.serving));
+    assert_no_error(&volume, load);
     end(&mut volume);
 }
 

@@ -83,8 +83,16 @@ impl Replica {
 
     /// Starts what must fail and returns what it says.
     fn start_fails(&mut self) -> String {
-        let output = self.launch().wait_with_output().unwrap();
-        assert!(!output.status.success());
+        let mut child = self.launch();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+            }
+            std::thread::park_timeout(Duration::from_millis(20)); // poll
+        }
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.code().is_some_and(|code| code != 0), "it does not end by itself: {}", output.status);
         String::from_utf8(output.stderr).unwrap()
     }
 
@@ -255,6 +263,50 @@ fn open_ends_the_old_export_and_its_connection() {
     drop(input);
     client.wait().unwrap();
     replica.io_ok(&second, &["read -P 1 0 4k"]);
+}
+
+/// A client that neither flushed nor closed, and a daemon that is killed at once: only what the close flushed is there.
+#[test]
+fn a_clean_end_means_that_everything_is_on_disk() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let export = replica.open(1);
+    let uri = format!("nbd://{}/{export}", replica.config.listen);
+    let mut client = Command::new("stdbuf")
+        .args(["-oL", "qemu-io", "-t", "none", "-f", "raw", &uri])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = BufReader::new(client.stdout.take().unwrap());
+    client.stdin.as_mut().unwrap().write_all(b"write -P 0x5a 3M 1M\n").unwrap();
+    let mut line = String::new();
+    while !line.contains("wrote") {
+        assert!(output.read_line(&mut line).unwrap() > 0);
+    }
+    client.kill().unwrap();
+    client.wait().unwrap();
+    assert_eq!(replica.ask(Request::Close { generation: 1 }), Reply::Done);
+    rustix::process::kill_process(replica.daemon(), rustix::process::Signal::KILL).unwrap();
+    replica.child.take().unwrap().wait().unwrap();
+    replica.start();
+    assert!(replica.record().clean);
+    let export = replica.open(2);
+    replica.io_ok(&export, &["read -P 0x5a 3M 1M"]);
+}
+
+/// Whoever reads the record while it changes, or after a loss of power, has the old one or the new one.
+#[test]
+fn a_record_is_replaced_and_never_written_in_place() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    replica.open(1);
+    let path = replica.config.directory.join("replica.json");
+    let mut old = std::fs::File::open(&path).unwrap();
+    replica.open(2);
+    let old: Record = serde_json::from_str(&std::io::read_to_string(&mut old).unwrap()).unwrap();
+    let new: Record = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!((old.generation, new.generation), (1, 2));
 }
 
 /// QEMU before 8.1 forgets to ask for that itself, and would hold back every reply behind one that is not acknowledged yet.

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::engine::{DesireState, InstanceState};
+use api::engine::{DesireState, EngineSpec, EngineStatus, InstanceState};
 use api::image::{BackingImageSpec, BackingImageStatus, CopyState, DiskFileStatus};
 use api::names::FINALIZER;
 use api::node::{DiskSpec, NodeSpec};
 use api::quantity::SizeBytes;
 use api::replica::{ReplicaSpec, ReplicaStatus};
-use api::{BackingImage, Node, Replica};
+use api::{BackingImage, Engine, Node, Replica};
 use backing_image_instance::{Config, run};
 use store::embedded::Embedded;
 use store::{Preconditions, Store};
@@ -152,4 +152,49 @@ async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
     assert!(!folder.path().join("instance/replicas").join(NAME).exists());
     token.cancel();
     role.await.unwrap().unwrap();
+}
+
+async fn reported(store: &Store, is_it: impl Fn(&EngineStatus) -> bool) -> EngineStatus {
+    let wait = async {
+        loop {
+            let status = store.get::<Engine>("vol-e").await.unwrap().unwrap().status.unwrap_or_default();
+            if is_it(&status) {
+                return status;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), wait).await.expect("the engine's state is reported")
+}
+
+/// An engine may raise its generation and end before anybody hears of it; and a role that knows of no engine must not lower it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_report_takes_over_the_generation_that_an_engine_left_and_never_lowers_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    store.create(&Node::new("node-1", NodeSpec { name: "node-1".into(), ..Default::default() })).await.unwrap();
+    let left = folder.path().join("instance/engines/vol-e/control.sock.generation");
+    std::fs::create_dir_all(left.parent().unwrap()).unwrap();
+    std::fs::write(&left, r#"{"generation":9,"members":["r1"]}"#).unwrap();
+    let spec = EngineSpec {
+        volume_name: "vol".into(),
+        node_id: "node-1".into(),
+        desire_state: DesireState::Stopped,
+        ..Default::default()
+    };
+    let mut engine = Engine::new("vol-e", spec);
+    engine.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    store.create(&engine).await.unwrap();
+    for (before, after) in [(7, 9), (11, 11)] {
+        let mut engine = store.get::<Engine>("vol-e").await.unwrap().unwrap();
+        engine.status = Some(EngineStatus { generation: before, ..Default::default() });
+        store.replace_status(&engine).await.unwrap();
+        let token = CancellationToken::new();
+        let role = tokio::spawn(run(config(&store, folder.path()), token.clone()));
+        let status = reported(&store, |status| status.owner_id == "node-1").await;
+        assert_eq!((status.current_state, status.generation), (InstanceState::Stopped, after));
+        token.cancel();
+        role.await.unwrap().unwrap();
+        std::fs::remove_dir_all(left.parent().unwrap()).unwrap_or_default();
+    }
 }

@@ -224,6 +224,16 @@ impl Volume {
         self.status().pid
     }
 
+    /// Sends it SIGTERM. The test harness runs the role in a second thread, whose signals alone are turned into events.
+    pub fn signal_holder(&self) {
+        let pid = self.holder.as_ref().unwrap().id();
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        let thread =
+            threads.filter_map(|thread| thread.file_name().into_string().ok()?.parse::<u32>().ok()).max().unwrap();
+        let kill = format!("python3 -c 'import ctypes; ctypes.CDLL(None).syscall(234, {pid}, {thread}, 15)'");
+        assert!(sh(&kill).status.success());
+    }
+
     /// The processes that the holder started, also while none of them serves.
     pub fn engines(&self) -> Vec<u32> {
         children(self.holder.as_ref().unwrap().id())
