@@ -1,6 +1,5 @@
 //! Commands as people type them against an instance that answers as a test wants: each guard of a command alone.
 
-use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,21 +23,29 @@ const DEADLINE: Duration = Duration::from_secs(30);
 struct Reply {
     code: u16,
     lines: Vec<Value>,
-    stays_open: bool,
+    then: Then,
+}
+
+/// What follows the lines of an answer.
+#[derive(Clone, Copy)]
+enum Then {
+    End,
+    Silence,
+    BrokenConnection,
 }
 
 fn ok(body: Value) -> Reply {
-    Reply { code: 200, lines: vec![body], stays_open: false }
+    Reply { code: 200, lines: vec![body], then: Then::End }
 }
 
 fn refused(code: u16) -> Reply {
-    Reply { code, lines: vec![json!({ "message": format!("status {code}") })], stays_open: false }
+    Reply { code, lines: vec![json!({ "message": format!("status {code}") })], then: Then::End }
 }
 
 /// A watch that goes on after these events.
 fn watch(events: &[(&str, &Value)]) -> Reply {
     let lines = events.iter().map(|(kind, object)| json!({ "type": kind, "object": object })).collect();
-    Reply { code: 200, lines, stays_open: true }
+    Reply { code: 200, lines, then: Then::Silence }
 }
 
 /// Requests as `METHOD plural/name`, with their bodies.
@@ -108,8 +115,12 @@ async fn answer(
         let nth = seen.iter().filter(|(other, _)| *other == what).count();
         script(&what, nth, &seen)
     };
-    let lines = reply.lines.into_iter().map(|line| Ok::<_, Infallible>(format!("{line}\n")));
-    let rest = if reply.stays_open { stream::pending().boxed() } else { stream::empty().boxed() };
+    let lines = reply.lines.into_iter().map(|line| Ok(format!("{line}\n")));
+    let rest = match reply.then {
+        Then::End => stream::empty().boxed(),
+        Then::Silence => stream::pending().boxed(),
+        Then::BrokenConnection => stream::iter([Err(std::io::Error::other("broken"))]).boxed(),
+    };
     let status = StatusCode::from_u16(reply.code).unwrap();
     (status, Body::from_stream(stream::iter(lines).chain(rest))).into_response()
 }
@@ -294,6 +305,21 @@ async fn delete_of_a_claim_waits_for_its_volume_when_that_goes_too() {
     }
 }
 
+/// Engines and replicas name a volume too, which does not go with them.
+#[tokio::test]
+async fn only_a_claim_takes_its_volume_along() {
+    let engine = json!({ "metadata": { "name": "e", "uid": "e" }, "spec": { "volumeName": "pv-1" } });
+    let instance = Instance::new(move |what, _, _| match what {
+        "DELETE engines/e" => ok(engine.clone()),
+        "WATCH engines" => watch(&[("DELETED", &engine)]),
+        "GET engines/e" => ok(engine.clone()),
+        _ => refused(500),
+    });
+    let instance = instance.await;
+    instance.run("delete engine e").await.unwrap();
+    assert_eq!(instance.count("GET persistentvolumes/pv-1"), 0);
+}
+
 fn volume(state: &str) -> Value {
     json!({
         "apiVersion": "longhorn.io/v1beta2", "kind": "Volume", "metadata": { "name": "v-1" },
@@ -384,7 +410,7 @@ async fn a_volume_operation_ends_as_the_instance_says() {
     let of = |lines: Vec<Value>| {
         // Nothing but the operation is answered: to show the image meanwhile is a courtesy.
         Instance::new(move |what, _, _| match what {
-            "POST standalone/v1/mount" => Reply { code: 200, lines: lines.clone(), stays_open: false },
+            "POST standalone/v1/mount" => Reply { code: 200, lines: lines.clone(), then: Then::End },
             _ => refused(500),
         })
     };
@@ -402,6 +428,11 @@ async fn a_volume_operation_ends_as_the_instance_says() {
         .await
         .fails(mount, 7, "ended in the middle of it; run the command again")
         .await;
+    let broken = Instance::new(|what, _, _| match what {
+        "POST standalone/v1/mount" => Reply { then: Then::BrokenConnection, ..ok(json!({ "say": "waiting" })) },
+        _ => refused(500),
+    });
+    broken.await.fails(mount, 7, "the connection to the instance broke; run the command again").await;
 }
 
 fn image(copies: &[(&str, CopyState, &str)], ready: Option<(ConditionStatus, &str)>) -> Value {
