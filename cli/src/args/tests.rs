@@ -119,7 +119,12 @@ async fn answer(
     let rest = match reply.then {
         Then::End => stream::empty().boxed(),
         Then::Silence => stream::pending().boxed(),
-        Then::BrokenConnection => stream::iter([Err(std::io::Error::other("broken"))]).boxed(),
+        // The server sends what it has when nothing more is ready.
+        Then::BrokenConnection => stream::once(async {
+            tokio::task::yield_now().await;
+            Err(std::io::Error::other("broken"))
+        })
+        .boxed(),
     };
     let status = StatusCode::from_u16(reply.code).unwrap();
     (status, Body::from_stream(stream::iter(lines).chain(rest))).into_response()
