@@ -295,7 +295,8 @@ fn take_room(file: &File, path: &Path, start: u64, length: Option<u64>) -> Resul
     // The length comes first: behind the end of a file ext4 makes no holes, so reserved zeros would keep their blocks.
     sparse::check_free(path.parent().unwrap_or(Path::new("/")), length - start)?;
     file.set_len(length).map_err(AgentError::io("set the length of", path))?;
-    sparse::reserve(file, path, start, length - start)
+    sparse::reserve(file, path, start, length - start)?;
+    Ok(())
 }
 
 fn hash_all(mut hashes: mpsc::Receiver<Hash>) -> Digests {

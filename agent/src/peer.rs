@@ -122,3 +122,72 @@ impl Peer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_list_of_peers_names_each_once_and_at_least_one() {
+        let limit = Duration::from_secs(9);
+        let parse = |list: &str| Peer::parse_list(list, limit).map_err(|error| error.to_string());
+        let peers = parse("127.0.0.1:8000, 127.0.0.2:8000,127.0.0.1:8000,").unwrap();
+        let addresses: Vec<String> = peers.iter().map(|peer| peer.address().to_string()).collect();
+        assert_eq!(addresses, ["127.0.0.1:8000", "127.0.0.2:8000"]);
+        assert!(parse(" ,").unwrap_err().contains("no peer is given"));
+        assert!(parse("127.0.0.1:65535").unwrap_err().contains("has no port after it"));
+        assert!(parse("somewhere").unwrap_err().contains("is not the address of a manager"));
+    }
+
+    /// What is said of a peer that answers so to the question for its manifest, and is silent then.
+    async fn check(head: &str, body_bytes: u64) -> String {
+        // The port after that of a manager.
+        let (listener, address) = loop {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            if let Some(port) = address.port().checked_sub(1) {
+                break (listener, SocketAddr::new(address.ip(), port));
+            }
+        };
+        let head = head.to_owned();
+        let serving = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 4096];
+            assert!(stream.read(&mut request).await.unwrap() > 0);
+            stream.write_all(head.as_bytes()).await.unwrap();
+            let part = vec![7; 1 << 20];
+            for _ in 0..body_bytes.div_ceil(part.len() as u64) {
+                if stream.write_all(&part).await.is_err() {
+                    break;
+                }
+            }
+            std::future::pending::<()>().await;
+        });
+        let peer = &Peer::parse_list(&address.to_string(), Duration::from_millis(500)).unwrap()[0];
+        let key = "parrot-0a1b2c3d".parse().unwrap();
+        let asked = timeout(Duration::from_secs(60), peer.manifest(&key));
+        let error = asked.await.expect("it is not waited for ever").unwrap_err();
+        serving.abort();
+        error.to_string()
+    }
+
+    #[tokio::test]
+    async fn a_manifest_that_does_not_come_or_does_not_end_is_refused() {
+        assert_eq!(check("", 0).await, "it was silent for 500ms");
+        let head = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n";
+        assert_eq!(check(head, 0).await, "it was silent for 500ms");
+        let endless = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+        assert_eq!(check(endless, MAX_MANIFEST_BYTES + 1).await, "its manifest is too large");
+        assert_eq!(
+            check("HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", 0).await,
+            "it does not have the copy ready"
+        );
+        assert_eq!(
+            check("HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", 0).await,
+            "it answered 500 Internal Server Error"
+        );
+    }
+}

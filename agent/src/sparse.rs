@@ -84,12 +84,15 @@ fn write_zeros(file: &File, mut offset: u64, mut length: u64) -> io::Result<()> 
     Ok(())
 }
 
-/// Takes room for a range of a file, so that later writes cannot fail for want of it.
+/// Takes room for a range of a file, so that later writes cannot fail for want of it. Tells whether it is taken: on a
+/// filesystem that cannot reserve, the caller compares the free space by [`check_free`].
 ///
-/// On a filesystem that cannot reserve, the free space was at least compared by [`check_free`].
-pub(crate) fn reserve(file: &File, path: &Path, offset: u64, length: u64) -> Result<(), AgentError> {
+/// A later write, or the sync at the end, can still find the disk full there, and everywhere what describes the file needs
+/// room too. Such an error is of the kind `Exhausted` wherever it comes from, and then nothing of the file is kept.
+pub(crate) fn reserve(file: &File, path: &Path, offset: u64, length: u64) -> Result<bool, AgentError> {
     match fallocate(file, FallocateFlags::KEEP_SIZE, offset, length) {
-        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::OPNOTSUPP) => Ok(false),
         Err(rustix::io::Errno::NOSPC) => {
             Err(AgentError::NoSpace { path: path.into(), needed_bytes: length, free_bytes: free_bytes(path)? })
         }
@@ -127,7 +130,7 @@ mod tests {
         let path = dir.path().join("f");
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(1 << 20).unwrap();
-        reserve(&file, &path, 0, 1 << 20).unwrap();
+        assert!(reserve(&file, &path, 0, 1 << 20).unwrap());
         let mut bytes = vec![0; 1 << 20];
         bytes[300_000] = 7;
         write_at(&file, 0, &bytes, true).unwrap();

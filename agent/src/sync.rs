@@ -66,9 +66,8 @@ pub(crate) async fn pull(what: Pull, report: Report, cancel: CancellationToken) 
     for (manifest, peers) in offers {
         let addresses = peers.iter().map(|peer| peer.address().to_string()).collect::<Vec<_>>().join(",");
         match receive(&what, manifest, peers, is_disputed, &report, &cancel).await {
-            Err(error)
-                if is_disputed && !matches!(error, AgentError::Cancelled) && error.kind() != ErrorKind::Exhausted =>
-            {
+            Err(error) if error.kind() == ErrorKind::Exhausted => return make_room(&what.files).and(Err(error)),
+            Err(error) if is_disputed && !matches!(error, AgentError::Cancelled) => {
                 tracing::warn!(image = %what.key, peers = addresses, error = error.chain(), "peers cannot help");
                 reasons.push(format!("{addresses}: {}", error.chain()));
             }
@@ -90,14 +89,7 @@ async fn receive(
     let manifest = Arc::new(manifest);
     report(Step::Begun(manifest.clone()));
     let (files, wanted, stop) = (what.files.clone(), manifest.clone(), cancel.clone());
-    let prepared = blocking(move || prepare(&files, &wanted, &stop)).await;
-    let (file, missing) = match prepared {
-        Err(error) if error.kind() == ErrorKind::Exhausted => {
-            durable::remove_file(&what.files.partial)?;
-            return Err(error);
-        }
-        other => other?,
-    };
+    let (file, missing) = blocking(move || prepare(&files, &wanted, &stop)).await?;
     let file = Arc::new(DirectFile::new(file, &what.files.partial));
     if !missing.is_empty() {
         let bytes: u64 = missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum();
@@ -120,6 +112,16 @@ async fn receive(
         seal(file.file(), &files.partial, &files, &manifest, &expected)
     })
     .await
+}
+
+/// A part would keep a disk full that has no room for the rest. What describes a file that is not there goes with it.
+fn make_room(files: &FileSet) -> Result<(), AgentError> {
+    durable::remove_file(&files.partial)?;
+    if !files.file.exists() {
+        durable::remove_file(&files.config)?;
+        durable::remove_file(&files.manifest)?;
+    }
+    Ok(())
 }
 
 /// Asks all peers for the manifest: those that fit the request, in the order of the peers, each with the peers that have it.
@@ -216,16 +218,16 @@ fn prepare(files: &FileSet, manifest: &Manifest, cancel: &CancellationToken) -> 
 }
 
 fn reserve(file: &File, path: &Path, manifest: &Manifest, missing: &[u64]) -> Result<(), AgentError> {
+    let needed_bytes = missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum();
     for run in runs(missing, usize::MAX) {
         let (start, end) = (manifest.range(run.start).start, manifest.range(run.end - 1).end);
-        sparse::reserve(file, path, start, end - start).map_err(|error| match error {
-            AgentError::NoSpace { path, free_bytes, .. } => AgentError::NoSpace {
-                path,
-                free_bytes,
-                needed_bytes: missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum(),
-            },
+        let is_reserved = sparse::reserve(file, path, start, end - start).map_err(|error| match error {
+            AgentError::NoSpace { path, free_bytes, .. } => AgentError::NoSpace { path, free_bytes, needed_bytes },
             other => other,
         })?;
+        if !is_reserved {
+            return sparse::check_free(path, needed_bytes);
+        }
     }
     Ok(())
 }

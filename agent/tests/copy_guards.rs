@@ -273,6 +273,23 @@ async fn a_repaired_copy_is_read_only_again_and_holes_need_no_peer() {
     assert_eq!(disk.copy_file().metadata().unwrap().permissions().mode() & 0o777, 0o444);
 }
 
+/// A copy that cannot be repaired where it lies, since nothing is known of it any more: what is right in it is kept.
+#[tokio::test]
+async fn a_copy_is_made_anew_from_the_right_chunks_of_a_damaged_one_only() {
+    let (from, bytes) = (TestDisk::new(), image());
+    let peer = RunningManager::start(&from).await;
+    prepare(&from, &peer, &bytes).await;
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    manager.sync(spec(), &[peer.address]).await.unwrap();
+    manager.reaches("ready").await;
+    damaged(&disk, &manager, 2).await;
+    std::fs::remove_file(disk.disk().copy(&key()).manifest).unwrap();
+    manager.sync(spec(), &[peer.address]).await.unwrap();
+    manager.reaches("ready").await;
+    assert!(std::fs::read(disk.copy_file()).unwrap() == bytes);
+}
+
 /// What a damaged copy shall become is not what it was: nothing of it is written over.
 #[tokio::test]
 async fn a_damaged_copy_is_repaired_only_into_what_is_wanted() {

@@ -305,6 +305,36 @@ async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
     assert!(!small.disk().copy(&key()).partial.exists() && !small.copy_file().exists());
 }
 
+/// Room that is found to be missing only while chunks are written, or after them all, when the file gets its name.
+#[tokio::test]
+async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let first = RunningManager::start(&disk).await;
+    prepare(&disk, &first, &bytes).await;
+    let data_bytes = bytes.len() - 3 * MIB;
+    let cases = [
+        // Exactly the chunks and the file of the disk have room: the manifest has none.
+        (TestDisk::with_room(data_bytes.next_multiple_of(4096) + 4096), "write `"),
+        // The chunks alone would have room, but not with the blocks in which the filesystem keeps where they are.
+        (TestDisk::that_cannot_reserve(data_bytes as u64), "write `"),
+        // Nothing can be reserved, but the free space is known.
+        (TestDisk::that_cannot_reserve(data_bytes as u64 - 16384), "bytes free, the file needs 9438720"),
+    ];
+    for (number, (full, sentence)) in cases.into_iter().enumerate() {
+        let counting = FakePeer::new(&disk, usize::MAX).await;
+        let target = RunningManager::start(&full).await;
+        target.sync(spec(), &[counting.address]).await.unwrap();
+        let message = target.reaches("failed").await.status.unwrap().error_msg;
+        assert!(message.contains(sentence), "{number}: {message}");
+        let is_late = number < 2;
+        assert!(message.contains("No space left on device") == is_late, "{number}: {message}");
+        assert!(counting.ranges().is_empty() != is_late, "{number}: {:?}", counting.ranges());
+        let left: Vec<_> = std::fs::read_dir(full.disk().image_dir(&key())).unwrap().collect();
+        assert!(left.is_empty(), "{number}: {left:?}");
+        assert_eq!(full.temporary_files(), Vec::<String>::new(), "{number}");
+    }
+}
+
 #[tokio::test]
 async fn the_peer_port_only_reads_ready_copies() {
     let (disk, bytes) = (TestDisk::new(), image());

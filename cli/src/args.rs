@@ -118,3 +118,6 @@ async fn dispatch(command: Command, server: Option<&str>) -> anyhow::Result<()> 
 fn system_namespace() -> String {
     std::env::var("BACKING_IMAGE_CSI_SYSTEM_NAMESPACE").unwrap_or_else(|_| api::names::DEFAULT_NAMESPACE.to_owned())
 }
+
+#[cfg(test)]
+mod tests;

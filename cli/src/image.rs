@@ -380,6 +380,23 @@ mod tests {
         assert_eq!(failed("DataSourceFailed", None), None);
         assert_eq!(failed("DataSourceRetries", Some(ErrorKind::NotFound)), None);
         assert_eq!(failed("Unsupported", None), Some(ErrorKind::Unsupported));
+        // Of two copies the one that failed by what the condition says counts.
+        let of = |state: CopyState, message: &str| {
+            let ready = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", "the server answered 404");
+            let copy = DiskFileStatus { error_kind: Some(ErrorKind::NotFound), ..copy(state, 0, message, "") };
+            hopeless(&image("one", &[("a", copy)], Some(ready))).is_some()
+        };
+        assert!(of(CopyState::Failed, "the server answered 404"));
+        assert!(!of(CopyState::Failed, "the server answered 410"));
+        assert!(!of(CopyState::Starting, "the server answered 404"), "it is tried again already");
+    }
+
+    #[test]
+    fn only_what_was_seen_growing_is_progress() {
+        let (progress, disks) = (Progress::new(), Disks(vec![]));
+        let copies = [("a", copy(CopyState::Ready, 100, "", "")), ("b", copy(CopyState::InProgress, 7, "", ""))];
+        assert!(!show(&progress, &disks, &image("one", &copies, None)));
+        assert!(!progress.has_bar("a") && progress.has_bar("b"));
     }
 
     #[test]
@@ -387,6 +404,8 @@ mod tests {
         let now = "2026-01-01T00:00:00Z".parse().unwrap();
         let mut ready = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", "the server answered 404");
         ready.next_retry_time = "2026-01-01T00:05:00Z".into();
+        let past = Condition { next_retry_time: "2025-12-31T23:59:00Z".into(), ..ready.clone() };
+        assert_eq!(waiting_for(&image("one", &[], Some(past)), now), "the server answered 404");
         let image = image("one", &[], Some(ready.with_hint("correct the address")));
         expect!["the server answered 404; next attempt in 5m; you can: correct the address"]
             .assert_eq(&waiting_for(&image, now));

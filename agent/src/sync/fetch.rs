@@ -102,29 +102,33 @@ pub(super) async fn all(
         work: Mutex::new(work),
         wake: Notify::new(),
     });
-    let workers = (0..fetch.peers.len() * STREAMS_PER_PEER).map(|worker| fetch.run(worker));
-    tokio::select! {
-        _ = futures::future::join_all(workers) => {}
-        () = cancel.cancelled() => {
-            // For the threads, which may still have bytes to read.
-            fetch.work().error = Some(AgentError::Cancelled);
-            return Err(AgentError::Cancelled);
-        }
-    }
-    let mut work = fetch.work();
-    match work.error.take() {
-        Some(error) => Err(error),
-        None if work.queue.is_empty() => Ok(()),
-        None => {
-            let reasons = work.dropped.iter().map(|(peer, why)| format!("{}: {why}", fetch.peers[*peer].address()));
-            Err(AgentError::NoPeer { reasons: reasons.collect::<Vec<_>>().join("; ") })
-        }
-    }
+    fetch.all(cancel).await
 }
 
 impl Fetch {
     fn work(&self) -> MutexGuard<'_, Work> {
         self.work.lock().expect("no worker panicked")
+    }
+
+    async fn all(self: &Arc<Self>, cancel: &CancellationToken) -> Result<(), AgentError> {
+        let workers = (0..self.peers.len() * STREAMS_PER_PEER).map(|worker| self.run(worker));
+        tokio::select! {
+            _ = futures::future::join_all(workers) => {}
+            () = cancel.cancelled() => {
+                // For the threads, which may still have bytes to read.
+                self.work().error = Some(AgentError::Cancelled);
+                return Err(AgentError::Cancelled);
+            }
+        }
+        let mut work = self.work();
+        match work.error.take() {
+            Some(error) => Err(error),
+            None if work.queue.is_empty() => Ok(()),
+            None => {
+                let reasons = work.dropped.iter().map(|(peer, why)| format!("{}: {why}", self.peers[*peer].address()));
+                Err(AgentError::NoPeer { reasons: reasons.collect::<Vec<_>>().join("; ") })
+            }
+        }
     }
 
     async fn run(self: &Arc<Self>, worker: usize) {
@@ -347,6 +351,8 @@ fn bytes_of(manifest: &Manifest, chunk: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config_file::Format;
+    use crate::manifest::hash_chunk;
 
     /// One range waits.
     fn work(range: Range<u64>) -> Work {
@@ -396,5 +402,72 @@ mod tests {
         assert_eq!(fetch(&mut work, 0), None);
         work.dropped.insert(1, "dead".into());
         assert!(matches!(work.next(0, 2), Err(3)));
+    }
+
+    /// A fetch of so many chunks from two peers, which are never asked.
+    fn fetch_of(chunks: u64) -> Arc<Fetch> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let bytes = vec![1; CHUNK_BYTES as usize];
+        let manifest = Manifest {
+            uuid: "0a1b2c3d".parse().unwrap(),
+            sha512: "a".repeat(128).parse().unwrap(),
+            format: Format::Raw,
+            size_bytes: chunks * CHUNK_BYTES,
+            virtual_size_bytes: chunks * CHUNK_BYTES,
+            chunks: vec![hash_chunk(&bytes); chunks as usize],
+        };
+        Arc::new(Fetch {
+            key: "parrot-0a1b2c3d".parse().unwrap(),
+            partial: file.path().into(),
+            peers: Peer::parse_list("127.0.0.1:1,127.0.0.1:2", Duration::from_secs(9)).unwrap(),
+            manifest: Arc::new(manifest),
+            file: Arc::new(DirectFile::new(file.reopen().unwrap(), file.path())),
+            report: Arc::new(|_| ()),
+            work: Mutex::new(work(0..chunks)),
+            wake: Notify::new(),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_is_of_no_use_is_dropped_and_one_that_gets_on_is_not() {
+        let without = || Outcome { problem: Some(PeerError::Without), ..Outcome::default() };
+        let broken = |good| Outcome { good, problem: Some(PeerError::Transfer("broken".into())), ..Outcome::default() };
+        let fetch = fetch_of(9);
+        fetch.settle(0, Ok(without()));
+        assert_eq!(fetch.work().dropped[&0], "it does not have the copy ready", "at once: asking again is of no use");
+        for round in 0..2 * MAX_PEER_FAILURES {
+            assert_eq!(fetch.settle(OTHER, Ok(broken(1))), Some(PAUSE), "round {round}: it gave something");
+        }
+        assert!(!fetch.work().dropped.contains_key(&1));
+        for failures in 2..=MAX_PEER_FAILURES {
+            assert_eq!(fetch.settle(OTHER, Ok(broken(0))), Some(PAUSE * failures));
+        }
+        assert_eq!(fetch.work().dropped[&1], "broken");
+
+        let fetch = fetch_of(9);
+        let wrong = |bad: Range<u64>| Outcome { bad: bad.collect(), good: 1, ..Outcome::default() };
+        fetch.settle(0, Ok(wrong(0..7)));
+        fetch.settle(1, Ok(wrong(6..7)));
+        assert!(fetch.work().dropped.is_empty(), "the same chunk twice is one chunk");
+        fetch.settle(1, Ok(wrong(7..8)));
+        assert_eq!(fetch.work().dropped[&0], "it gave 8 wrong chunks");
+    }
+
+    #[tokio::test]
+    async fn nothing_is_begun_any_more_after_a_failure_or_when_it_is_stopped() {
+        let fetch = fetch_of(9);
+        assert_eq!(super::tests::fetch(&mut fetch.work(), 0), Some(0..9));
+        assert!(fetch.work().begin(0, 0));
+        fetch.settle(1, Err(AgentError::Empty));
+        assert!(!fetch.work().begin(0, 1));
+        assert!(matches!(fetch.work().next(OTHER, 2), Ok(Next::End)));
+
+        let fetch = fetch_of(9);
+        fetch.work().in_flight.insert(OTHER, 0..9);
+        fetch.work().queue.clear();
+        let cancel = CancellationToken::new();
+        let ended = tokio::join!(fetch.all(&cancel), async { cancel.cancel() }).0;
+        assert!(matches!(ended, Err(AgentError::Cancelled)));
+        assert!(!fetch.work().begin(OTHER, 0), "a thread that has bytes left to read stops as well");
     }
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -79,10 +80,35 @@ impl TestDisk {
 
     /// A disk of 8 MiB.
     pub fn small() -> TestDisk {
+        TestDisk::with_room(8 * MIB)
+    }
+
+    /// A disk with room for so many bytes, whole pages, its own file among them.
+    pub fn with_room(bytes: usize) -> TestDisk {
         let folder = tempfile::tempdir().unwrap();
-        run_program("mount", &["-t", "tmpfs", "-o", "size=8m", "tmpfs", folder.path().to_str().unwrap()]);
+        let size = format!("size={bytes}");
+        run_program("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", folder.path().to_str().unwrap()]);
         let disk = TestDisk { folder, mounted: true };
         disk.prepare();
+        disk
+    }
+
+    /// A disk whose filesystem cannot reserve room, filled so that not many more than so many bytes are free.
+    pub fn that_cannot_reserve(free_bytes: u64) -> TestDisk {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, place) = (tempfile::NamedTempFile::new().unwrap(), folder.path().to_str().unwrap().to_owned());
+        image.as_file().set_len(32 * MIB as u64).unwrap();
+        let path = image.path().to_str().unwrap();
+        run_program("mkfs.ext2", &["-q", "-F", "-b", "1024", "-m", "0", path]);
+        // The loop device goes with the mount, and keeps the file, which has no name any more.
+        run_program("mount", &["-o", "loop", path, &place]);
+        let disk = TestDisk { folder, mounted: true };
+        disk.prepare();
+        let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();
+        let free = || rustix::fs::statvfs(disk.path()).map(|stat| stat.f_bavail * stat.f_frsize).unwrap();
+        while free() > free_bytes + 4096 {
+            filler.write_all(&[1; 1024]).unwrap();
+        }
         disk
     }
 

@@ -215,6 +215,7 @@ mod tests {
         let before = copy(ready, early, "old");
         let seen = |copies: &[(&str, DiskFileStatus)]| verdict(&image(copies), "a", &before, requested);
         assert_eq!(seen(&[("a", copy(ready, early, "old"))]), Verdict::Pending("is being read".into()));
+        assert_eq!(seen(&[("a", copy(ready, early, "new"))]), Verdict::Pending("is being read".into()));
         assert_eq!(seen(&[("a", copy(ready, late, "old"))]), Verdict::Whole);
         assert_eq!(seen(&[("a", copy(ready, late, "new"))]), Verdict::Repaired("new".into()));
         let mut damaged = copy(failed, early, "old");
