@@ -114,11 +114,10 @@ async fn receive(
     .await
 }
 
-/// A part would keep a disk full that has no room for the rest. What describes a file that is not there goes with it.
+/// A part would keep a disk full that has no room for the rest. The manifest of a file that is not there goes with it.
 fn make_room(files: &FileSet) -> Result<(), AgentError> {
     durable::remove_file(&files.partial)?;
     if !files.file.exists() {
-        durable::remove_file(&files.config)?;
         durable::remove_file(&files.manifest)?;
     }
     Ok(())

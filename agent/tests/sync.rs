@@ -312,11 +312,13 @@ async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
     let first = RunningManager::start(&disk).await;
     prepare(&disk, &first, &bytes).await;
     let data_bytes = bytes.len() - 3 * MIB;
+    // The chunks and the file of the disk.
+    let needed = data_bytes.next_multiple_of(4096) + 4096;
     let cases = [
-        // Exactly the chunks and the file of the disk have room: the manifest has none.
-        (TestDisk::with_room(data_bytes.next_multiple_of(4096) + 4096), "write `"),
+        (TestDisk::with_room(needed), "backing.chunks"),
+        (TestDisk::with_room(needed + 4096), "backing.cfg"),
         // The chunks alone would have room, but not with the blocks in which the filesystem keeps where they are.
-        (TestDisk::that_cannot_reserve(data_bytes as u64), "write `"),
+        (TestDisk::that_cannot_reserve(data_bytes as u64), "backing.tmp"),
         // Nothing can be reserved, but the free space is known.
         (TestDisk::that_cannot_reserve(data_bytes as u64 - 16384), "bytes free, the file needs 9438720"),
     ];
@@ -326,7 +328,7 @@ async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
         target.sync(spec(), &[counting.address]).await.unwrap();
         let message = target.reaches("failed").await.status.unwrap().error_msg;
         assert!(message.contains(sentence), "{number}: {message}");
-        let is_late = number < 2;
+        let is_late = number < 3;
         assert!(message.contains("No space left on device") == is_late, "{number}: {message}");
         assert!(counting.ranges().is_empty() != is_late, "{number}: {:?}", counting.ranges());
         let left: Vec<_> = std::fs::read_dir(full.disk().image_dir(&key())).unwrap().collect();

@@ -463,7 +463,8 @@ mod tests {
         assert!(matches!(fetch.work().next(OTHER, 2), Ok(Next::End)));
 
         let fetch = fetch_of(9);
-        fetch.work().in_flight.insert(OTHER, 0..9);
+        // One chunk, which no other worker can take a half of.
+        fetch.work().in_flight.insert(OTHER, 0..1);
         fetch.work().queue.clear();
         let cancel = CancellationToken::new();
         let ended = tokio::join!(fetch.all(&cancel), async { cancel.cancel() }).0;
