@@ -345,7 +345,7 @@ fn engine(requested: &Value, kind: &str, ok: bool, reason: &str, message: &str) 
 
 #[tokio::test]
 async fn an_engine_upgrade_ends_with_the_answer_to_this_request_only() {
-    let cases: [(bool, &str, Result<(), (u8, &str)>); 3] = [
+    let cases = [
         (true, "Upgraded", Ok(())),
         (false, "Failed", Err((7, "engine of volume `v-1` on node-1: the answer"))),
         (false, "NoNeed", Err((5, "not upgraded, the engine of volume `v-1` on node-1: the answer"))),
