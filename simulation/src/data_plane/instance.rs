@@ -6,7 +6,6 @@ use api::engine::{DesireState, EngineStatus, InstanceState, ReplicaMode};
 use api::replica::ReplicaStatus;
 use engine::core::ReplicaState;
 
-use super::fault::Fault;
 use super::holder::{Attachment, Config};
 use super::{Happening, MILLI, Process, SECOND, World};
 
@@ -122,13 +121,6 @@ impl World {
         self.attachments.push(attachment);
         let wait = self.dice.upto(5 * MILLI);
         self.after(wait, Happening::NextLife { attachment: id });
-        if std::mem::take(&mut self.removes_at_start) && self.faults {
-            // When they answer again, both begin at the same moment and with the same generation.
-            let until = self.now + 3 * SECOND;
-            self.replicas.iter_mut().for_each(|replica| replica.stopped_until = until);
-            let wait = self.dice.upto(SECOND);
-            self.after(wait, Happening::Fault(Fault::RemoveNode));
-        }
     }
 
     fn report_engine(&mut self, found: Option<usize>, state: InstanceState) {

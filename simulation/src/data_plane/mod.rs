@@ -205,8 +205,6 @@ struct World {
     faults: bool,
     /// Bytes are compared elsewhere, so the answer comes while other things happen.
     compares_late: bool,
-    /// The node of the next attachment is said to be gone while its engine begins.
-    removes_at_start: bool,
     /// The replica process whose state of what may differ users have seen; none while all are in sync.
     reader: Option<(usize, u32)>,
     /// From then to then every change fails on every replica.
@@ -260,7 +258,6 @@ impl World {
             oracle: Oracle::new(),
             faults: true,
             compares_late: seed % 4 == 3,
-            removes_at_start: false,
             reader: None,
             full: (0, 0),
             doom: None,
