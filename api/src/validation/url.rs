@@ -58,7 +58,8 @@ pub fn check(url: &str, allow_loopback: bool) -> Result<(), Mistake> {
 ///
 /// Readers of addresses forgive much (`http:user:pw@host`, backslashes, tabs within), and so must this. Other text stays.
 pub fn redact(text: &str) -> String {
-    let plain: String = text.trim().chars().filter(|c| !c.is_control()).collect();
+    let plain: String = text.chars().filter(|c| !c.is_control()).collect();
+    let plain = plain.trim();
     let is_web = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
     let (scheme, after) = match plain.split_once(':') {
         Some((scheme, rest)) if is_web(scheme) => (scheme, rest.trim_start_matches(['/', '\\'])),
@@ -195,6 +196,7 @@ mod tests {
             ("HTTP:user:pw@example.com/a", "HTTP://<redacted>@example.com/a"),
             ("http:/\\user:pw@example.com\\a", "http://<redacted>@example.com\\a"),
             ("http:/\t/user:pw@example.com", "http://<redacted>@example.com"),
+            ("\0 http://user:pw@example.com", "http://<redacted>@example.com"),
             ("s3://user:pw@host/b", "s3://<redacted>@host/b"),
             ("no address", "no address"),
         ] {

@@ -123,8 +123,8 @@ fn with_peak_memory<T: Send>(
                         peak = peak.max(memory_mib(pid, "VmHWM"));
                     }
                 }
-                // The high-water mark is kept by the kernel: a few looks a second suffice and cost nothing.
-                thread::sleep(Duration::from_millis(50));
+                // The high-water mark is kept by the kernel, so a few looks a second suffice.
+                thread::sleep(Duration::from_millis(250));
                 Ok(over.load(Ordering::Relaxed).then_some(()))
             })
             .map(|()| peak)

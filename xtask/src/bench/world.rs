@@ -1,6 +1,7 @@
 //! One standalone instance to measure: start, command line, processes, end.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -85,14 +86,30 @@ impl World {
         self.cli(&["apply", "-f", &file.to_string_lossy()]).map(drop)
     }
 
-    /// Waits until so many copies of an image are ready.
+    /// Waits until so many copies of an image are ready: by a watch, since looking again and again takes the machine's time.
     pub fn wait_for_copies(&self, image: &str, copies: usize) -> anyhow::Result<()> {
-        wait(|| {
-            let object = self.get(&["backingimage", image])?;
+        let images = format!("{}/apis/longhorn.io/v1beta2/backingimages?watch=true", self.server);
+        let deadline = DEADLINE.as_secs().to_string();
+        let mut watch = Command::new("curl")
+            .args(["-sN", "--max-time", &deadline, &images])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start curl")?;
+        let changes = BufReader::new(watch.stdout.take().context("curl has no output")?).lines();
+        let is_ready = |line: String| {
+            let change: Value = serde_json::from_str(&line).unwrap_or_default();
+            let object = &change["object"];
             let files = object["status"]["diskFileStatusMap"].as_object().cloned().unwrap_or_default();
-            Ok((files.values().filter(|f| f["state"] == "ready").count() >= copies).then_some(()))
-        })
-        .with_context(|| format!("image {image} has not {copies} ready copies"))
+            object["metadata"]["name"] == image && files.values().filter(|f| f["state"] == "ready").count() >= copies
+        };
+        let found = changes.map_while(Result::ok).any(is_ready);
+        let _ = watch.kill();
+        let _ = watch.wait();
+        if !found {
+            bail!("image {image} has not {copies} ready copies");
+        }
+        Ok(())
     }
 
     /// Pids of the instance's processes whose command line contains a word; an empty one finds all.
