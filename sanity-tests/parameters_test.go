@@ -223,7 +223,10 @@ func TestCreateVolumeOfOneNameAndTwoSizesAtOnce(t *testing.T) {
 	var wait sync.WaitGroup
 	for n, size := range sizes {
 		wait.Go(func() {
-			_, errs[n] = i.controller(t).CreateVolume(call(t), createRequest("contended", size, parameters))
+			request := createRequest("contended", size, parameters)
+			// Exactly: a larger volume that exists already would do as well otherwise.
+			request.CapacityRange.LimitBytes = size
+			_, errs[n] = i.controller(t).CreateVolume(call(t), request)
 		})
 	}
 	wait.Wait()
