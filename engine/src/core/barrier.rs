@@ -81,7 +81,6 @@ impl Core {
 
     pub(super) fn advance_barrier(&mut self) {
         let Phase::Draining(goal) = self.phase else { return };
-        // A fence: in depth; its flush would be held until the fence is over, like every change.
         if !self.active.is_empty() || self.fence.is_some() {
             return;
         }
@@ -108,7 +107,6 @@ impl Core {
     /// A clean record says that all members hold the same bytes, so there is none while they are being compared.
     fn close(&mut self, flushed: bool) {
         let equal = self.members == self.in_sync;
-        // Without members nothing was flushed; asked again, since nobody would answer a `Close`.
         if !flushed || !equal || self.members.is_empty() {
             self.phase = Phase::Ended;
             self.outputs.push(Output::Ended { clean: false });

@@ -86,11 +86,11 @@ impl Core {
         }
         if self.comparing().is_empty() {
             self.compare.running = false;
+            self.compare.ranges.clear();
             self.outputs.push(Output::Equal);
             self.outputs.push(Output::StatusChanged);
             return;
         }
-        // `admits`: a step that began now would wait within `admit` too.
         if !self.phase.admits() || self.clock < self.compare.not_before {
             return;
         }
@@ -114,6 +114,7 @@ impl Core {
         let step = self.compare.step.as_mut().expect("a step is under way");
         (step.stage, step.started) = (Stage::Reading, clock);
         let length = self.slots[id].end - self.slots[id].start;
+        self.slots[id].failed = Set::EMPTY;
         self.transfer(id, self.members, Operation::Read, None, length);
     }
 
@@ -123,10 +124,11 @@ impl Core {
         let length = self.slots[id].end - self.slots[id].start;
         let step = self.compare.step.as_mut().expect("a step is under way");
         match step.stage {
+            Stage::Reading if self.members.without(self.in_sync).is_empty() => self.finish(id, Ok(())),
             // Nobody can read it, so nobody can tell a difference.
             Stage::Reading if failed == asked => self.finish(id, Ok(())),
             Stage::Reading if !failed.is_empty() => {
-                self.drop_replicas(failed, "it could not be read while it was compared with the others");
+                self.drop_replicas(failed, None, "it could not be read while it was compared with the others");
                 self.launch_step(id);
             }
             Stage::Reading => {
@@ -141,7 +143,7 @@ impl Core {
             }
             Stage::Judging { .. } => {}
             Stage::Rewriting => {
-                self.drop_replicas(failed, "it could not be rewritten where it differed from the others");
+                self.drop_replicas(failed, None, "it could not be rewritten where it differed from the others");
                 self.finish(id, Ok(()));
             }
         }
@@ -155,10 +157,10 @@ impl Core {
         if self.members.is_empty() {
             return self.ready.push_back(id);
         }
-        // Another one may be pinned now, and bytes of one that was dropped must not reach the others.
-        if self.members != members {
+        if self.members != members || !self.in_sync.contains(pinned) {
             return self.launch_step(id);
         }
+        let differing = differing.and(self.comparing());
         if differing.is_empty() {
             return self.finish(id, Ok(()));
         }

@@ -42,12 +42,14 @@ impl Core {
     pub(super) fn on_connection_lost(&mut self, replica: usize, reason: &str) {
         // After `Close` a replica ends its export by itself.
         if !self.phase.is_closing() {
-            self.drop_replicas(Set::only(replica), reason);
+            self.drop_replicas(Set::only(replica), None, reason);
         }
     }
 
     /// Takes replicas out for good: nothing is acknowledged until the others have recorded that.
-    pub(super) fn drop_replicas(&mut self, replicas: Set, reason: &str) {
+    ///
+    /// `promote` is the one to read from when none in sync is left.
+    pub(super) fn drop_replicas(&mut self, replicas: Set, promote: Option<usize>, reason: &str) {
         let replicas = replicas.and(self.members);
         if replicas.is_empty() {
             return;
@@ -56,7 +58,6 @@ impl Core {
         self.in_sync = self.in_sync.without(replicas);
         for replica in replicas.iter() {
             self.errors[replica] = Some(reason.to_owned());
-            // Also without this a late answer of it changes nothing: fences and the end ask whom they wait for.
             self.controls[replica].clear();
             self.outputs.push(Output::Drop { replica, reason: reason.to_owned() });
         }
@@ -72,20 +73,21 @@ impl Core {
         if self.members.is_empty() {
             self.lose_last();
         } else {
-            self.ensure_reader();
+            self.ensure_reader(promote);
             self.begin_fence();
         }
         self.outputs.push(Output::StatusChanged);
     }
 
-    /// When the one that served reads is gone, one of those that were compared with it takes its place: the same one that was
-    /// asked when a read of it failed.
+    /// When the one that served reads is gone, one of those that were compared with it takes its place.
     ///
     /// What was compared so far is equal on both; the rest is compared with the new one. It holds every acknowledged write, and
     /// may hold another state only of writes that were in flight when the volume ended uncleanly.
-    fn ensure_reader(&mut self) {
+    fn ensure_reader(&mut self, promote: Option<usize>) {
         if self.in_sync.is_empty() {
-            self.in_sync = Set::only(self.reader_except(Set::EMPTY).expect("there are members"));
+            let wished = promote.filter(|replica| self.members.contains(*replica));
+            let chosen = wished.or_else(|| self.reader_except(Set::EMPTY));
+            self.in_sync = Set::only(chosen.expect("there are members"));
         }
     }
 
@@ -117,8 +119,7 @@ impl Core {
 
     fn lose_last(&mut self) {
         self.fence = None;
-        // They fail with everything else.
-        self.held.clear();
+        self.ready.extend(self.held.drain(..));
         let hold = if self.phase.is_ending() { Duration::ZERO } else { self.options.no_replica_hold };
         self.fault = Some(Fault { until: self.clock + hold, expired: false });
         if hold.is_zero() {
@@ -150,21 +151,21 @@ impl Core {
             // Nobody is left to go on with, so silence gets the time that a loss would get.
             let late = self.overdue(self.options.replica_timeout + self.options.no_replica_hold);
             if late == self.members && !late.is_empty() {
-                self.drop_replicas(late, &self.silence());
+                self.drop_replicas(late, None, &self.silence());
                 if let Some(fault) = &mut self.fault {
                     fault.until = self.clock;
                 }
                 self.check_fault();
             }
         } else {
-            self.drop_replicas(late, &self.silence());
+            self.drop_replicas(late, None, &self.silence());
         }
         let silent = match &self.fence {
             Some(fence) if self.clock.saturating_sub(fence.since) > self.options.replica_timeout => fence.waiting_for,
             _ => Set::EMPTY,
         };
         let reason = format!("it did not record a new generation within {:?}", self.options.replica_timeout);
-        self.drop_replicas(silent, &reason);
+        self.drop_replicas(silent, None, &reason);
     }
 
     fn silence(&self) -> String {

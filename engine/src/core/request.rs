@@ -208,7 +208,6 @@ impl Core {
     pub(super) fn find(&self, replica: usize, cookie: u64) -> Option<usize> {
         let id = cookie as u32 as usize;
         let slot = self.slots.get(id)?;
-        // Only the live owe an answer; `live` is asked in depth.
         (slot.live && slot.serial == (cookie >> 32) as u32 && slot.pending.contains(replica)).then_some(id)
     }
 
@@ -231,8 +230,7 @@ impl Core {
     /// Everybody who was asked has answered or is gone.
     pub(super) fn settle(&mut self, id: usize) {
         let slot = &self.slots[id];
-        // It has failed with everything else meanwhile. `pending`: in depth; a request is asked again only from here.
-        if !slot.live || !slot.pending.is_empty() {
+        if !slot.live || !slot.pending.is_empty() || self.held.contains(&id) {
             return;
         }
         if self.members.is_empty() {
@@ -255,9 +253,9 @@ impl Core {
             // The next one; when all of them fail it is the caller's error.
             return self.send_piece(id);
         }
-        let failed = slot.failed.and(self.members);
+        let (failed, served_by) = (slot.failed.and(self.members), slot.asked.lowest());
         if !failed.is_empty() {
-            self.drop_replicas(failed, "it answered a read with an error that another replica did not have");
+            self.drop_replicas(failed, served_by, "it answered a read with an error that another replica did not have");
         }
         self.finish(id, Ok(()));
     }
@@ -282,11 +280,14 @@ impl Core {
         }
         if failed == self.members {
             let (failure, start, end) = (slot.failure, slot.piece_start, slot.piece_start + slot.piece_length);
-            // Some may have stored a part of it.
-            self.compare_range(start, end);
+            if start < end && self.members.len() > 1 {
+                // Some may have stored a part of it.
+                self.compare_range(start, end);
+            }
             return self.finish(id, Err(failure));
         }
-        self.drop_replicas(failed, "it answered a change with an error that other replicas did not have");
+        self.slots[id].failed = Set::EMPTY;
+        self.drop_replicas(failed, None, "it answered a change with an error that other replicas did not have");
         self.held.push(id);
     }
 
@@ -312,6 +313,7 @@ impl Core {
 
     /// Fails everything that is there, when no replica is left.
     pub(super) fn fail_everything(&mut self) {
+        self.held.clear();
         for id in std::mem::take(&mut self.waiting) {
             self.active.push(id);
         }
@@ -327,17 +329,18 @@ impl Core {
             ControlReply::Done => self.on_fenced(replica, generation),
             ControlReply::Refused(message) => {
                 let reason = format!("it refused generation {generation}: {message}");
-                self.drop_replicas(Set::only(replica), &reason);
+                self.drop_replicas(Set::only(replica), None, &reason);
             }
         }
     }
 
     pub(super) fn on_control_lost(&mut self, replica: usize, reason: &str) {
+        self.controls[replica].clear();
         if self.phase.is_closing() {
             self.on_closed(replica, false);
         } else {
             let reason = format!("it could not be told about a new generation: {reason}");
-            self.drop_replicas(Set::only(replica), &reason);
+            self.drop_replicas(Set::only(replica), None, &reason);
         }
     }
 }

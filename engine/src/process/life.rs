@@ -40,7 +40,8 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 
 fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     match std::fs::read(path) {
-        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        // Within one boot a file is always whole; after a loss of power it may be cut, and tells nothing then.
+        Ok(text) => Ok(serde_json::from_slice(&text).ok()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
@@ -178,5 +179,16 @@ mod tests {
         assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
         assert_eq!(files.claimed().unwrap(), 0);
         assert_eq!((files.known().unwrap(), files.may_differ()), (None, false));
+    }
+
+    #[test]
+    fn what_a_loss_of_power_cut_tells_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = LifeFiles::of(&folder.path().join("engine.sock"));
+        files.set_known(&Known { generation: 9, members: vec!["r1".into()] }).unwrap();
+        for torn in ["", "{\"generation\":9,\"mem", "\0\0\0\0"] {
+            std::fs::write(folder.path().join("engine.sock.generation"), torn).unwrap();
+            assert_eq!(files.known().unwrap(), None, "{torn:?}");
+        }
     }
 }
