@@ -319,7 +319,12 @@ async fn is_about_now(client: &Client, image: &BackingImage, namespace: &str) ->
     let resource = ResourceType::of::<BackingImageDataSource>();
     let source = client.find(&resource, Some(namespace), &image.name_any()).await?;
     let Some(source) = source else { return Ok(true) };
-    Ok(planner::data_source::answers(&serde_json::from_value(source)?, image))
+    let source: BackingImageDataSource = serde_json::from_value(source)?;
+    // The image's status follows that of its source: a failure that the source tells no more is that of a former attempt.
+    let is_failed = source.status.as_ref().is_some_and(|status| status.current_state == CopyState::Failed);
+    let conditions = image.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    let tells_a_failure = condition::find(conditions, READY).is_some_and(|c| c.reason == "DataSourceFailed");
+    Ok(planner::data_source::answers(&source, image) && (is_failed || !tells_a_failure))
 }
 
 #[cfg(test)]
