@@ -251,6 +251,7 @@ async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> 
         volume: engine.spec.volume_name.clone(),
         size_bytes: engine.spec.volume_size.0,
         generation: engine.spec.generation,
+        attachment: engine.spec.attachment,
         replicas,
         read_from,
         compare_replicas: engine.spec.compare_replicas,

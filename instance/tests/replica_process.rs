@@ -120,7 +120,7 @@ impl Replica {
     }
 
     fn open(&self, generation: u64) -> String {
-        match self.ask(Request::Open { generation, members: vec!["r1".into(), "r2".into()] }) {
+        match self.ask(Request::Open { generation, members: vec!["r1".into(), "r2".into()], seen: None }) {
             Reply::Opened { export } => export,
             other => panic!("{other:?}"),
         }
@@ -221,7 +221,9 @@ fn generations_only_rise_and_are_durable() {
     };
     assert!(replica.refused(fence(1, &members, "")).contains("no open export"));
     let export = replica.open(5);
-    assert!(replica.refused(Request::Open { generation: 5, members: members.clone() }).contains("not above"));
+    assert!(
+        replica.refused(Request::Open { generation: 5, members: members.clone(), seen: None }).contains("not above")
+    );
     assert!(replica.refused(fence(4, &members, &export)).contains("not above"));
     assert!(replica.refused(fence(6, &["r2".to_owned()], &export)).contains("not a member"));
     assert!(replica.refused(Request::Close { generation: 4 }).contains("cannot end generation 4"));

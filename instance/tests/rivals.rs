@@ -150,6 +150,7 @@ impl Engine {
             volume: "vol".into(),
             size_bytes: SIZE,
             generation: 0,
+            attachment: 0,
             replicas: replicas.map(|(name, address)| (name.to_owned(), ReplicaAddress::Tcp(address))).into(),
             read_from: None,
             compare_replicas: false,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::engine::{DesireState, InstanceState};
+use api::engine::{DesireState, InstanceState, attachment_of};
 use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 
@@ -327,6 +327,8 @@ impl Pass<'_> {
             engine.replica_address_map = addresses;
             engine.compare_replicas = judgement.compare;
             engine.generation = engine.generation.max(judgement.highest);
+            // Also above one that was counted in an Engine that is gone.
+            engine.attachment = engine.attachment.max(attachment_of(engine.generation)) + 1;
         }
         self.wait("Attaching", format!("the engine on node {node} is starting"));
     }

@@ -233,6 +233,25 @@ fn starts_replicas_then_the_engine() {
 }
 
 #[test]
+fn each_attachment_has_a_number_above_all_before() {
+    let next = |text: &str, former: u64| {
+        let mut observed = world(text);
+        observed.engine.as_mut().unwrap().spec.attachment = former;
+        decide(&observed).actions.into_iter().find_map(|action| match action {
+            Action::SetEngineSpec(spec) => Some(spec.attachment),
+            _ => None,
+        })
+    };
+    assert_eq!(next("on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=running:0", 0), Some(1));
+    let written = "on=n1; engine=stopped:7@n2; r1=running:7{r1,r2} r2=running:7{r1,r2} r3=failed";
+    assert_eq!((next(written, 0), next(written, 4)), (Some(1), Some(5)));
+    // Of an Engine object that was made anew.
+    assert_eq!(next("on=n1; engine=stopped:0@; r1=running:6000003{r1} r2=failed r3=failed", 0), Some(7));
+    // Nothing is started, so nothing is counted.
+    assert_eq!(next("on=n1; wish=; engine=running:7@n1; map=r1; r1=running:7{r1} r2=failed r3=failed", 4), Some(4));
+}
+
+#[test]
 fn leaves_stale_and_silent_replicas_out_and_marks_them() {
     check(
         "on=n1; engine=stopped:3@n2; r1=running:3{r1,r2} r2=running:3{r1,r2} r3=running:2{r1,r2,r3}",

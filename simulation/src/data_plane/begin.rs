@@ -1,5 +1,6 @@
 //! How an engine begins: ask, choose, open, connect, fence.
 
+use api::engine::attachment_of;
 use engine::core::Set;
 use engine::process::beginning::{Beginning, Next, Round, is_rival};
 use engine::process::choice::{Answer, Choice, Situation, choose};
@@ -37,11 +38,18 @@ pub struct Start {
     beginning: Option<Beginning>,
 }
 
+impl Start {
+    /// The generation of a replica by which the members were chosen.
+    fn seen(&self, place: usize) -> u64 {
+        self.answers[place].as_ref().map_or(0, |answer| answer.record.generation)
+    }
+}
+
 impl Attachment {
-    /// The highest record that a replica answered while the engine begins.
-    pub fn highest_answer(&self) -> u64 {
-        let Some(Stage::Beginning(start)) = self.life.as_ref().map(|life| &life.stage) else { return 0 };
-        start.answers.iter().flatten().map(|answer| answer.record.generation).max().unwrap_or(0)
+    /// What replicas answered while the engine begins.
+    pub fn answered_generations(&self) -> Vec<u64> {
+        let Some(Stage::Beginning(start)) = self.life.as_ref().map(|life| &life.stage) else { return vec![] };
+        start.answers.iter().flatten().map(|answer| answer.record.generation).collect()
     }
 
     pub fn describe(&self) -> String {
@@ -140,6 +148,14 @@ impl World {
             let dies = self.faults && self.dice.permille(4);
             let errs = self.replicas[replica].erring_until > self.now && self.dice.percent(30);
             let served = self.replicas[replica].client;
+            if matches!(request, Request::Open { .. })
+                && self.of_life(life).is_some_and(|a| !self.attachments[a].disowned)
+            {
+                // Should it be raised now, nobody else will tell of this one.
+                let generation = self.replicas[replica].record.generation;
+                let overwritten = self.overwritten.entry(attachment_of(generation)).or_default();
+                *overwritten = (*overwritten).max(generation);
+            }
             let (target, dice) = (&mut self.replicas[replica], &mut self.dice);
             let Ok(reply) = target.control(&request, self.now, errs, dies, dice) else {
                 self.tally.add("replicas that died in a request", 1);
@@ -196,7 +212,9 @@ impl World {
             }
             (Some(Round::Open { generation, members }), Some(Reply::Status { record, export, .. })) => {
                 let names: Vec<String> = members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
-                start_of(&mut self.attachments[a]).rival |= is_rival(&record, export.is_some(), generation, &names);
+                let start = start_of(&mut self.attachments[a]);
+                let seen = start.seen(place);
+                start.rival |= is_rival(&record, export.is_some(), generation, &names, seen);
                 false
             }
             (Some(Round::Fence { .. }), Some(Reply::Done)) => true,
@@ -270,6 +288,7 @@ impl World {
             None => {
                 let situation = Situation {
                     config_generation: config.generation,
+                    attachment: config.attachment,
                     config_compare: config.compare,
                     names: &config.names,
                     answers: &start.answers,
@@ -324,7 +343,8 @@ impl World {
             let export = exports[place].clone().unwrap_or_default();
             match round {
                 Round::Open { generation, .. } => {
-                    self.send_control(a, number, place, Request::Open { generation, members: names.clone() });
+                    let seen = Some(start_of(&mut self.attachments[a]).seen(place));
+                    self.send_control(a, number, place, Request::Open { generation, members: names.clone(), seen });
                 }
                 Round::Fence { generation, .. } => {
                     self.send_control(a, number, place, Request::Fence { generation, members: names.clone(), export });

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use api::engine::attachment_of;
 use engine::core::{Operation, ReplicaState, Set};
 use planner::generations::{Record, Sight, judge};
 
@@ -71,7 +72,11 @@ impl World {
     fn is_hidden_fence(&self, a: usize, missed: &Write) -> bool {
         let attachment = &self.attachments[a];
         let known = attachment.known.as_ref().map_or(0, |known| known.generation);
-        let told = attachment.highest_answer().max(attachment.config.generation).max(known).max(attachment.heard);
+        let told = [attachment.config.generation, known, attachment.heard].into_iter();
+        // What a later attachment recorded tells nothing of an earlier one.
+        let of = attachment_of(missed.generation);
+        let told = told.chain(attachment.answered_generations()).filter(|generation| attachment_of(*generation) <= of);
+        let told = told.max().unwrap_or(0).max(self.overwritten.get(&of).copied().unwrap_or(0));
         missed.generation > told
     }
 
@@ -110,7 +115,7 @@ impl World {
     pub(super) fn check_recorded(&self, a: usize, generation: u64, members: Set) {
         let config = &self.attachments[a].config;
         let names: Vec<String> = members.iter().map(|place| config.names[place].clone()).collect();
-        if self.has_rivals() {
+        if self.attachments[a].disowned {
             return;
         }
         for place in members.iter() {
