@@ -239,6 +239,23 @@ fn generations_only_rise_and_are_durable() {
 }
 
 #[test]
+fn an_engine_that_chose_by_an_outdated_record_changes_nothing() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let export = replica.open(5);
+    let open = |seen| Request::Open { generation: 9, members: vec!["r1".into()], seen: Some(seen) };
+    let refused = replica.refused(open(4));
+    assert!(refused.contains("at generation 5 now and not at 4"), "{refused}");
+    assert!(refused.contains("must choose anew"), "{refused}");
+    // Whoever has it goes on.
+    let record = replica.record();
+    assert_eq!((record.generation, record.members), (5, vec!["r1".to_owned(), "r2".to_owned()]));
+    replica.io_ok(&export, &["write -P 0x11 0 4k", "flush", "read -P 0x11 0 4k"]);
+    assert_eq!(replica.ask(open(5)), Reply::Opened { export: "vol-9".into() });
+    assert_eq!(replica.record().generation, 9);
+}
+
+#[test]
 fn open_ends_the_old_export_and_its_connection() {
     let mut replica = Replica::new(|_| None);
     replica.start();

@@ -27,7 +27,8 @@ impl World {
                 continue;
             }
             if let Some((block, missed)) = self.misses(replica) {
-                if self.is_hidden_fence(a, &missed) {
+                let lossy = self.replicas[replica].lossy;
+                if self.is_hidden_fence(a, &missed, lossy) {
                     self.end = Some(super::End::HiddenFence);
                     return true;
                 }
@@ -69,7 +70,9 @@ impl World {
 
     /// An engine dropped replicas and acknowledged without them; then it and every replica that recorded the fence went away, before
     /// the controller or any replica that answers heard of the generation (`ARCHITECTURE.md`, "the hidden fence").
-    fn is_hidden_fence(&self, a: usize, missed: &Write) -> bool {
+    ///
+    /// One that was dropped and started anew may have lost what was flushed only after that.
+    fn is_hidden_fence(&self, a: usize, missed: &Write, lossy: bool) -> bool {
         let attachment = &self.attachments[a];
         let known = attachment.known.as_ref().map_or(0, |known| known.generation);
         let told = [attachment.config.generation, known, attachment.heard].into_iter();
@@ -77,7 +80,8 @@ impl World {
         let of = attachment_of(missed.generation);
         let told = told.chain(attachment.answered_generations()).filter(|generation| attachment_of(*generation) <= of);
         let told = told.max().unwrap_or(0).max(self.overwritten.get(&of).copied().unwrap_or(0));
-        missed.generation > told
+        let since = if lossy { missed.generation.max(missed.flushed_under) } else { missed.generation };
+        since > told
     }
 
     /// The highest generation that is written down in the store.
@@ -146,7 +150,7 @@ impl World {
         self.check_recorded(a, generation, members);
         request.blocks().for_each(|block| self.oracle.end(block, tag, self.now, Some(generation)));
         if request.operation == Operation::Flush {
-            self.oracle.flush(request.since);
+            self.oracle.flush(request.since, generation);
         }
         for place in members.iter().filter(|place| self.is_connected(a, *place)) {
             let replica = self.attachments[a].config.replicas[place];
