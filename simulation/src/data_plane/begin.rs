@@ -4,7 +4,7 @@ use api::engine::attachment_of;
 use engine::core::Set;
 use engine::process::beginning::{Beginning, Next, Round, is_rival};
 use engine::process::choice::{Answer, Choice, Situation, choose};
-use proto::replica::{Reply, Request};
+use proto::replica::{Record, Reply, Request};
 
 use super::holder::Attachment;
 use super::serve::Serving;
@@ -46,10 +46,17 @@ impl Start {
 }
 
 impl Attachment {
-    /// What replicas answered while the engine begins.
+    /// The generations that replicas answered while the engine begins, as far as it can go by them: an earlier attachment's record
+    /// tells nothing about a member that this attachment has opened already without it.
     pub fn answered_generations(&self) -> Vec<u64> {
         let Some(Stage::Beginning(start)) = self.life.as_ref().map(|life| &life.stage) else { return vec![] };
-        start.answers.iter().flatten().map(|answer| answer.record.generation).collect()
+        let answers =
+            || start.answers.iter().zip(&self.config.names).filter_map(|(a, name)| Some((&a.as_ref()?.record, name)));
+        let Some((top, _)) = answers().max_by_key(|(record, _)| record.generation) else { return vec![] };
+        let counts = |record: &Record, name: &String| {
+            attachment_of(record.generation) == attachment_of(top.generation) || top.members.contains(name)
+        };
+        answers().filter(|(record, name)| counts(record, name)).map(|(record, _)| record.generation).collect()
     }
 
     pub fn describe(&self) -> String {
@@ -148,16 +155,11 @@ impl World {
             let dies = self.faults && self.dice.permille(4);
             let errs = self.replicas[replica].erring_until > self.now && self.dice.percent(30);
             let served = self.replicas[replica].client;
-            if matches!(request, Request::Open { .. })
-                && self.of_life(life).is_some_and(|a| !self.attachments[a].disowned)
-            {
-                // Should it be raised now, nobody else will tell of this one.
-                let generation = self.replicas[replica].record.generation;
-                let overwritten = self.overwritten.entry(attachment_of(generation)).or_default();
-                *overwritten = (*overwritten).max(generation);
-            }
+            let before = self.replicas[replica].record.generation;
             let (target, dice) = (&mut self.replicas[replica], &mut self.dice);
-            let Ok(reply) = target.control(&request, self.now, errs, dies, dice) else {
+            let reply = target.control(&request, self.now, errs, dies, dice);
+            self.note_overwritten(life, replica, before);
+            let Ok(reply) = reply else {
                 self.tally.add("replicas that died in a request", 1);
                 return self.kill_replica(replica);
             };
@@ -173,6 +175,15 @@ impl World {
         let at = arrival.max(engine.control_at[place] + 1);
         engine.control_at[place] = at;
         self.at(at, Happening::ControlAnswer { life, round, replica, incarnation, reply });
+    }
+
+    /// A record was replaced: nobody else tells of it any more, except whoever replaced it.
+    fn note_overwritten(&mut self, life: u32, replica: usize, before: u64) {
+        let is_raised = self.replicas[replica].record.generation > before;
+        if is_raised && self.of_life(life).is_some_and(|a| !self.attachments[a].disowned) {
+            let overwritten = self.overwritten.entry(attachment_of(before)).or_default();
+            *overwritten = (*overwritten).max(before);
+        }
     }
 
     pub(super) fn place(&self, a: usize, replica: usize) -> Option<usize> {

@@ -8,6 +8,7 @@ use planner::generations::{Record, Sight, judge};
 
 use super::World;
 use super::oracle::Write;
+use super::replica::Replica;
 use super::user::Request;
 
 impl World {
@@ -330,11 +331,22 @@ impl World {
             self.end = Some(super::End::Faulted);
             return self.check_faulted();
         }
-        let is_clean = good.iter().all(|r| self.replicas[*r].record.clean);
-        for &r in &good {
+        let sight = |r: &usize| {
+            let Replica { name, record, .. } = &self.replicas[*r];
+            let (members, clean) = (record.members.iter().cloned().collect(), record.clean);
+            (name.clone(), Sight::Seen(Record { generation: record.generation, members, clean }))
+        };
+        // One that was dropped just before the end has not failed yet: it is stale.
+        let current = judge(&good.iter().map(sight).collect(), self.heard()).current;
+        let current: Vec<usize> = good.into_iter().filter(|r| current.contains(&self.replicas[*r].name)).collect();
+        if current.is_empty() {
+            return self.check_faulted();
+        }
+        let is_clean = current.iter().all(|r| self.replicas[*r].record.clean);
+        for &r in &current {
             if is_clean {
                 // Otherwise they were still being compared, and are the next time.
-                self.check_equal(good[0], r);
+                self.check_equal(current[0], r);
             }
             let missed = self.misses(r);
             assert!(missed.is_none(), "r{r} misses {missed:?} at the end: {}", self.state());

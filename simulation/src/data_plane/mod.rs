@@ -212,7 +212,7 @@ struct World {
     next_id: u32,
     user: User,
     rivalry: Rivalry,
-    /// By attachment: the highest generation in a record that a later engine of the volume was to replace.
+    /// By attachment: the highest generation in a record that a later engine of the volume replaced.
     overwritten: BTreeMap<u64, u64>,
     oracle: Oracle,
     faults: bool,

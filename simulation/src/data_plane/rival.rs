@@ -113,7 +113,9 @@ impl World {
             return self.tally.add("changes that rivals acknowledged alone", 1);
         }
         let Some(successor) = self.successor() else {
-            return self.oracle.end(block, tag, self.now, Some(generation));
+            self.oracle.end(block, tag, self.now, Some(generation));
+            // A replica may have lost it before the answer came.
+            return self.forgive_losses();
         };
         let reached = self.rivalry.reached.get(&tag).copied().unwrap_or(Set::EMPTY);
         let config = &self.attachments[successor].config;
