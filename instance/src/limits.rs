@@ -24,6 +24,8 @@ pub const REPLICA_GRACE: Duration = Duration::from_secs(30);
 pub const HOLDER_GRACE: Duration = Duration::from_secs(20);
 /// How long one answer on a control socket may take: an answer may have to wait for an fsync.
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest reply on a control socket; a status of 16 replicas with errors is far below.
+pub const CONTROL_LINE_BYTES: usize = 256 << 10;
 /// Delay between attempts to reach a process that has just been started.
 pub const CONNECT: Backoff = Backoff { initial: Duration::from_millis(2), max: Duration::from_millis(250) };
 
