@@ -42,6 +42,9 @@ pub const ENGINE_SILENCE_LIMIT: Duration = Duration::from_secs(10);
 pub const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long the answer may take; a healthy engine takes less than a millisecond.
 pub const HEARTBEAT_ANSWER: Duration = Duration::from_secs(1);
+/// An engine with requests that completes none of them for this long is told: a replica is dropped after [`REPLICA_TIMEOUT`], which
+/// the others must record, and what is asked every [`HEARTBEAT`] is seen late.
+pub const ENGINE_STALL_LIMIT: Duration = Duration::from_secs(12);
 /// How long a newly installed program may take to say that it can be started.
 pub const PROGRAM_CHECK: Duration = Duration::from_secs(10);
 

@@ -348,7 +348,7 @@ fn an_engine_that_ended_under_its_users_faults_the_volume_until_they_are_gone() 
 #[test]
 fn requests_that_wait_for_an_engine_are_told_by_the_volume() {
     let replicas = "recorded=4; map=r1,r2,r3; r1=running:4 r2=running:4 r3=running:4";
-    for reason in ["EngineSilent", "EngineStarting"] {
+    for reason in ["EngineSilent", "EngineStarting", "EngineStuck"] {
         let decision = decide(&world(&format!("on=n1; wish=; engine=running:4@n1; said={reason}; {replicas}")));
         let ready = condition::find(&decision.status.conditions, READY).unwrap();
         assert_eq!((ready.reason.as_str(), ready.message.as_str()), (reason, "on node n1 it said why"));
