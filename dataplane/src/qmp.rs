@@ -272,9 +272,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_daemon_that_does_not_greet_is_none() {
+        let started = tokio::time::Instant::now();
         let (silent, _open) = connect_to(b"{\"QMP\":").await;
         let silent = silent.err().unwrap().to_string();
         assert!(silent.contains("did not answer `greeting` within 5 s"), "{silent}");
+        assert!(started.elapsed() < 2 * LIMIT, "given up after {:?}", started.elapsed());
         let (other, _open) = connect_to(b"{\"return\":{},\"id\":1}\n{\"return\":{},\"id\":1}\n").await;
         let other = other.err().unwrap().to_string();
         assert!(other.contains("understand the greeting"), "{other}");
@@ -302,12 +304,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_daemon_that_does_not_answer_is_not_waited_for_without_end() {
+        let started = tokio::time::Instant::now();
         let (qmp, _server) = fake(&[SILENCE]).await;
         let silent = qmp.execute("x", json!({})).await.unwrap_err();
         assert!(matches!(&silent, DataplaneError::Silent { command, .. } if command == "x"), "{silent}");
         let (qmp, _server) = fake(&[r#"{"return":{},"id":2}"#, r#"{"event":"OTHER"}"#, SILENCE]).await;
         let silent = qmp.execute_until("y", json!({}), |e| e.event == "DONE").await.unwrap_err();
         assert!(matches!(&silent, DataplaneError::Silent { command, .. } if command == "y"), "{silent}");
+        assert!(started.elapsed() < 3 * limits::QMP_TIMEOUT, "given up after {:?}", started.elapsed());
     }
 
     #[tokio::test]
@@ -317,20 +321,27 @@ mod tests {
         assert_eq!(qmp.execute("x", json!({})).await.unwrap(), json!(1));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_line_without_end_ends_the_connection() {
         let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let sent = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let so_far = sent.clone();
         let server = tokio::spawn(async move {
             let (_reader, mut writer) = tokio::io::split(theirs);
             writer.write_all(GREETING).await.unwrap();
-            let mut sent = 0;
-            while sent < 64 << 20 && writer.write_all(&[b'x'; 4096]).await.is_ok() {
-                sent += 4096;
+            writer.write_all(b"{\"return\":{},\"id\":1}\n").await.unwrap();
+            while so_far.fetch_add(4096, std::sync::atomic::Ordering::SeqCst) < 64 << 20 {
+                writer.write_all(&[b'x'; 4096]).await.unwrap();
             }
-            sent
         });
-        let ended = Qmp::connect(ours, LIMIT).await.err().unwrap();
-        assert!(matches!(ended, DataplaneError::Ended { .. }), "{ended}");
-        assert!(server.await.unwrap() < 2 * limits::QMP_LINE_BYTES);
+        let started = tokio::time::Instant::now();
+        let qmp = Qmp::connect(ours, LIMIT).await.unwrap();
+        for command in ["x", "y"] {
+            let ended = qmp.execute(command, json!({})).await.unwrap_err();
+            assert!(matches!(ended, DataplaneError::Ended { .. }), "{ended}");
+        }
+        assert_eq!(started.elapsed(), Duration::ZERO, "nobody waits for what is not read any more");
+        assert!(sent.load(std::sync::atomic::Ordering::SeqCst) < 2 * limits::QMP_LINE_BYTES);
+        server.abort();
     }
 }
