@@ -424,6 +424,8 @@ fn a_device_without_an_engine_fails_after_the_holders_limit() {
     assert!(String::from_utf8_lossy(&read.stderr).contains("Input/output error"));
     assert!(!volume.wait_holder());
     assert!(volume.log().contains("no engine came to serve") && volume.log().contains("r1"), "{}", volume.log());
+    let said = engine::process::holder_report(&volume.config.control_socket).unwrap().unwrap().problem;
+    assert!(said.contains("no engine came to serve") && said.contains("r1"), "{said}");
     assert!(volume.is_mounted(), "the loop device is found by its file");
     volume.detach_loop();
 }

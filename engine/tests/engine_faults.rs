@@ -232,6 +232,23 @@ fn a_pause_of_the_holder_is_no_silence_of_the_engine() {
 }
 
 #[test]
+fn silences_with_answers_between_them_do_not_add_up() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.config.silence_limit_ms = 5_000;
+    volume.attach();
+    let pid = volume.engine_pid();
+    wait_until("the holder watches it", || volume.log().contains("engine answers"));
+    for _ in 0..6 {
+        signal(pid, Signal::STOP);
+        wait_until("the silence is reported", || report(&volume).is_some());
+        signal(pid, Signal::CONT);
+        wait_until("it answers again", || report(&volume).is_none());
+    }
+    assert_eq!((volume.engine_pid(), volume.status().lives), (pid, 1), "{}", volume.log());
+    end(&mut volume);
+}
+
+#[test]
 fn an_engine_that_hangs_while_it_starts_leaves_time_for_another() {
     let mut volume = Volume::new(1, 64 * MIB);
     volume.config.holder_limit_ms = 8_000;

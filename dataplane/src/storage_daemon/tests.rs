@@ -38,6 +38,7 @@ for line in monitor.makefile():
         job = {"id": "create-head"}
         answer = {"return": [dict(job, error="No space left on device") if wish("job-fails") else job]}
     say(dict(answer, id=request["id"]))
+    open("answered-" + command, "w").close()
     if command == "blockdev-create":
         say({"event": "JOB_STATUS_CHANGE", "data": {"id": "create-head", "status": "concluded"}})
     if command == "block-export-del" and "return" in answer:
@@ -162,17 +163,29 @@ async fn a_daemon_that_does_not_greet_is_ended_after_its_time() {
 }
 
 #[tokio::test]
+async fn a_daemon_that_does_not_answer_its_end_is_killed() {
+    let world = World::new(&["deaf-to-quit"]);
+    let daemon = world.start().await.unwrap();
+    tokio::time::pause();
+    let killed = daemon.quit().await.unwrap_err();
+    assert!(matches!(killed, DataplaneError::Silent { .. }), "{killed}");
+    world.wait_until_gone("it did not answer");
+    assert!(daemon.ended().await.contains("signal: 9"));
+    assert!(matches!(daemon.flush().await, Err(DataplaneError::Ended { .. })));
+}
+
+#[tokio::test]
 async fn a_daemon_that_does_not_end_is_killed() {
-    for fault in ["stays", "deaf-to-quit"] {
-        let world = World::new(&[fault]);
-        let daemon = world.start().await.unwrap();
-        tokio::time::pause();
-        let killed = daemon.quit().await.unwrap_err();
-        let said = matches!(killed, DataplaneError::Slow { .. } | DataplaneError::Silent { .. });
-        assert!(said, "{fault}: {killed}");
-        world.wait_until_gone(fault);
-        assert!(daemon.ended().await.contains("signal: 9"));
-        assert!(matches!(daemon.flush().await, Err(DataplaneError::Ended { .. })));
-        tokio::time::resume();
+    let world = World::new(&["stays"]);
+    let daemon = world.start().await.unwrap();
+    let mut quit = std::pin::pin!(daemon.quit());
+    while !world.file("answered-quit").exists() {
+        let early = tokio::time::timeout(Duration::from_millis(10), &mut quit).await;
+        assert!(early.is_err(), "{early:?} although it is there");
     }
+    tokio::time::pause();
+    let killed = quit.await.unwrap_err();
+    assert!(matches!(killed, DataplaneError::Slow { .. }), "{killed}");
+    world.wait_until_gone("it did not end");
+    assert!(daemon.ended().await.contains("signal: 9"));
 }
