@@ -433,6 +433,8 @@ fn an_engine_does_not_make_room_when_the_next_one_might_fail() {
         assert!(said.read_line(&mut line).unwrap() > 0, "qemu-io ended");
     }
     assert!(refusal(&volume).contains("NBD client"));
+    let ended = control_client::shutdown(&volume.config.control_socket, LIMIT).unwrap_err().to_string();
+    assert!(ended.contains("in use by an NBD client"), "{ended}");
     drop(client.stdin.take());
     client.wait().unwrap();
     // In the middle of a fence.
