@@ -2,10 +2,8 @@
 
 mod support;
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, SystemTime};
 
 use backing_image_agent::config_file::FileConfig;
 use backing_image_agent::{client, manager};
@@ -14,19 +12,6 @@ use support::*;
 use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
-
-/// Changes one byte of a sealed file; the modification time can be kept, as silent damage does.
-fn damage(path: &Path, offset: u64, keep_time: bool) {
-    let time = path.metadata().unwrap().modified().unwrap();
-    std::fs::set_permissions(path, PermissionsExt::from_mode(0o644)).unwrap();
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, offset).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
-    if keep_time {
-        file.set_modified(time).unwrap();
-    }
-}
 
 #[tokio::test]
 async fn a_prepared_file_is_taken_over_by_rename_and_adopted_after_a_restart() {
@@ -125,13 +110,9 @@ async fn a_fetch_that_does_not_fit_is_refused_and_the_file_stays() {
 
 #[tokio::test]
 async fn a_changed_time_means_verify_and_damage_is_found() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
-    let file = disk.copy_file();
+    let (disk, manager) = first().await;
     let before = FileConfig::read(&disk.disk().copy(&key()).config).unwrap();
-
-    File::open(&file).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    touch(&disk, SystemTime::UNIX_EPOCH);
     wait_until("the new time is recorded", async || {
         FileConfig::read(&disk.disk().copy(&key()).config)
             .is_some_and(|c| c.modification_time != before.modification_time)
@@ -139,7 +120,8 @@ async fn a_changed_time_means_verify_and_damage_is_found() {
     .await;
     manager.reaches("ready").await;
 
-    damage(&file, 2 * MIB as u64 + 5, false);
+    damage(&disk, 2);
+    touch(&disk, SystemTime::now());
     let copy = manager.reaches("failed").await;
     let message = copy.status.unwrap().error_msg;
     assert!(message.contains("1 of 13 chunks differ") && message.contains("chunk 2"), "{message}");
@@ -152,9 +134,7 @@ async fn a_changed_time_means_verify_and_damage_is_found() {
 
 #[tokio::test]
 async fn a_file_that_longhorn_left_is_adopted_by_its_checksum() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let ((disk, manager), bytes) = (first().await, image());
     manager.kill();
     let files = disk.disk().copy(&key());
     std::fs::remove_file(&files.manifest).unwrap();
@@ -168,7 +148,7 @@ async fn a_file_that_longhorn_left_is_adopted_by_its_checksum() {
 
     manager.kill();
     std::fs::remove_file(&files.manifest).unwrap();
-    damage(&files.file, 7, true);
+    damage(&disk, 0);
     let manager = RunningManager::start(&disk).await;
     let message = manager.reaches("failed").await.status.unwrap().error_msg;
     assert!(message.contains(&sha512(&bytes)), "{message}");
@@ -176,9 +156,7 @@ async fn a_file_that_longhorn_left_is_adopted_by_its_checksum() {
 
 #[tokio::test]
 async fn a_file_that_vanished_is_reported() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let (disk, manager) = first().await;
     std::fs::remove_dir_all(disk.path().join("backing-images")).unwrap();
     let message = manager.reaches("failed").await.status.unwrap().error_msg;
     assert!(message.contains("gone"), "{message}");
@@ -186,9 +164,7 @@ async fn a_file_that_vanished_is_reported() {
 
 #[tokio::test]
 async fn delete_removes_everything_and_can_be_repeated() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let (disk, manager) = first().await;
     let source = disk.disk().source(&key());
     for leftover in [&source.partial, &source.file, &source.config, &disk.disk().copy(&key()).partial] {
         std::fs::write(leftover, "x").unwrap();

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -20,16 +20,6 @@ use std::net::SocketAddr;
 use support::*;
 use tokio::net::TcpListener;
 
-/// Damages a sealed copy without changing its modification time.
-fn damage(disk: &TestDisk, chunk: u64) {
-    let path = disk.copy_file();
-    let time = path.metadata().unwrap().modified().unwrap();
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
-    let file = File::options().write(true).open(&path).unwrap();
-    file.write_all_at(b"damage", chunk * MIB as u64 + 99).unwrap();
-    file.set_modified(time).unwrap();
-}
-
 #[track_caller]
 fn assert_copied(disk: &TestDisk, bytes: &[u8]) {
     let file = disk.copy_file();
@@ -38,15 +28,6 @@ fn assert_copied(disk: &TestDisk, bytes: &[u8]) {
     assert!(metadata.blocks() * 512 < 10 * MIB as u64, "holes stay holes");
     assert_eq!(metadata.permissions().mode() & 0o777, 0o444);
     assert!(!disk.disk().copy(&key()).partial.exists());
-}
-
-/// A second copy, made by a sync from the first.
-async fn second(first: &RunningManager) -> (TestDisk, RunningManager) {
-    let disk = TestDisk::new();
-    let manager = RunningManager::start(&disk).await;
-    manager.sync(spec(), &[first.address]).await.unwrap();
-    manager.reaches("ready").await;
-    (disk, manager)
 }
 
 /// A peer that serves the copy of a disk, counts what is asked, and fails as told.
@@ -130,9 +111,7 @@ fn forge(disk: &TestDisk) {
 
 #[tokio::test]
 async fn a_peer_whose_manifest_is_not_that_of_the_image_is_found_out() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let good = RunningManager::start(&disk).await;
-    prepare(&disk, &good, &bytes).await;
+    let ((_disk, good), bytes) = (first().await, image());
     let (bad_disk, _bad) = second(&good).await;
     forge(&bad_disk);
     let bad = FakePeer::new(&bad_disk, usize::MAX).await;
@@ -148,9 +127,7 @@ async fn a_peer_whose_manifest_is_not_that_of_the_image_is_found_out() {
 
 #[tokio::test]
 async fn a_bad_chunk_is_taken_from_another_peer() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, first), bytes) = (first().await, image());
     let (other_disk, other) = second(&first).await;
     assert_copied(&other_disk, &bytes);
 
@@ -170,9 +147,7 @@ async fn a_bad_chunk_is_taken_from_another_peer() {
 
 #[tokio::test]
 async fn a_chunk_that_is_bad_everywhere_fails_the_copy_by_name() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (disk, first) = first().await;
     damage(&disk, 8);
     let target_disk = TestDisk::new();
     let target = RunningManager::start(&target_disk).await;
@@ -184,9 +159,7 @@ async fn a_chunk_that_is_bad_everywhere_fails_the_copy_by_name() {
 
 #[tokio::test]
 async fn dead_and_wrong_peers_are_left_out() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, first), bytes) = (first().await, image());
     let empty_disk = TestDisk::new();
     let empty = RunningManager::start(&empty_disk).await;
     let silent = FakePeer::new(&disk, 1).await;
@@ -214,9 +187,7 @@ async fn dead_and_wrong_peers_are_left_out() {
 
 #[tokio::test]
 async fn a_killed_sync_goes_on_with_what_it_had() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, _first), bytes) = (first().await, image());
     // One request of eight chunks at most is answered, then silence.
     let silent = FakePeer::new(&disk, 1).await;
     let target_disk = TestDisk::new();
@@ -246,12 +217,10 @@ async fn a_killed_sync_goes_on_with_what_it_had() {
 
 #[tokio::test]
 async fn a_damaged_copy_is_repaired_by_the_bad_chunk_only() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, first), bytes) = (first().await, image());
     let (other_disk, other) = second(&first).await;
     damage(&other_disk, 10);
-    File::open(other_disk.copy_file()).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
+    touch(&other_disk, SystemTime::now());
     other.reaches("failed").await;
 
     let counting = FakePeer::new(&disk, usize::MAX).await;
@@ -263,9 +232,7 @@ async fn a_damaged_copy_is_repaired_by_the_bad_chunk_only() {
 
 #[tokio::test]
 async fn delete_stops_a_running_sync_and_leaves_nothing() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (disk, _first) = first().await;
     let silent = FakePeer::new(&disk, 0).await;
     let target_disk = TestDisk::new();
     let target = RunningManager::start(&target_disk).await;
@@ -280,9 +247,7 @@ async fn delete_stops_a_running_sync_and_leaves_nothing() {
 /// No thread may wait for a peer after its sync has ended: the limit for silence is far beyond that of the test.
 #[tokio::test]
 async fn a_sync_that_is_stopped_hangs_up() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (disk, _first) = first().await;
     let silent = FakePeer::new(&disk, 0).await;
     let target_disk = TestDisk::new();
     let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_secs(3600)).await;
@@ -294,9 +259,7 @@ async fn a_sync_that_is_stopped_hangs_up() {
 
 #[tokio::test]
 async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (_disk, first) = first().await;
     let small = TestDisk::small();
     let target = RunningManager::start(&small).await;
     target.sync(spec(), &[first.address]).await.unwrap();
@@ -308,9 +271,7 @@ async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
 /// Room that is found to be missing only while chunks are written, or after them all, when the file gets its name.
 #[tokio::test]
 async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, _first), bytes) = (first().await, image());
     let data_bytes = bytes.len() - 3 * MIB;
     // The chunks and the file of the disk.
     let needed = data_bytes.next_multiple_of(4096) + 4096;
@@ -339,9 +300,7 @@ async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
 
 #[tokio::test]
 async fn the_peer_port_only_reads_ready_copies() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let ((_disk, manager), bytes) = (first().await, image());
     let base = format!("http://{}:8001/v1/copies", manager.address.ip());
     let client = http();
     let ask = async |path: &str, range: Option<&str>| {
