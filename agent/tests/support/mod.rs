@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use api::image::{CopyState, SourceType};
@@ -49,15 +49,18 @@ pub fn key() -> ImageKey {
 
 /// An image with random data, zeros, and a last chunk that is not full.
 pub fn image() -> Vec<u8> {
-    let mut bytes = vec![0u8; 12 * MIB + 3 * 512];
-    let mut state = 7u32;
-    for (index, byte) in bytes.iter_mut().enumerate() {
-        if !(3 * MIB..6 * MIB).contains(&index) {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            *byte = (state >> 24) as u8;
+    static IMAGE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let mut bytes = vec![0u8; 12 * MIB + 3 * 512];
+        let mut state = 7u32;
+        for (index, byte) in bytes.iter_mut().enumerate() {
+            if !(3 * MIB..6 * MIB).contains(&index) {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                *byte = (state >> 24) as u8;
+            }
         }
-    }
-    bytes
+        bytes
+    });
+    IMAGE.clone()
 }
 
 pub fn sha512(bytes: &[u8]) -> String {
@@ -418,7 +421,10 @@ impl RunningManager {
             }
         });
         wait_for_port(address).await;
-        RunningManager { address, runtime: Some(runtime) }
+        let manager = RunningManager { address, runtime: Some(runtime) };
+        // It answers once it has looked at the whole disk: what a test puts there from now on is not met by that look.
+        manager.client().await.version_get(()).await.unwrap();
+        manager
     }
 
     /// Ends it without warning.
