@@ -82,7 +82,7 @@ pub(super) async fn all(
     report: &Report,
     cancel: &CancellationToken,
 ) -> Result<(), AgentError> {
-    let missing_bytes: u64 = missing.iter().map(|c| bytes_of(manifest, *c)).sum();
+    let missing_bytes = manifest.bytes_of(missing.iter().copied());
     let work = Work {
         queue: runs(&missing, CHUNKS_PER_REQUEST).into(),
         in_flight: BTreeMap::new(),
@@ -241,7 +241,7 @@ impl Fetch {
 
     fn count(&self, chunk: u64) {
         let mut work = self.work();
-        work.done_bytes += bytes_of(&self.manifest, chunk);
+        work.done_bytes += self.manifest.bytes_of([chunk]);
         let percent = work.done_bytes * 100 / self.manifest.data_bytes().max(1);
         drop(work);
         (self.report)(Step::Progress(percent.min(99) as u32));
@@ -341,11 +341,6 @@ impl Work {
             range.start = chunk + 1;
         }
     }
-}
-
-fn bytes_of(manifest: &Manifest, chunk: u64) -> u64 {
-    let range = manifest.range(chunk);
-    range.end - range.start
 }
 
 #[cfg(test)]
