@@ -85,6 +85,11 @@ impl TestDisk {
         disk
     }
 
+    /// What lies in a folder already.
+    pub fn found(folder: tempfile::TempDir) -> TestDisk {
+        TestDisk { folder, mounted: false }
+    }
+
     /// A disk of 8 MiB.
     pub fn small() -> TestDisk {
         TestDisk::with_room(8 * MIB)
