@@ -23,6 +23,8 @@ mod operations;
 mod registry;
 mod serve;
 mod service;
+#[cfg(test)]
+mod tests;
 mod verification;
 
 use registry::Registry;

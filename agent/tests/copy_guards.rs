@@ -7,6 +7,8 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::Duration;
 
 use api::image::CopyState;
+use backing_image_agent::client;
+use backing_image_agent::config_file::FileConfig;
 use backing_image_agent::layout::FileSet;
 use backing_image_agent::manifest::{Manifest, hash_chunk};
 use proto::bimrpc::{BackingImageSpec, VerifyRequest};
@@ -58,6 +60,30 @@ async fn a_prepared_file_about_which_not_everything_agrees_is_not_taken_over() {
     }
 }
 
+/// What it does not let go stays where it is; and nobody waits for it for ever, with the copy locked.
+#[tokio::test]
+async fn nothing_is_taken_from_a_data_source_that_refuses_or_says_nothing() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    let source = Source::of(&image()).await;
+    let data_source = RunningSource::start(source_config(&disk, &[("url", &source.url())], None)).await;
+    let status = serde_json::to_string(&data_source.end().await).unwrap();
+    let refusing = Source::new(move |_, request| match request.starts_with("POST") {
+        true => Reply::status("409 Conflict"),
+        false => Reply::whole(status.as_bytes()),
+    })
+    .await;
+    let error = manager.fetch(spec(), &refusing.address.to_string()).await.unwrap_err();
+    assert!(error.code() == Code::FailedPrecondition && error.message().contains("answered 409"), "{error}");
+    assert!(disk.disk().source(&key()).file.exists() && !disk.copy_file().exists());
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let asked = manager.fetch(spec(), &silent.local_addr().unwrap().to_string()).await;
+    let error = asked.unwrap_err();
+    assert!(error.code() == Code::Unavailable && error.message().contains("cannot be asked"), "{error}");
+    manager.fetch(spec(), &data_source.address.to_string()).await.unwrap();
+    assert_eq!(data_source.get().await.state, CopyState::Ready, "it knows that its work is done");
+}
+
 #[tokio::test]
 async fn a_hand_over_clears_away_what_earlier_attempts_left() {
     let disk = TestDisk::new();
@@ -99,7 +125,7 @@ async fn a_copy_about_which_not_everything_agrees_is_read_before_it_is_ready() {
 #[tokio::test]
 async fn a_copy_that_is_not_what_was_recorded_is_not_ready() {
     type Change = fn(&FileSet);
-    let changes: [(&str, Change, &str); 4] = [
+    let changes: [(&str, Change, &str); 5] = [
         ("bytes behind the end", |f| rewrite(f, |file| file.set_len(image().len() as u64 + 512).unwrap()), "differ"),
         ("the last bytes gone", |f| rewrite(f, |file| file.set_len(image().len() as u64 - 512).unwrap()), "differ"),
         (
@@ -119,6 +145,16 @@ async fn a_copy_that_is_not_what_was_recorded_is_not_ready() {
                 std::fs::remove_file(&f.manifest).unwrap();
             },
             "neither `backing.cfg` nor `backing.chunks`",
+        ),
+        (
+            "no manifest, and only what was expected of it",
+            |f| {
+                std::fs::remove_file(&f.manifest).unwrap();
+                change_config(f, |c| {
+                    (c.current_checksum, c.expected_checksum) = (String::new(), "a".repeat(128));
+                });
+            },
+            "there is no manifest to repair it by",
         ),
     ];
     for (what, change, why) in changes {
@@ -193,6 +229,18 @@ async fn a_peer_that_says_nothing_of_its_manifest_is_left() {
     assert!(message.contains("it was silent for 300ms"), "{message}");
 }
 
+#[tokio::test]
+async fn a_copy_whose_peers_say_nothing_is_deleted_at_once() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start_with(&disk, address(8000), Duration::from_secs(3600)).await;
+    let (peer, _listener) = silent_peer().await;
+    manager.sync(spec(), &[peer]).await.unwrap();
+    manager.reaches("starting").await;
+    let url = manager.address.to_string();
+    client::delete(&url, "parrot", UUID).await.unwrap();
+    assert!(client::list(&url).await.unwrap().is_empty());
+}
+
 /// A part that a killed sync left is kept only where it is right.
 #[tokio::test]
 async fn wrong_bytes_in_a_part_are_not_kept() {
@@ -242,12 +290,24 @@ async fn a_repaired_copy_is_read_only_again_and_holes_need_no_peer() {
 /// A copy that cannot be repaired where it lies, since nothing is known of it any more: what is right in it is kept.
 #[tokio::test]
 async fn a_copy_is_made_anew_from_the_right_chunks_of_a_damaged_one_only() {
+    type Change = fn(&FileSet);
+    let changes: [(&str, Change); 4] = [
+        ("no manifest", |f| std::fs::remove_file(&f.manifest).unwrap()),
+        ("a torn manifest", |f| std::fs::write(&f.manifest, "BIchunks").unwrap()),
+        ("the manifest of another image", |f| change_manifest(f, |m| m.uuid = "ffffffff".parse().unwrap())),
+        ("bytes behind the end", |f| rewrite(f, |file| file.set_len(image().len() as u64 + 512).unwrap())),
+    ];
     let (_from, peer, disk, manager) = two().await;
-    damaged(&disk, &manager, 2).await;
-    std::fs::remove_file(disk.disk().copy(&key()).manifest).unwrap();
-    manager.sync(spec(), &[peer.address]).await.unwrap();
-    manager.reaches("ready").await;
-    assert!(std::fs::read(disk.copy_file()).unwrap() == image());
+    for (what, change) in changes {
+        damaged(&disk, &manager, 2).await;
+        let files = disk.disk().copy(&key());
+        change(&files);
+        manager.sync(spec(), &[peer.address]).await.unwrap();
+        manager.reaches("ready").await;
+        assert!(std::fs::read(&files.file).unwrap() == image(), "{what}");
+        let (config, manifest) = (FileConfig::read(&files.config).unwrap(), Manifest::read(&files.manifest));
+        assert_eq!((config.uuid.as_str(), manifest.unwrap().unwrap().uuid), (UUID, key().uuid), "{what}");
+    }
 }
 
 /// What a damaged copy shall become is not what it was: nothing of it is written over.

@@ -233,6 +233,24 @@ async fn the_command_line_prints_longhorns_json() {
     assert_eq!(error.kind(), api::ErrorKind::Unavailable);
 }
 
+/// One was deleted and made again under its name: neither may hide the other.
+#[tokio::test]
+async fn two_images_of_one_name_are_both_listed() {
+    let (disk, manager) = first().await;
+    manager.kill();
+    let other: backing_image_agent::layout::ImageKey = "parrot-ffffffff".parse().unwrap();
+    let (from, to) = (disk.disk().image_dir(&key()), disk.disk().image_dir(&other));
+    run_program("cp", &["-a", from.to_str().unwrap(), to.to_str().unwrap()]);
+    let files = disk.disk().copy(&other);
+    change_config(&files, |config| config.uuid = "ffffffff".into());
+    change_manifest(&files, |manifest| manifest.uuid = other.uuid);
+    let manager = RunningManager::start(&disk).await;
+    let list = client::list(&manager.address.to_string()).await.unwrap();
+    let mut uuids: Vec<&str> = list.values().map(|copy| copy.uuid.as_str()).collect();
+    uuids.sort();
+    assert_eq!(uuids, [UUID, "ffffffff"]);
+}
+
 #[tokio::test]
 async fn a_wrong_disk_is_refused() {
     let disk = TestDisk::new();

@@ -165,3 +165,16 @@ async fn a_synced_and_a_repaired_copy_are_safe_when_they_are_ready() {
     let manager = RunningManager::start(&disk).await;
     assert!(manager.get().await.damage.contains("1 of 4 chunks differed"), "the repair is remembered");
 }
+
+#[tokio::test]
+async fn what_was_prepared_for_an_image_that_is_deleted_does_not_come_back() {
+    let (disk, bytes) = (TestDisk::new(), small_image());
+    let manager = RunningManager::start(&disk).await;
+    let source = Source::of(&bytes).await;
+    let data_source = RunningSource::start(source_config(&disk, &[("url", &source.url())], None)).await;
+    assert_eq!(data_source.end().await.state, CopyState::ReadyForTransfer);
+    let journal = forgetful::watch(disk.path());
+    assert_eq!(after(&journal, journal.now()).temporary_files().len(), 3);
+    client::delete(&manager.address.to_string(), "parrot", UUID).await.unwrap();
+    assert!(is_empty(&after(&journal, journal.now()).disk().tmp_dir()));
+}

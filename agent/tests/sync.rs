@@ -258,6 +258,23 @@ async fn a_sync_that_is_stopped_hangs_up() {
 }
 
 #[tokio::test]
+async fn a_repair_that_is_stopped_hangs_up() {
+    let (disk, first) = first().await;
+    let silent = FakePeer::new(&disk, 0).await;
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_secs(3600)).await;
+    target.sync(spec(), &[first.address]).await.unwrap();
+    target.reaches("ready").await;
+    damage(&target_disk, 2);
+    touch(&target_disk, SystemTime::now());
+    target.reaches("failed").await;
+    target.sync(spec(), &[silent.address]).await.unwrap();
+    wait_until("the chunk is asked for", async || silent.ranges() == ["bytes=2097152-3145727"]).await;
+    backing_image_agent::client::delete(&target.address.to_string(), "parrot", UUID).await.unwrap();
+    wait_until("it hangs up", async || silent.hung_up.load(Ordering::SeqCst) == 1).await;
+}
+
+#[tokio::test]
 async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
     let (_disk, first) = first().await;
     let small = TestDisk::small();
@@ -315,10 +332,34 @@ async fn the_peer_port_only_reads_ready_copies() {
     assert_eq!((status, &body[..]), (206, &bytes[10..20]));
     assert_eq!(ask("parrot-0a1b2c3d/data", None).await.0, 416);
     assert_eq!(ask("parrot-0a1b2c3d/data", Some("bytes=0-99999999")).await.0, 416);
+    assert_eq!(ask("parrot-0a1b2c3d/data", Some("bytes=9-5")).await.0, 416);
     assert_eq!(ask("parrot-ffffffff/data", Some("bytes=0-1")).await.0, 404);
     assert_eq!(ask("..%2F..%2Fetc/data", Some("bytes=0-1")).await.0, 400);
     let response = client.delete(format!("{base}/parrot-0a1b2c3d/data")).send().await.unwrap();
     assert_eq!(response.status().as_u16(), 405);
+    wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
+}
+
+/// From outside, that is: nobody would know when the thread that reads it never ended.
+#[tokio::test]
+async fn a_copy_that_is_cut_short_while_it_is_read_ends_the_transfer() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    // More than what is on its way at one time.
+    let mut bytes = vec![0; 64 * MIB];
+    bytes[0] = 1;
+    prepare(&disk, &manager, &bytes).await;
+    let url = format!("http://{}:8001/v1/copies/parrot-0a1b2c3d/data", manager.address.ip());
+    let range = format!("bytes=0-{}", bytes.len() - 1);
+    let mut response = http().get(url).header("Range", range).send().await.unwrap();
+    assert!(response.chunk().await.unwrap().is_some());
+    File::options().write(true).open(disk.copy_file()).unwrap().set_len(0).unwrap();
+    let rest = async {
+        while response.chunk().await?.is_some() {}
+        Ok::<_, reqwest::Error>(())
+    };
+    let ended = tokio::time::timeout(Duration::from_secs(60), rest).await.expect("it ends");
+    assert!(ended.is_err(), "not as if it were whole");
     wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
 }
 
@@ -327,6 +368,8 @@ async fn the_peer_port_only_reads_ready_copies() {
 struct Receiver {
     bytes: Arc<Mutex<Vec<u8>>>,
     calls: Arc<Mutex<Vec<&'static str>>>,
+    /// So many requests with data are refused first.
+    refusals: Arc<AtomicUsize>,
 }
 
 type Range = Query<BTreeMap<String, String>>;
@@ -358,8 +401,13 @@ impl Receiver {
             .route(
                 "/v1-ssync/writeData",
                 post(|State(r): State<Receiver>, query: Range, body: Bytes| async move {
+                    let refuse = |left: usize| left.checked_sub(1);
+                    if r.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, refuse).is_ok() {
+                        return StatusCode::INTERNAL_SERVER_ERROR;
+                    }
                     r.calls.lock().unwrap().push("data");
                     r.bytes.lock().unwrap()[number(&query, "begin")..number(&query, "end")].copy_from_slice(&body);
+                    StatusCode::OK
                 })
                 .layer(axum::extract::DefaultBodyLimit::disable()),
             )
@@ -394,4 +442,20 @@ async fn a_copy_is_sent_to_longhorns_receiver() {
     })
     .await
     .unwrap();
+}
+
+/// To be closed is the receiver's sign that all of the file is there.
+#[tokio::test]
+async fn a_receiver_that_refuses_is_asked_again_and_closed_only_when_it_has_taken_everything() {
+    let (_disk, manager) = first().await;
+    for (refusals, is_closed) in [(2, true), (usize::MAX, false)] {
+        let receiver = Receiver { refusals: Arc::new(AtomicUsize::new(refusals)), ..Default::default() };
+        let to_address = receiver.start().await.to_string();
+        let request = SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address };
+        manager.client().await.send(request).await.unwrap();
+        wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
+        assert!(receiver.refusals.load(Ordering::SeqCst) != refusals, "it was asked");
+        assert_eq!(receiver.calls.lock().unwrap().contains(&"close"), is_closed);
+        assert_eq!(*receiver.bytes.lock().unwrap() == image(), is_closed);
+    }
 }
