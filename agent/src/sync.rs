@@ -248,6 +248,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn nothing_is_prepared_for_what_was_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = ImageKey::parse("parrot", "0a1b2c3d").unwrap();
+        let files = crate::layout::Disk::new(folder.path()).copy(&key);
+        let manifest = Manifest {
+            uuid: key.uuid,
+            sha512: "a".repeat(128).parse().unwrap(),
+            format: crate::config_file::Format::Raw,
+            size_bytes: CHUNK_BYTES,
+            virtual_size_bytes: CHUNK_BYTES,
+            chunks: vec![None],
+        };
+        let cancel = CancellationToken::new();
+        assert!(prepare(&files, &manifest, &cancel).is_ok());
+        cancel.cancel();
+        assert!(matches!(prepare(&files, &manifest, &cancel), Err(AgentError::Cancelled)));
+    }
+
+    #[test]
     fn neighbors_are_fetched_together_up_to_the_limit() {
         assert_eq!(runs(&[], 8), []);
         assert_eq!(runs(&[0, 1, 2, 5, 7, 8], 8), [0..3, 5..6, 7..9]);

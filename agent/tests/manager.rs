@@ -71,6 +71,14 @@ async fn a_hand_over_that_was_interrupted_is_finished() {
     assert_eq!(copy.status.unwrap().state, "ready");
     let copy = manager.fetch(spec(), "").await.unwrap();
     assert_eq!(copy.status.unwrap().state, "ready");
+    // The same when the manager itself has not seen the file yet.
+    manager.kill();
+    let (place, away) = (disk.disk().images_dir(), disk.path().join("away"));
+    std::fs::rename(&place, &away).unwrap();
+    let manager = RunningManager::start(&disk).await;
+    std::fs::rename(&away, &place).unwrap();
+    let copy = manager.fetch(spec(), &data_source.address.to_string()).await.unwrap();
+    assert_eq!(copy.status.unwrap().state, "ready");
 }
 
 #[tokio::test]
@@ -166,7 +174,8 @@ async fn a_file_that_vanished_is_reported() {
 async fn delete_removes_everything_and_can_be_repeated() {
     let (disk, manager) = first().await;
     let source = disk.disk().source(&key());
-    for leftover in [&source.partial, &source.file, &source.config, &disk.disk().copy(&key()).partial] {
+    let torn = source.config.with_extension("cfg.writing");
+    for leftover in [&source.partial, &source.file, &source.config, &torn, &disk.disk().copy(&key()).partial] {
         std::fs::write(leftover, "x").unwrap();
     }
     for _ in 0..2 {

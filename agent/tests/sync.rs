@@ -285,6 +285,33 @@ async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
     assert!(!small.disk().copy(&key()).partial.exists() && !small.copy_file().exists());
 }
 
+/// What describes a damaged copy stays as long as that: by it the copy is repaired where it lies, without more room.
+#[tokio::test]
+async fn a_full_disk_keeps_what_a_damaged_copy_can_be_repaired_by() {
+    let (_disk, first) = first().await;
+    // For the copy and what goes with it, not for another one.
+    let full = TestDisk::with_room(image().len() - 3 * MIB + 64 * 4096);
+    let target = RunningManager::start(&full).await;
+    target.sync(spec(), &[first.address]).await.unwrap();
+    target.reaches("ready").await;
+    let files = full.disk().copy(&key());
+    for chunk in [0, 1] {
+        let file = File::options().write(true).open(&files.file).unwrap();
+        file.write_all_at(b"damage", chunk * MIB as u64).unwrap();
+    }
+    touch(&full, SystemTime::now());
+    target.reaches("failed").await;
+    // As if it had been begun to be made anew.
+    std::fs::write(&files.partial, "x").unwrap();
+    target.sync(spec(), &[first.address]).await.unwrap();
+    wait_until("there is no room", async || target.get().await.error_kind == "Exhausted").await;
+    assert!(!files.partial.exists() && files.manifest.exists());
+    target.sync(spec(), &[first.address]).await.unwrap();
+    let copy = target.reaches("ready").await;
+    assert!(copy.damage.contains("2 of 13 chunks differed"), "{}", copy.damage);
+    assert!(std::fs::read(&files.file).unwrap() == image());
+}
+
 /// Room that is found to be missing only while chunks are written, or after them all, when the file gets its name.
 #[tokio::test]
 async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
@@ -381,6 +408,11 @@ fn number(query: &Range, key: &str) -> usize {
 impl Receiver {
     async fn start(&self) -> SocketAddr {
         let address = address(30001);
+        self.start_at(address).await;
+        address
+    }
+
+    async fn start_at(&self, address: SocketAddr) {
         let listener = TcpListener::bind(address).await.unwrap();
         let app = Router::new()
             .route(
@@ -417,8 +449,23 @@ impl Receiver {
             )
             .with_state(self.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
-        address
     }
+}
+
+#[tokio::test]
+async fn a_receiver_that_is_still_starting_is_waited_for() {
+    let (_disk, manager) = first().await;
+    let (receiver, address) = (Receiver::default(), address(30001));
+    let early = TcpListener::bind(address).await.unwrap();
+    let request = SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address: address.to_string() };
+    manager.client().await.send(request).await.unwrap();
+    let (connection, _) = early.accept().await.unwrap();
+    drop(early);
+    drop(connection);
+    wait_until("the address is free", async || TcpListener::bind(address).await.is_ok()).await;
+    receiver.start_at(address).await;
+    wait_until("the receiver is closed", async || receiver.calls.lock().unwrap().last() == Some(&"close")).await;
+    assert!(*receiver.bytes.lock().unwrap() == image());
 }
 
 #[tokio::test]

@@ -120,6 +120,7 @@ async fn a_copy_that_waits_for_its_turn_is_deleted_at_once() {
     // Received, found changed, read again fast and slowly.
     for case in 0..4 {
         let (_folder, files, registry) = ready().await;
+        let _end = registry.tasks.clone().drop_guard();
         let _syncs = registry.syncs.acquire_many(MAX_SYNCS as u32).await.unwrap();
         let _verifications = registry.verifications.acquire_many(MAX_VERIFICATIONS as u32).await.unwrap();
         let _scrubs = registry.scrubs.acquire_many(MAX_SCRUBS as u32).await.unwrap();
@@ -167,6 +168,8 @@ async fn a_copy_is_removed_when_nothing_works_on_it_any_more() {
 #[tokio::test]
 async fn a_reading_goes_on_until_a_faster_one_is_wished_and_none_is_the_last() {
     let (_folder, _files, registry) = ready().await;
+    // A test that fails must not wait for it.
+    let _end = registry.tasks.clone().drop_guard();
     registry.verify(key(), SLOW).await.unwrap();
     until("it reads", || registry.scrubs.available_permits() == 0).await;
     assert_eq!(registry.verifications.available_permits(), MAX_VERIFICATIONS, "others need not wait for it");
@@ -259,5 +262,5 @@ async fn everything_that_changes_is_told() {
         timeout(DEADLINE, watch.changed()).await.unwrap_or_else(|_| panic!("{what} was not told")).unwrap();
     }
     registry.tasks.cancel();
-    timeout(DEADLINE, registry.close(DEADLINE)).await.expect("the background work ended");
+    timeout(DEADLINE, registry.close(2 * DEADLINE)).await.expect("the background work ended");
 }

@@ -331,6 +331,7 @@ mod tests {
         let read = |pause: &dyn Fn()| read_again(&files, &key(), Timestamp::now(), &cancel, pause);
         let recorded = files.file.metadata().unwrap().modified().unwrap();
         assert!(read(&|| touch(SystemTime::now())).unwrap().is_none());
+        assert!(read(&|| ()).unwrap().is_none(), "it is not the file that was recorded");
         // As it was recorded in the end only: nobody knows what the first bytes were.
         assert!(read(&|| touch(recorded)).unwrap().is_none());
         assert!(read(&|| ()).unwrap().is_some_and(|config| !config.verified_at.is_empty()));
