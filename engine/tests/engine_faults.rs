@@ -129,6 +129,38 @@ fn an_engine_that_is_killed_again_and_again_is_replaced_under_a_mounted_filesyst
     volume.assert_equal(0, 1);
 }
 
+/// The kernel must not be in need of memory of the engine for the requests that it hands over: it gets none for a process that was
+/// killed, and ends such a request with an error.
+#[test]
+fn an_engine_that_is_killed_while_it_takes_its_first_requests_loses_none() {
+    let mut volume = Volume::new(1, 256 * MIB);
+    volume.attach();
+    // In a thread: killing it ends all of it.
+    let options =
+        ["--rw=randwrite", "--bs=1M", "--size=256M", "--iodepth=64", "--time_based", "--runtime=1000", "--thread"];
+    let mut load = fio(&volume, &options).spawn().unwrap();
+    let repeated = |volume: &Volume| volume.log().matches("are repeated").count();
+    for round in 0..10 {
+        let (life, started) = (2 * round as u32 + 1, Instant::now());
+        wait_until("it is replaced at once", || started.elapsed() > engine::limits::HOLDER_SETTLED);
+        kill(volume.engine_pid());
+        // Without a pause: what the next engine takes first is over within milliseconds.
+        while repeated(&volume) == 2 * round {
+            assert!(started.elapsed() < Duration::from_secs(60), "{}", volume.log());
+        }
+        let taking = Instant::now();
+        while taking.elapsed() < Duration::from_micros(500 * round as u64) {}
+        volume.engines().into_iter().for_each(kill);
+        wait_for_life(&volume, life + 2);
+        wait_until("the next engine has repeated them", || repeated(&volume) == 2 * round + 2);
+        assert!(load.try_wait().unwrap().is_none(), "the load ended in round {round}");
+    }
+    load.kill().unwrap();
+    let errors = load.wait_with_output().unwrap().stderr;
+    assert!(errors.is_empty(), "{}", String::from_utf8_lossy(&errors));
+    end(&mut volume);
+}
+
 #[test]
 fn an_engine_that_is_killed_at_any_step_of_its_start_is_replaced() {
     let mut volume = Volume::new(3, 64 * MIB);

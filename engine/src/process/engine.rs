@@ -99,6 +99,8 @@ pub(super) struct Engine {
     epoll: OwnedFd,
     pub(super) core: Core,
     pub(super) buffers: Buffers,
+    /// What the kernel's next request is read into.
+    pub(super) intake: core::BufferId,
     /// None once the volume is unmounted.
     pub(super) fuse: Option<OwnedFd>,
     links: Vec<Option<Link>>,
@@ -183,6 +185,7 @@ impl Engine {
             start_errors,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC).map_err(events)?,
             core,
+            intake: buffers.get_resident(),
             buffers,
             fuse: Some(fuse),
             links,
