@@ -24,9 +24,6 @@ use crate::manifest::Manifest;
 use crate::peer::{Connection, Peer, PeerError};
 use crate::sparse;
 
-#[cfg(test)]
-mod tests;
-
 /// Pause after a failed request, times the failures in a row.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -345,3 +342,6 @@ impl Work {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
