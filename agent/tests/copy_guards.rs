@@ -125,7 +125,7 @@ async fn a_copy_about_which_not_everything_agrees_is_read_before_it_is_ready() {
 #[tokio::test]
 async fn a_copy_that_is_not_what_was_recorded_is_not_ready() {
     type Change = fn(&FileSet);
-    let changes: [(&str, Change, &str); 5] = [
+    let changes: [(&str, Change, &str); 6] = [
         ("bytes behind the end", |f| rewrite(f, |file| file.set_len(image().len() as u64 + 512).unwrap()), "differ"),
         ("the last bytes gone", |f| rewrite(f, |file| file.set_len(image().len() as u64 - 512).unwrap()), "differ"),
         (
@@ -143,6 +143,14 @@ async fn a_copy_that_is_not_what_was_recorded_is_not_ready() {
             |f| {
                 std::fs::remove_file(&f.config).unwrap();
                 std::fs::remove_file(&f.manifest).unwrap();
+            },
+            "neither `backing.cfg` nor `backing.chunks`",
+        ),
+        (
+            "no manifest, and a config without any checksum",
+            |f| {
+                std::fs::remove_file(&f.manifest).unwrap();
+                change_config(f, |c| c.current_checksum.clear());
             },
             "neither `backing.cfg` nor `backing.chunks`",
         ),

@@ -7,7 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use backing_image_agent::config_file::FileConfig;
 use backing_image_agent::{client, manager};
-use proto::bimrpc::{BackingImageSpec, BackupStatusRequest, DeleteRequest, GetRequest, PrepareDownloadRequest};
+use proto::bimrpc::{
+    BackingImageSpec, BackupStatusRequest, DeleteRequest, GetRequest, PrepareDownloadRequest, SendRequest,
+};
 use support::*;
 use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
@@ -200,6 +202,8 @@ async fn bad_requests_get_the_right_codes() {
         assert_eq!(client.delete(request).await.unwrap_err().code(), Code::InvalidArgument, "{name} {uuid}");
     }
     assert_eq!(manager.sync(spec(), &[]).await.unwrap_err().code(), Code::InvalidArgument);
+    let to_nobody = SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address: " ".into() };
+    assert_eq!(client.send(to_nobody).await.unwrap_err().code(), Code::InvalidArgument);
     let negative = BackingImageSpec { size: -1, ..spec() };
     assert_eq!(manager.sync(negative, &[address(8000)]).await.unwrap_err().code(), Code::InvalidArgument);
     let checksum = BackingImageSpec { checksum: "abc".into(), ..spec() };

@@ -169,3 +169,21 @@ async fn a_file_of_which_chunks_are_missing_is_not_taken_for_whole() {
     let error = fetch.all(&CancellationToken::new()).await.unwrap_err();
     assert_eq!(error.to_string(), "no peer can give the copy: 127.0.0.1:1: dead; 127.0.0.1:2: dead");
 }
+
+#[tokio::test]
+async fn who_waits_ends_when_another_one_gives_up() {
+    let fetch = fetch_of(1);
+    fetch.work().queue.clear();
+    fetch.work().in_flight.insert(0, 0..1);
+    let mut waiting = std::pin::pin!(fetch.run(OTHER));
+    assert!(futures::poll!(&mut waiting).is_pending());
+    {
+        let mut work = fetch.work();
+        work.in_flight.clear();
+        work.queue.push_back(0..1);
+        work.bad = BTreeMap::from([(0, BTreeSet::from([0])), (1, BTreeSet::from([0]))]);
+    }
+    fetch.run(0).await;
+    tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("nobody waits for ever");
+    assert!(matches!(fetch.work().error, Some(AgentError::ChunkBadEverywhere { .. })));
+}
