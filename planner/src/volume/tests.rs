@@ -9,27 +9,14 @@ use api::volume::{Robustness, VolumeSpec};
 use expect_test::{Expect, expect};
 
 use super::*;
-use crate::disk::Disk;
+use crate::disk::{Disk, ready_disk};
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
 }
 
 fn disk(n: u32, health: Health) -> Disk {
-    Disk {
-        id: format!("d{n}"),
-        name: "disk".into(),
-        node: format!("n{n}"),
-        path: format!("/d{n}"),
-        node_tags: vec![],
-        tags: vec![],
-        health,
-        unschedulable: None,
-        evicting: false,
-        maximum_bytes: 100,
-        available_bytes: 100,
-        reserved_bytes: 0,
-    }
+    Disk { name: "disk".into(), node: format!("n{n}"), health, ..ready_disk(&format!("d{n}"), 100) }
 }
 
 /// `on=n1; engine=running:3@n1; r1=running:3{r1,r2} r2=failed r3=stopped:2; silent=n2; recorded=3; map=r1,r2`
