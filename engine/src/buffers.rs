@@ -43,6 +43,20 @@ impl Buffers {
         }
     }
 
+    /// A pooled buffer for [`rustix::io::read`] of `/dev/fuse`: the kernel will find all of its pages.
+    ///
+    /// A page that the kernel would have to bring in while it copies a request is not brought in any more for a process that was
+    /// just killed with SIGKILL. The copy then fails, and the kernel ends that request with EIO (`fuse_dev_do_read`) instead of
+    /// keeping it for the next engine.
+    pub fn get_resident(&mut self) -> BufferId {
+        const SMALLEST_PAGE: usize = 4096;
+        let id = self.get(POOLED_BYTES);
+        let memory = self.bytes_mut(id);
+        memory.iter_mut().step_by(SMALLEST_PAGE).for_each(|byte| *byte = 0);
+        memory[POOLED_BYTES - 1] = 0;
+        id
+    }
+
     pub fn put(&mut self, id: BufferId) {
         let slot = &mut self.slots[id.0 as usize];
         if slot.len() == POOLED_BYTES && self.pooled.len() < limits::MAX_POOLED_BUFFERS {
@@ -80,6 +94,13 @@ impl Buffers {
         &mut self.slots[id.0 as usize]
     }
 
+    /// Copies the first `length` bytes of one buffer to another one.
+    pub fn copy(&mut self, from: BufferId, to: BufferId, length: usize) {
+        let places = [from.0 as usize, to.0 as usize];
+        let [from, to] = self.slots.get_disjoint_mut(places).expect("two different buffers");
+        to[..length].copy_from_slice(&from[..length]);
+    }
+
     pub fn part(&self, payload: Payload, length: usize) -> &[u8] {
         &self.bytes(payload.buffer)[payload.start..payload.start + length]
     }
@@ -91,7 +112,10 @@ impl Buffers {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+    use crate::sys;
 
     #[test]
     fn gives_the_buffer_that_was_returned_last() {
@@ -125,6 +149,43 @@ mod tests {
         assert_eq!(held(&buffers), [false; 3]);
         let again = buffers.get(1);
         assert_eq!(buffers.bytes(again).len(), POOLED_BYTES, "a place without memory gets new memory");
+    }
+
+    /// Whether each page of it is in memory, as `/proc/self/pagemap` says.
+    fn is_resident(memory: &[u8]) -> bool {
+        let page = rustix::param::page_size();
+        let (start, end) = (memory.as_ptr() as usize / page, (memory.as_ptr() as usize + memory.len()).div_ceil(page));
+        let mut entries = vec![0; (end - start) * 8];
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        pagemap.read_exact_at(&mut entries, start as u64 * 8).unwrap();
+        entries.chunks_exact(8).all(|entry| entry[7] & 0x80 != 0)
+    }
+
+    #[test]
+    fn a_buffer_for_requests_of_the_kernel_is_in_memory_whatever_was_used_before() {
+        sys::map_large_allocations();
+        let mut buffers = Buffers::default();
+        // The allocator may have memory that other tests have used.
+        let untouched = (0..64).map(|_| buffers.get(POOLED_BYTES)).collect::<Vec<_>>();
+        let untouched = untouched.into_iter().find(|id| !is_resident(buffers.bytes(*id)));
+        let untouched = untouched.expect("the kernel gives memory when it is written");
+        buffers.bytes_mut(untouched)[..8192].fill(1);
+        assert!(!is_resident(buffers.bytes(untouched)));
+        buffers.put(untouched);
+        let partly_used = buffers.get_resident();
+        assert_eq!(partly_used, untouched);
+        assert!(is_resident(buffers.bytes(partly_used)));
+        let fresh = buffers.get_resident();
+        assert!(is_resident(buffers.bytes(fresh)));
+    }
+
+    #[test]
+    fn copies_the_beginning_and_nothing_else() {
+        let mut buffers = Buffers::default();
+        let (from, to) = (buffers.get(1), buffers.get(1));
+        buffers.bytes_mut(from)[..8].copy_from_slice(b"12345678");
+        buffers.copy(from, to, 4);
+        assert_eq!(buffers.bytes(to)[..8], *b"1234\0\0\0\0");
     }
 
     #[test]

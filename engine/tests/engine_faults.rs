@@ -129,6 +129,38 @@ fn an_engine_that_is_killed_again_and_again_is_replaced_under_a_mounted_filesyst
     volume.assert_equal(0, 1);
 }
 
+/// The kernel must not be in need of memory of the engine for the requests that it hands over: it gets none for a process that was
+/// killed, and ends such a request with an error.
+#[test]
+fn an_engine_that_is_killed_while_it_takes_its_first_requests_loses_none() {
+    let mut volume = Volume::new(1, 256 * MIB);
+    volume.attach();
+    // In a thread: killing it ends all of it.
+    let options =
+        ["--rw=randwrite", "--bs=1M", "--size=256M", "--iodepth=64", "--time_based", "--runtime=1000", "--thread"];
+    let mut load = fio(&volume, &options).spawn().unwrap();
+    let repeated = |volume: &Volume| volume.log().matches("are repeated").count();
+    for round in 0..10 {
+        let (life, started) = (2 * round as u32 + 1, Instant::now());
+        wait_until("it is replaced at once", || started.elapsed() > engine::limits::HOLDER_SETTLED);
+        kill(volume.engine_pid());
+        // Without a pause: what the next engine takes first is over within milliseconds.
+        while repeated(&volume) == 2 * round {
+            assert!(started.elapsed() < Duration::from_secs(60), "{}", volume.log());
+        }
+        let taking = Instant::now();
+        while taking.elapsed() < Duration::from_micros(500 * round as u64) {}
+        volume.engines().into_iter().for_each(kill);
+        wait_for_life(&volume, life + 2);
+        wait_until("the next engine has repeated them", || repeated(&volume) == 2 * round + 2);
+        assert!(load.try_wait().unwrap().is_none(), "the load ended in round {round}");
+    }
+    load.kill().unwrap();
+    let errors = load.wait_with_output().unwrap().stderr;
+    assert!(errors.is_empty(), "{}", String::from_utf8_lossy(&errors));
+    end(&mut volume);
+}
+
 #[test]
 fn an_engine_that_is_killed_at_any_step_of_its_start_is_replaced() {
     let mut volume = Volume::new(3, 64 * MIB);
@@ -228,6 +260,23 @@ fn a_pause_of_the_holder_is_no_silence_of_the_engine() {
     signal(pid, Signal::CONT);
     wait_until("it answers again", || report(&volume).is_none());
     assert_eq!(volume.status().lives, 1);
+    end(&mut volume);
+}
+
+#[test]
+fn silences_with_answers_between_them_do_not_add_up() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.config.silence_limit_ms = 5_000;
+    volume.attach();
+    let pid = volume.engine_pid();
+    wait_until("the holder watches it", || volume.log().contains("engine answers"));
+    for _ in 0..6 {
+        signal(pid, Signal::STOP);
+        wait_until("the silence is reported", || report(&volume).is_some());
+        signal(pid, Signal::CONT);
+        wait_until("it answers again", || report(&volume).is_none());
+    }
+    assert_eq!((volume.engine_pid(), volume.status().lives), (pid, 1), "{}", volume.log());
     end(&mut volume);
 }
 
@@ -384,6 +433,8 @@ fn an_engine_does_not_make_room_when_the_next_one_might_fail() {
         assert!(said.read_line(&mut line).unwrap() > 0, "qemu-io ended");
     }
     assert!(refusal(&volume).contains("NBD client"));
+    let ended = control_client::shutdown(&volume.config.control_socket, LIMIT).unwrap_err().to_string();
+    assert!(ended.contains("in use by an NBD client"), "{ended}");
     drop(client.stdin.take());
     client.wait().unwrap();
     // In the middle of a fence.
@@ -431,7 +482,16 @@ fn without_repeated_requests_the_device_ends_with_its_engine() {
 fn the_kernel_says_whether_it_repeats_requests() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("probe");
-    let repeats = engine::fuse::probe::repeats_requests(&file).unwrap();
+    // One that was killed in the middle left its mount, which would wait for an answer for ever.
+    std::fs::write(&file, "").unwrap();
+    let left = engine::fuse::mount::mount(&file).unwrap();
+    let (sender, answer) = std::sync::mpsc::channel();
+    let probed = file.clone();
+    std::thread::spawn(move || sender.send(engine::fuse::probe::repeats_requests(&probed)));
+    let answer = answer.recv_timeout(Duration::from_secs(20));
+    engine::fuse::mount::detach(&file);
+    drop(left);
+    let repeats = answer.expect("it waits for the mount that was left").unwrap();
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok()).unwrap();
     let mut parts = release.split(['.', '-']);

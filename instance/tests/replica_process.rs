@@ -467,6 +467,78 @@ fn a_qcow2_base_is_read_and_never_written() {
     assert!(said.contains("extended l2: true") && said.contains("cluster_size: 131072"), "{said}");
 }
 
+/// What a process that was killed while it made the head left is no head.
+#[test]
+fn an_unfinished_head_is_made_anew() {
+    let mut replica = Replica::new(raw_base);
+    std::fs::create_dir(&replica.config.directory).unwrap();
+    let left = replica.config.directory.join("volume-head.qcow2.tmp");
+    std::fs::write(&left, vec![0x77; 1 << 20]).unwrap();
+    replica.start();
+    assert!(!left.exists());
+    let export = replica.open(1);
+    replica.io_ok(&export, &["read -P 0x11 0 8M", "read -P 0 8M 24M", "write -P 1 0 4k"]);
+}
+
+#[test]
+fn a_head_of_another_size_is_refused() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    replica.stop();
+    let head = replica.config.directory.join("volume-head.qcow2");
+    qemu_img(&["resize", "-q", "-f", "qcow2", head.to_str().unwrap(), "64M"]);
+    let said = replica.start_fails();
+    assert!(said.contains("has 67108864 bytes, the volume has 33554432"), "{said}");
+}
+
+/// A daemon that outlives its process, here a stopped one, still has the files open.
+#[test]
+fn nobody_takes_the_directory_while_a_daemon_lives() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let export = replica.open(1);
+    let daemon = replica.daemon();
+    rustix::process::kill_process(daemon, rustix::process::Signal::STOP).unwrap();
+    replica.signal(rustix::process::Signal::KILL);
+    replica.child.take().unwrap().wait().unwrap();
+    let mut next = replica.launch();
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < deadline {
+        assert!(replica.try_ask(&Request::Status).is_none(), "two daemons have the head of {export} open");
+        assert!(next.try_wait().unwrap().is_none(), "it waits for the daemon to end");
+        std::thread::park_timeout(Duration::from_millis(20)); // poll
+    }
+    rustix::process::kill_process(daemon, rustix::process::Signal::CONT).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while replica.try_ask(&Request::Status).is_none() {
+        assert!(Instant::now() < deadline, "the next process never got the directory");
+        std::thread::park_timeout(Duration::from_millis(20)); // poll
+    }
+    replica.child = Some(next);
+    assert_eq!(replica.record().generation, 1);
+}
+
+#[test]
+fn a_request_without_end_or_sense_changes_nothing() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let connect = || runtime::socket::connect_blocking(&replica.config.directory.join("control.sock")).unwrap();
+    let mut talker = connect();
+    talker.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut sent = 0;
+    while sent < 8 << 20 && talker.write_all(&[b'x'; 4096]).is_ok() {
+        sent += 4096;
+    }
+    assert!(sent < 4 << 20, "{sent} bytes of one request were taken");
+    // Half a request that is whole by itself, at the end of a connection.
+    let mut half = connect();
+    half.write_all(b"nonsense\n{\"request\":\"open\",\"generation\":5").unwrap();
+    half.shutdown(std::net::Shutdown::Write).unwrap();
+    let said = std::io::read_to_string(half).unwrap();
+    assert_eq!(said.matches("is not understood").count(), 2, "{said}");
+    assert_eq!(replica.record().generation, 0);
+}
+
 #[test]
 fn two_processes_never_share_a_directory() {
     let mut replica = Replica::new(|_| None);

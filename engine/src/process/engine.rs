@@ -100,6 +100,8 @@ pub(super) struct Engine {
     pub(super) epoll: OwnedFd,
     pub(super) core: Core,
     pub(super) buffers: Buffers,
+    /// What the kernel's next request is read into.
+    pub(super) intake: core::BufferId,
     /// None once the volume is unmounted.
     pub(super) fuse: Option<OwnedFd>,
     pub(super) links: Vec<Option<Link>>,
@@ -187,6 +189,7 @@ impl Engine {
             start_errors,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC).map_err(events)?,
             core,
+            intake: buffers.get_resident(),
             buffers,
             fuse: Some(fuse),
             links,

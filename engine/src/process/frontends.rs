@@ -38,31 +38,25 @@ impl Engine {
     pub(super) fn take_fuse_requests(&mut self) -> Result<(), EngineError> {
         for _ in 0..limits::FUSE_BATCH {
             let Some(fuse) = &self.fuse else { return Ok(()) };
-            let buffer = self.buffers.get(POOLED_BYTES);
-            match rustix::io::read(fuse, self.buffers.bytes_mut(buffer)) {
-                Ok(count) => self.take_fuse_request(buffer, count),
-                Err(error) => {
-                    self.buffers.put(buffer);
-                    match error {
-                        Errno::AGAIN => return Ok(()),
-                        // The request was taken back meanwhile.
-                        Errno::NOENT | Errno::INTR => {}
-                        Errno::NODEV | Errno::CONNABORTED => {
-                            self.volume_unmounted();
-                            return Ok(());
-                        }
-                        error => return Err(EngineError::Fuse { source: error.into() }),
-                    }
+            match rustix::io::read(fuse, self.buffers.bytes_mut(self.intake)) {
+                Ok(count) => self.take_fuse_request(count),
+                Err(Errno::AGAIN) => return Ok(()),
+                // The request was taken back meanwhile.
+                Err(Errno::NOENT | Errno::INTR) => {}
+                Err(Errno::NODEV | Errno::CONNABORTED) => {
+                    self.volume_unmounted();
+                    return Ok(());
                 }
+                Err(error) => return Err(EngineError::Fuse { source: error.into() }),
             }
         }
         Ok(())
     }
 
-    fn take_fuse_request(&mut self, buffer: BufferId, count: usize) {
-        let Some((unique, request)) = wire::parse(&self.buffers.bytes(buffer)[..count]) else {
-            warn!(count, "the kernel sent a request that is cut short");
-            return self.buffers.put(buffer);
+    fn take_fuse_request(&mut self, count: usize) {
+        let message = &self.buffers.bytes(self.intake)[..count];
+        let Some((unique, request)) = wire::parse(message) else {
+            return warn!(count, "the kernel sent a request that is cut short");
         };
         let size = self.config.size_bytes;
         let fuse_origin = |operation, length, buffer| Origin::Fuse { unique, operation, length, buffer };
@@ -70,36 +64,48 @@ impl Engine {
             wire::Request::Read { offset, length } => {
                 // A read across the end is cut; one behind it gives nothing.
                 let length = u64::from(length).min(size.saturating_sub(offset)).min(limits::FUSE_MAX_IO as u64);
+                let buffer = self.buffers.get(POOLED_BYTES);
                 let payload = Some(Payload { buffer, start: wire::OUT_HEADER });
                 let origin = fuse_origin(Operation::Read, length as u32, Some(buffer));
                 self.submit(origin, Operation::Read, offset.min(size), length, payload);
             }
             wire::Request::Write { offset, length } => {
+                let buffer = self.take_written(count);
                 let payload = Some(Payload { buffer, start: wire::WRITE_DATA });
                 let origin = fuse_origin(Operation::Write, length, Some(buffer));
                 self.submit(origin, Operation::Write, offset, u64::from(length), payload);
             }
             wire::Request::Flush => {
-                self.buffers.put(buffer);
                 self.submit(fuse_origin(Operation::Flush, 0, None), Operation::Flush, 0, 0, None);
             }
             wire::Request::Zero { offset, length, allocate } => {
-                self.buffers.put(buffer);
                 let operation = Operation::Zero { allocate };
                 self.submit(fuse_origin(operation, 0, None), operation, offset, length, None);
             }
             wire::Request::Other { opcode } => {
+                let repeats = wire::offers_resend(message);
+                let reply = wire::answer(message, unique, opcode, size);
                 if opcode == wire::INIT {
                     // Before the answer: the kernel sends nothing that could be lost until it has that.
-                    let repeats = wire::offers_resend(&self.buffers.bytes(buffer)[..count]);
                     self.note_repeats(repeats && self.config.replace_engine);
                 }
-                let reply = wire::answer(&self.buffers.bytes(buffer)[..count], unique, opcode, size);
-                self.buffers.put(buffer);
                 if let Some(reply) = reply {
                     self.reply_fuse(&reply);
                 }
             }
+        }
+    }
+
+    /// The request that was just read, in a buffer of its own. A short one is copied: that costs less than another buffer of the
+    /// longest request's size in memory.
+    fn take_written(&mut self, count: usize) -> BufferId {
+        if count <= limits::COPIED_REQUEST_BYTES {
+            let buffer = self.buffers.get(POOLED_BYTES);
+            self.buffers.copy(self.intake, buffer, count);
+            buffer
+        } else {
+            let next = self.buffers.get_resident();
+            std::mem::replace(&mut self.intake, next)
         }
     }
 

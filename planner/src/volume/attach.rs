@@ -361,7 +361,8 @@ impl Pass<'_> {
         }
         // Attached, and yet requests wait.
         let ready = condition::find(&status.conditions, READY).filter(|c| c.status == ConditionStatus::False);
-        if let Some(waits) = ready.filter(|c| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting")) {
+        let is_told = |c: &&Condition| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting" | "EngineStuck");
+        if let Some(waits) = ready.filter(is_told) {
             let message = format!("on node {node} {}", waits.message);
             self.wait_for(Condition { message, last_transition_time: String::new(), ..waits.clone() });
         }
