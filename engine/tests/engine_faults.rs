@@ -189,6 +189,26 @@ fn an_engine_that_is_killed_at_any_step_of_its_start_is_replaced() {
 }
 
 #[test]
+fn a_lost_replica_that_does_not_tell_who_has_it_keeps_nobody_waiting() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    volume.config.replica_timeout_ms = 600_000;
+    let device = volume.attach();
+    // Its process is there and says nothing.
+    volume.replicas[1].set_hook(|request, _| {
+        while matches!(request, Request::Status) {
+            std::thread::park();
+        }
+    });
+    kill(volume.replicas[1].daemon_pid());
+    wait_until("the other one goes on alone", || volume.state("r2") == ReplicaState::Dropped);
+    let write = sh(&format!("dd if=/dev/zero of={} bs=4096 count=1 oflag=direct", device.display()));
+    assert!(write.status.success(), "{}", volume.log());
+    volume.detach_loop();
+    assert!(volume.shutdown());
+    assert_eq!(volume.replicas[0].record().members, ["r1"]);
+}
+
+#[test]
 fn an_engine_that_is_killed_at_any_step_of_a_fence_leaves_it_to_the_next() {
     let mut volume = Volume::new(6, 64 * MIB);
     volume.config.replica_timeout_ms = 3_000;
