@@ -12,7 +12,15 @@ import (
 // After a claim, its volume and its image are deleted the instance is as it was before: objects, files, processes, mounts, loop devices.
 func TestDeletionLeavesNothingBehind(t *testing.T) {
 	i := ownInstance(t, 3)
-	before := stateOf(t, i)
+	var before []string
+	// An instance is ready to be asked before its disks are.
+	eventually(t, 30*time.Second, "every disk has its description", func() (bool, string) {
+		before = stateOf(t, i)
+		described := func(s string) bool { return strings.HasSuffix(s, "/longhorn-disk.cfg") }
+		writing := func(s string) bool { return strings.HasSuffix(s, ".writing") }
+		others := len(slices.DeleteFunc(slices.Clone(before), described))
+		return len(before)-others == 3 && !slices.ContainsFunc(before, writing), strings.Join(before, "\n")
+	})
 	image := ext4Image(t, 16).compressedQcow2(t)
 	volume := newClaim(t, i, "passing", image, 32, 3, "Filesystem")
 	mount := i.mountPoint(t)
