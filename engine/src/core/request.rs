@@ -37,6 +37,10 @@ impl Slot {
         self.operation != Operation::Read || self.purpose == Purpose::CompareStep
     }
 
+    fn changes_bytes(&self) -> bool {
+        matches!(self.operation, Operation::Write | Operation::Zero { .. })
+    }
+
     /// Where a replica's read reply goes, and its length.
     pub(super) fn receives(&self, replica: usize, core: &Core) -> Option<(Payload, usize)> {
         if self.operation != Operation::Read {
@@ -312,8 +316,14 @@ impl Core {
     }
 
     /// Fails everything that is there, when no replica is left.
+    ///
+    /// Its user does not repeat what failed, and each replica may have stored it or not. Those that were only silent may be members
+    /// again in a next life.
     pub(super) fn fail_everything(&mut self) {
         self.held.clear();
+        if self.active.iter().any(|id| self.slots[*id].changes_bytes()) {
+            self.outputs.push(Output::MayDiffer);
+        }
         for id in std::mem::take(&mut self.waiting) {
             self.active.push(id);
         }

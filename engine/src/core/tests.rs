@@ -394,6 +394,21 @@ fn silence_of_all_is_borne_as_long_as_a_loss_of_all() {
 }
 
 #[test]
+fn what_failed_for_want_of_replicas_may_be_on_some_of_them() {
+    for (event, differs) in
+        [(Event::write(1, 0, 4096, 9), true), (zero(1, 0, 4096), true), (Event::read(1, 0, 4096, 9), false)]
+    {
+        let mut story = story(2, false);
+        story.tell(event);
+        let outputs = story.wait(Duration::from_secs(30));
+        let place = |wanted: fn(&Output) -> bool| outputs.iter().position(wanted);
+        let noted = place(|output| *output == Output::MayDiffer);
+        assert_eq!(noted.is_some(), differs);
+        assert!(noted < place(|output| matches!(output, Output::Complete { .. })), "noted before anybody knows");
+    }
+}
+
+#[test]
 fn a_fence_is_over_with_its_last_member() {
     let mut story = story(2, false);
     let write = sent(&story.tell(Event::write(1, 0, 4096, 9)));
