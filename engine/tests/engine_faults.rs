@@ -195,8 +195,10 @@ fn a_lost_replica_that_does_not_tell_who_has_it_keeps_nobody_waiting() {
     let device = volume.attach();
     // Its process is there and says nothing.
     volume.replicas[1].set_hook(|request, _| {
-        while matches!(request, Request::Status) {
-            std::thread::park();
+        if matches!(request, Request::Status) {
+            loop {
+                std::thread::park();
+            }
         }
     });
     kill(volume.replicas[1].daemon_pid());
