@@ -39,7 +39,10 @@ fn acknowledged_writes_survive_every_seeded_course_of_faults() {
                     }
                     match catch_unwind(|| run(*seed)) {
                         Ok(one) => tally.join(&one),
-                        Err(_) => failed.lock().unwrap().push(*seed),
+                        Err(_) => {
+                            println!("seed {seed} failed");
+                            failed.lock().unwrap().push(*seed);
+                        }
                     }
                 }
                 all.lock().unwrap().join(&tally);
