@@ -54,6 +54,9 @@ pub mod condition {
     pub const ENGINE_REPLACEMENT: &str = "EngineReplacement";
     /// Volume: its detachment or deletion waits for something.
     pub const DETACHED: &str = "Detached";
+
+    /// Reasons of an Engine's `Ready` which say that requests wait although it is wished and there.
+    pub const ENGINE_WAITS: [&str; 3] = ["EngineSilent", "EngineStarting", "EngineStuck"];
 }
 
 /// The object and workload name of the manager of a disk (Longhorn: `bim-` and a digest; ours: the disk UUID itself, so that it can be read).

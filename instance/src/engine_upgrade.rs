@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use api::engine::InstanceState;
-use api::names::condition::UPGRADED;
+use api::names::condition::{ENGINE_WAITS, UPGRADED};
 use api::{Condition, ConditionStatus, Engine};
 use proto::engine::{Config, Reply, Request, Status};
 use tracing::{info, warn};
@@ -42,8 +42,7 @@ fn due(engine: &Engine, decision: &Decision, process: &Process) -> Due {
     match (decision.state, process) {
         (InstanceState::Running, Process::Running(Some(status))) if status.serving => {
             // A reason to wait is told by `Ready`; a fault is answered by the engine.
-            let waits = ["EngineSilent", "EngineStarting", "EngineStuck"];
-            let is_stuck = decision.conditions.iter().any(|c| waits.contains(&c.reason.as_str()));
+            let is_stuck = decision.conditions.iter().any(|c| ENGINE_WAITS.contains(&c.reason.as_str()));
             if is_stuck { Due::Later } else { Due::Now(Box::new(status.clone())) }
         }
         (InstanceState::Error, _) => {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::engine::{DesireState, InstanceState, attachment_of};
-use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
+use api::names::condition::{ENGINE_WAITS, READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 
 use super::{Action, ENGINE_LOST, Pass, SILENCE_LIMIT, SILENT_ENGINE_HINT, name_of_replica};
@@ -361,8 +361,7 @@ impl Pass<'_> {
         }
         // Attached, and yet requests wait.
         let ready = condition::find(&status.conditions, READY).filter(|c| c.status == ConditionStatus::False);
-        let is_told = |c: &&Condition| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting" | "EngineStuck");
-        if let Some(waits) = ready.filter(is_told) {
+        if let Some(waits) = ready.filter(|c| ENGINE_WAITS.contains(&c.reason.as_str())) {
             let message = format!("on node {node} {}", waits.message);
             self.wait_for(Condition { message, last_transition_time: String::new(), ..waits.clone() });
         }
