@@ -9,7 +9,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -335,17 +334,10 @@ fn everybody_who_asks_for_the_end_is_told_and_nobody_else() {
     let ask = |connection: &mut BufReader<UnixStream>, request: &str| {
         writeln!(connection.get_mut(), "{{\"request\":\"{request}\"}}").unwrap();
     };
-    let (closing, go_on) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let (is_closing, may_go_on) = (closing.clone(), go_on.clone());
-    volume.replicas[0].set_hook(move |request, moment| {
-        if matches!(request, Request::Close { .. }) && moment == Moment::Before {
-            is_closing.store(true, Ordering::SeqCst);
-            wait_until("the test has asked", || may_go_on.load(Ordering::SeqCst));
-        }
-    });
+    let close = volume.replicas[0].hold(|request| matches!(request, Request::Close { .. }));
     let (mut first, mut gone) = (connect(), connect());
     ask(&mut gone, "shutdown");
-    wait_until("it closes its replica", || closing.load(Ordering::SeqCst));
+    wait_until("it closes its replica", || close.is_reached());
     drop(gone);
     ask(&mut first, "status");
     assert!(line(&mut first).contains("\"reply\":\"status\""));
@@ -356,7 +348,7 @@ fn everybody_who_asks_for_the_end_is_told_and_nobody_else() {
     ask(&mut first, "shutdown");
     ask(&mut first, "status");
     assert!(line(&mut first).contains("\"reply\":\"status\""), "it is not over yet");
-    go_on.store(true, Ordering::SeqCst);
+    close.release();
     assert!(line(&mut first).contains("\"reply\":\"done\""));
     assert_eq!(line(&mut other), "", "it did not ask for that");
     assert!(volume.wait_holder(), "{}", volume.log());

@@ -194,13 +194,7 @@ fn a_lost_replica_that_does_not_tell_who_has_it_keeps_nobody_waiting() {
     volume.config.replica_timeout_ms = 600_000;
     let device = volume.attach();
     // Its process is there and says nothing.
-    volume.replicas[1].set_hook(|request, _| {
-        if matches!(request, Request::Status) {
-            loop {
-                std::thread::park();
-            }
-        }
-    });
+    let _mute = volume.replicas[1].hold(|request| matches!(request, Request::Status));
     kill(volume.replicas[1].daemon_pid());
     wait_until("the other one goes on alone", || volume.state("r2") == ReplicaState::Dropped);
     let write = sh(&format!("dd if=/dev/zero of={} bs=4096 count=1 oflag=direct", device.display()));
@@ -460,18 +454,11 @@ fn an_engine_does_not_make_room_when_the_next_one_might_fail() {
     drop(client.stdin.take());
     client.wait().unwrap();
     // In the middle of a fence.
-    let (reached, go_on) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let (is_reached, may_go_on) = (reached.clone(), go_on.clone());
-    volume.replicas[0].set_hook(move |request, moment| {
-        if matches!(request, Request::Fence { .. }) && moment == Moment::Before {
-            is_reached.store(true, Ordering::SeqCst);
-            wait_until("the test has looked", || may_go_on.load(Ordering::SeqCst));
-        }
-    });
+    let fence = volume.replicas[0].hold(|request| matches!(request, Request::Fence { .. }));
     volume.replicas[1].kill();
-    wait_until("the fence is under way", || reached.load(Ordering::SeqCst));
+    wait_until("the fence is under way", || fence.is_reached());
     assert!(refusal(&volume).contains("dropping a replica"));
-    go_on.store(true, Ordering::SeqCst);
+    fence.release();
     wait_until("the fence is done", || volume.replicas[0].record().members == ["r1"]);
     // Without a replica.
     volume.replicas[0].kill();

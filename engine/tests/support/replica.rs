@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use proto::replica::{Record, Reply, Request, file};
 use serde_json::{Value, json};
@@ -81,6 +82,24 @@ impl Monitor {
     }
 }
 
+/// Requests that wait.
+#[derive(Clone)]
+pub struct Held {
+    reached: Arc<AtomicBool>,
+    released: Arc<AtomicBool>,
+}
+
+impl Held {
+    /// Whether one has come.
+    pub fn is_reached(&self) -> bool {
+        self.reached.load(Ordering::SeqCst)
+    }
+
+    pub fn release(&self) {
+        self.released.store(true, Ordering::SeqCst);
+    }
+}
+
 impl Replica {
     pub fn create(parent: &Path, name: &str, volume: &str, size_bytes: u64) -> Replica {
         let directory = parent.join(name);
@@ -131,6 +150,21 @@ impl Replica {
     /// What happens around each request from now on.
     pub fn set_hook(&self, hook: impl Fn(&Request, Moment) + Send + Sync + 'static) {
         *self.state.hook.lock().unwrap() = Some(Arc::new(hook));
+    }
+
+    /// Lets such requests wait before they are answered.
+    pub fn hold(&self, is_held: fn(&Request) -> bool) -> Held {
+        let held = Held { reached: Arc::default(), released: Arc::default() };
+        let own = held.clone();
+        self.set_hook(move |request, moment| {
+            if is_held(request) && moment == Moment::Before {
+                own.reached.store(true, Ordering::SeqCst);
+                while !own.released.load(Ordering::SeqCst) {
+                    std::thread::park_timeout(Duration::from_millis(20));
+                }
+            }
+        });
+        held
     }
 
     /// Relays both services over TCP; the address of the data service.
