@@ -236,20 +236,21 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{key, sealed};
+    use std::time::SystemTime;
+
+    use super::super::tests::{key, sealed, touch};
     use super::*;
 
     #[test]
     fn a_file_that_changes_while_it_is_read_is_not_ready() {
         let (_folder, files) = sealed();
-        let touch = |time| File::open(&files.file).unwrap().set_modified(time).unwrap();
-        touch(std::time::SystemTime::UNIX_EPOCH);
+        touch(&files, SystemTime::UNIX_EPOCH);
         let judged = |cancel: &CancellationToken, progress: &dyn Fn(u32)| {
             let Found::Doubtful(doubt) = look(&files, &key()).unwrap() else { panic!("its time is another one") };
             doubt.verify(&files, &key(), cancel, progress)
         };
         let cancel = CancellationToken::new();
-        let error = judged(&cancel, &|_| touch(std::time::SystemTime::now())).unwrap_err();
+        let error = judged(&cancel, &|_| touch(&files, SystemTime::now())).unwrap_err();
         assert!(error.to_string().contains("was changed while it was verified"), "{error}");
         cancel.cancel();
         assert!(matches!(judged(&cancel, &|_| ()), Err(AgentError::Cancelled)));

@@ -52,6 +52,11 @@ pub(super) fn sealed() -> (TempDir, FileSet) {
     (folder, files)
 }
 
+/// Sets the time of a copy's file.
+pub(super) fn touch(files: &FileSet, time: SystemTime) {
+    File::open(&files.file).unwrap().set_modified(time).unwrap();
+}
+
 fn registry(folder: &TempDir) -> Arc<Registry> {
     let uuid = "disk-uuid".parse().unwrap();
     Arc::new(Registry::new(Disk::new(folder.path()), uuid, Duration::from_secs(20), CancellationToken::new()))
@@ -130,7 +135,7 @@ async fn a_copy_that_waits_for_its_turn_is_deleted_at_once() {
                 registry.sync(wanted(), "127.0.0.1:9").await.unwrap();
             }
             1 => {
-                File::open(&files.file).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+                touch(&files, SystemTime::UNIX_EPOCH);
                 registry.adopt_all().await.unwrap();
             }
             2 => drop(registry.verify(key(), FAST).await.unwrap()),
@@ -192,7 +197,7 @@ async fn what_is_known_of_a_copy_outlives_its_being_read_again() {
     let damage = "at some time a chunk was repaired".to_owned();
     let config = FileConfig { damage: damage.clone(), ..FileConfig::read(&files.config).unwrap() };
     config.write(&files.config).unwrap();
-    File::open(&files.file).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+    touch(&files, SystemTime::UNIX_EPOCH);
     registry.adopt_all().await.unwrap();
     until("it is ready again", || state(&registry) == CopyState::Ready).await;
     assert_eq!(registry.get(&key()).unwrap().damage, damage);

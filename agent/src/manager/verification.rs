@@ -320,20 +320,19 @@ async fn ask(peer: &Peer, key: &ImageKey, range: Range<u64>) -> Result<Vec<u8>, 
 mod tests {
     use std::time::SystemTime;
 
-    use super::super::tests::{key, sealed};
+    use super::super::tests::{key, sealed, touch};
     use super::*;
 
     #[test]
     fn a_copy_that_changes_while_it_is_read_is_neither_right_nor_damaged() {
         let (_folder, files) = sealed();
-        let touch = |time| File::open(&files.file).unwrap().set_modified(time).unwrap();
         let cancel = CancellationToken::new();
         let read = |pause: &dyn Fn()| read_again(&files, &key(), Timestamp::now(), &cancel, pause);
         let recorded = files.file.metadata().unwrap().modified().unwrap();
-        assert!(read(&|| touch(SystemTime::now())).unwrap().is_none());
+        assert!(read(&|| touch(&files, SystemTime::now())).unwrap().is_none());
         assert!(read(&|| ()).unwrap().is_none(), "it is not the file that was recorded");
         // As it was recorded in the end only: nobody knows what the first bytes were.
-        assert!(read(&|| touch(recorded)).unwrap().is_none());
+        assert!(read(&|| touch(&files, recorded)).unwrap().is_none());
         assert!(read(&|| ()).unwrap().is_some_and(|config| !config.verified_at.is_empty()));
         assert!(matches!(read(&|| cancel.cancel()), Err(AgentError::Cancelled)));
     }
