@@ -6,10 +6,9 @@ use engine::process::choice::superseded;
 use proto::replica::Request;
 
 use super::begin::Stage;
-use super::{Happening, SECOND, World, is_up};
+use super::{Happening, World, is_up};
 
-/// As `engine::limits` has it.
-const ASK_LIMIT: u64 = SECOND / 2;
+const ASK_LIMIT: u64 = engine::limits::ASK_LIMIT.as_micros() as u64;
 
 impl World {
     /// Engines notice the end of a replica process, over both connections.
