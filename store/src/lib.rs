@@ -7,6 +7,7 @@
 pub mod embedded;
 mod error;
 mod object;
+mod rules;
 mod typed;
 
 pub use error::StoreError;
@@ -24,6 +25,13 @@ pub type WatchStream = BoxStream<'static, Result<WatchEvent, StoreError>>;
 pub struct Preconditions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
+}
+
+impl Preconditions {
+    /// Whether anything goes.
+    pub fn is_empty(&self) -> bool {
+        self.uid.is_none() && self.resource_version.is_none()
+    }
 }
 
 /// A place for objects, with the semantics of the Kubernetes API.
