@@ -53,7 +53,8 @@ down() {
   kill_all
   unmount_below "$STATE"
   ip link del "$BRIDGE" 2>/dev/null || true
-  rm -f /var/lib/cni/results/"$PREFIX"-*
+  # What the network plugins answered; each names the namespace of its pod, which lay below a node's folder.
+  { grep -lsF "$STATE/" /var/lib/cni/results/* || true; } | xargs -r rm -f
   # `ip netns` makes it a mount of its own when it makes the first one.
   if [ -d /run/netns ] && [ -z "$(ls -A /run/netns)" ]; then umount /run/netns 2>/dev/null || true; fi
   echo "down: $(since "$began") s"
