@@ -8,6 +8,7 @@
 #   collect   the garbage collector of the controller manager, for the kinds that exist by now → collecting
 # Its processes end with it, however it ends. It needs no root, and ports that are free.
 set -euo pipefail
+# shellcheck disable=SC2034 # lib.sh takes it
 CLUSTER_STATE=$(mktemp -d /tmp/bi-apiserver.XXXXXX)
 . "$(dirname "$0")/lib.sh"
 
@@ -15,7 +16,7 @@ cleanup() {
   local status=$?
   trap - EXIT
   kill_all
-  if [ "$status" = 0 ]; then rm -rf "$STATE"; else echo "${0##*/}: the logs are kept in $LOG" >&2; fi
+  if [ "$status" = 0 ] || [ ! -d "$LOG" ]; then rm -rf "$STATE"; else echo "${0##*/}: the logs are kept in $LOG" >&2; fi
   exit "$status"
 }
 trap cleanup EXIT

@@ -4,6 +4,7 @@
 #   check.sh [PART...]
 #     nodes    two nodes become Ready, a pod runs, all ends, and nothing is left (default)
 #     kill     nothing is left either after kill -9 of the script at several moments (default)
+#     alone    apiserver.sh ends with its input, and its processes end with it, also by kill -9 (default)
 #     csi      the whole way of a volume through the sidecars and the kubelet, with samplecsi (needs `build.sh csi`)
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -78,6 +79,25 @@ kill_in_the_middle() {
   "$CLUSTER" wipe
 }
 
+# gone MARK: no process has it in its environment any more.
+gone() { ! grep -qzs "^ALONE=$1\$" /proc/[0-9]*/environ; }
+alone() {
+  local way pid input answer
+  for way in "end of input" "kill -9"; do
+    say "apiserver.sh: $way"
+    # What it starts inherits the mark.
+    coproc SERVER { ALONE=$$ exec "$HERE/apiserver.sh"; }
+    pid=$SERVER_PID input=${SERVER[1]}
+    read -r answer <&"${SERVER[0]}"
+    [[ $answer == ready\ * ]] || die "apiserver.sh answers $answer"
+    ! gone $$ || die "the mark is not found: this proves nothing"
+    if [ "$way" = "kill -9" ]; then kill -9 "$pid"; else exec {input}>&-; fi
+    await 20 "end of its processes" gone $$
+    wait "$pid" 2>/dev/null || true
+    rm -rf "${answer#ready }"
+  done
+}
+
 # --- csi ------------------------------------------------------------------
 pod() { # pod NAME NODE COMMAND
   local text
@@ -143,15 +163,16 @@ csi() {
 
 [ "$(id -u)" = 0 ] || die "it needs root"
 [ ! -e "$STATE" ] || die "$STATE is in use: \`cluster.sh wipe\` removes that cluster, or choose another CLUSTER_STATE"
-[ $# -gt 0 ] || set -- nodes kill
+[ $# -gt 0 ] || set -- alone nodes kill
 BEFORE=$(inventory)
 trap '"$CLUSTER" wipe >/dev/null' EXIT
 for part; do
   case $part in
   nodes) nodes ;;
   kill) kill_in_the_middle ;;
+  alone) alone ;;
   csi) csi ;;
-  *) die "there is no part $part; there are nodes, kill and csi" ;;
+  *) die "there is no part $part; there are alone, nodes, kill and csi" ;;
   esac
 done
 say "PASS: $*"
