@@ -1,8 +1,10 @@
 package sanitytests
 
 import (
+	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -24,6 +26,25 @@ func TestWithoutHolderAndEngineAVolumeFailsAtOnceAndIsAttachedAgain(t *testing.T
 	killRole(t, i, volume, "engine-holder")
 	w.goesOn(t, 200)
 	untilRobust(t, i, volume, "healthy")
+	if ready := conditionOf(engineOf(t, i, volume).Status.Conditions, "Ready"); ready.Status != "True" {
+		t.Errorf("an engine that serves without its holder is told as %+v", ready)
+	}
+
+	// It is not taken for dead when it does not answer for a while, and whoever waits is told that nobody will replace it.
+	pid := enginePid(i, volume)
+	t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGCONT) })
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	untilWhy(t, i, volume, 40*time.Second, "does not answer", "its holder is gone", "nobody replaces it", "You can: end that process by kill -9")
+	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	w.goesOn(t, 100)
+	eventually(t, 30*time.Second, "the engine is told as serving", func() (bool, string) {
+		ready := conditionOf(engineOf(t, i, volume).Status.Conditions, "Ready")
+		return ready.Status == "True", fmt.Sprintf("%+v", ready)
+	})
 	killRole(t, i, volume, "engine")
 	eventually(t, 5*time.Second, "the writer gets an error", func() (bool, string) {
 		return w.err.Load() != nil, "it waits"

@@ -133,6 +133,7 @@ type engineObject struct {
 		Generation     int               `json:"generation"`
 		ReplicaModeMap map[string]string `json:"replicaModeMap"`
 		Version        string            `json:"version"`
+		Conditions     []condition       `json:"conditions"`
 	} `json:"status"`
 }
 

@@ -68,14 +68,20 @@ func isStorageDaemon(p process) bool { return strings.HasPrefix(p.name, "qemu-st
 // killStorageDaemon kills the qemu-storage-daemon of one replica.
 func killStorageDaemon(t *testing.T, replica replicaObject) {
 	t.Helper()
+	killProcess(t, storageDaemon(t, replica))
+}
+
+// storageDaemon is the qemu-storage-daemon of one replica.
+func storageDaemon(t *testing.T, replica replicaObject) int {
+	t.Helper()
 	dir := replica.dir()
 	for _, p := range processesOf(dir) {
 		if isStorageDaemon(p) {
-			killProcess(t, p.pid)
-			return
+			return p.pid
 		}
 	}
 	t.Fatalf("no qemu-storage-daemon has files of %s open; processes there: %v", dir, processesOf(dir))
+	return 0
 }
 
 func killProcess(t *testing.T, pid int) {

@@ -120,11 +120,20 @@ impl Receiving {
     }
 }
 
-/// Where to, how, and who is told.
+/// Where from and to, how, and who is told.
 struct Place<'a> {
+    url: &'a SourceUrl,
     files: &'a FileSet,
     patience: &'a Patience,
     report: &'a (dyn Fn(Event) + Send + Sync),
+}
+
+impl Place<'_> {
+    /// Says that what is here, if anything, is of no use any more.
+    fn begin_again(&self, reason: &'static str, error: Option<&AgentError>) {
+        tracing::warn!(url = %self.url, reason, error = error.map(AgentError::chain), "download begins again");
+        (self.report)(Event::Restarted { reason });
+    }
 }
 
 /// Downloads into the partial file and judges the result. On failure no file is left.
@@ -135,16 +144,14 @@ pub async fn download(
     report: &(dyn Fn(Event) + Send + Sync),
     cancel: &CancellationToken,
 ) -> Result<Ingested, AgentError> {
-    let place = Place { files, patience, report };
+    let place = Place { url: &what.url, files, patience, report };
     let (mut result, is_resumed) = once(what, &place, cancel).await;
     if is_resumed
         && let Err(error) = &result
         && is_wrong_content(error)
     {
         // It may be the earlier part that is wrong. What is received in one go tells.
-        let reason = NOT_AN_IMAGE;
-        tracing::warn!(url = %what.url, error = error.chain(), reason, "download begins again");
-        report(Event::Restarted { reason });
+        place.begin_again(NOT_AN_IMAGE, Some(error));
         (result, _) = once(what, &place, cancel).await;
     }
     result
@@ -253,8 +260,7 @@ async fn resume(
     let record = match crate::error::blocking(move || Unfinished::find(&files, &url)).await? {
         Earlier::Nothing => return Ok(false),
         Earlier::Useless(reason) => {
-            tracing::warn!(url = %what.url, reason, "download begins again");
-            (place.report)(Event::Restarted { reason });
+            place.begin_again(reason, None);
             return Ok(false);
         }
         Earlier::Part(record) => record,
@@ -266,10 +272,9 @@ async fn resume(
     (place.report)(Event::Started { length: known.length });
     let ingest = match Ingest::resume(&place.files.partial, known.length, bytes).await {
         Err(error) if is_wrong_content(&error) => {
-            tracing::warn!(url = %what.url, error = error.chain(), reason = NOT_AN_IMAGE, "download begins again");
             unfinished::remove(place.files)?;
             *known = Known::default();
-            (place.report)(Event::Restarted { reason: NOT_AN_IMAGE });
+            place.begin_again(NOT_AN_IMAGE, Some(&error));
             return Ok(false);
         }
         other => other?,
@@ -357,9 +362,8 @@ async fn attempt(
 
 async fn restart(slot: &mut Option<Receiving>, place: &Place<'_>, reason: &'static str) -> Result<(), AgentError> {
     if let Some(old) = slot.take() {
-        tracing::warn!(reason, lost_bytes = old.ingest.received_bytes(), "download begins again");
         old.abandon(place.files).await?;
-        (place.report)(Event::Restarted { reason });
+        place.begin_again(reason, None);
     }
     Ok(())
 }

@@ -101,3 +101,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
 async fn listen(address: SocketAddr) -> Result<TcpListener, AgentError> {
     TcpListener::bind(address).await.map_err(|source| AgentError::Listen { address, source })
 }
+
+#[cfg(test)]
+mod tests;

@@ -179,10 +179,12 @@ impl Manifest {
 
     /// Bytes in chunks that are no holes.
     pub fn data_bytes(&self) -> u64 {
-        (0..self.chunks.len() as u64)
-            .filter(|c| self.chunks[*c as usize].is_some())
-            .map(|c| self.range(c).end - self.range(c).start)
-            .sum()
+        self.bytes_of((0..self.chunks.len() as u64).filter(|c| self.chunks[*c as usize].is_some()))
+    }
+
+    /// Bytes in these chunks.
+    pub fn bytes_of(&self, chunks: impl IntoIterator<Item = u64>) -> u64 {
+        chunks.into_iter().map(|chunk| self.range(chunk)).map(|range| range.end - range.start).sum()
     }
 }
 

@@ -92,8 +92,8 @@ async fn receive(
     let (file, missing) = blocking(move || prepare(&files, &wanted, &stop)).await?;
     let file = Arc::new(DirectFile::new(file, &what.files.partial));
     if !missing.is_empty() {
-        let bytes: u64 = missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum();
-        tracing::info!(image = %what.key, peers = peers.len(), missing_bytes = bytes, "fetching chunks");
+        let missing_bytes = manifest.bytes_of(missing.iter().copied());
+        tracing::info!(image = %what.key, peers = peers.len(), missing_bytes, "fetching chunks");
         fetch::all(what, peers, &manifest, &file, missing, report, cancel).await?;
     }
     let (files, expected, stop) = (what.files.clone(), what.expected_checksum.clone(), cancel.clone());
@@ -217,7 +217,7 @@ fn prepare(files: &FileSet, manifest: &Manifest, cancel: &CancellationToken) -> 
 }
 
 fn reserve(file: &File, path: &Path, manifest: &Manifest, missing: &[u64]) -> Result<(), AgentError> {
-    let needed_bytes = missing.iter().map(|c| manifest.range(*c).end - manifest.range(*c).start).sum();
+    let needed_bytes = manifest.bytes_of(missing.iter().copied());
     for run in runs(missing, usize::MAX) {
         let (start, end) = (manifest.range(run.start).start, manifest.range(run.end - 1).end);
         let is_reserved = sparse::reserve(file, path, start, end - start).map_err(|error| match error {
@@ -246,6 +246,25 @@ fn runs(chunks: &[u64], limit: usize) -> Vec<std::ops::Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_prepared_for_what_was_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = ImageKey::parse("parrot", "0a1b2c3d").unwrap();
+        let files = crate::layout::Disk::new(folder.path()).copy(&key);
+        let manifest = Manifest {
+            uuid: key.uuid,
+            sha512: "a".repeat(128).parse().unwrap(),
+            format: crate::config_file::Format::Raw,
+            size_bytes: CHUNK_BYTES,
+            virtual_size_bytes: CHUNK_BYTES,
+            chunks: vec![None],
+        };
+        let cancel = CancellationToken::new();
+        assert!(prepare(&files, &manifest, &cancel).is_ok());
+        cancel.cancel();
+        assert!(matches!(prepare(&files, &manifest, &cancel), Err(AgentError::Cancelled)));
+    }
 
     #[test]
     fn neighbors_are_fetched_together_up_to_the_limit() {

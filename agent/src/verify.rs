@@ -98,3 +98,29 @@ pub(crate) fn make_manifest(
     let sha512 = context.finish();
     Ok(Manifest { uuid: uuid.clone(), sha512, format, size_bytes, virtual_size_bytes, chunks })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is made of a file that nobody has described, or why it is refused.
+    fn check(content: &[u8], size_bytes: u64, recorded: Option<Format>) -> Result<Manifest, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), content).unwrap();
+        file.as_file().set_len(size_bytes).unwrap();
+        let uuid = "0a1b2c3d".parse().unwrap();
+        make_manifest(file.as_file(), file.path(), &uuid, recorded, &CancellationToken::new(), &|_| ())
+            .map_err(|error| error.chain())
+    }
+
+    #[test]
+    fn a_file_of_somebody_else_is_judged_as_a_downloaded_one() {
+        assert_eq!(check(b"x", 512, None).unwrap().virtual_size_bytes, 512);
+        assert!(check(b"", 0, None).unwrap_err().contains("0 bytes are no image"));
+        assert!(check(b"x", 513, None).unwrap_err().contains("multiple of 512"));
+        assert!(check(b"x", MAX_FILE_BYTES + 512, None).unwrap_err().contains("that are accepted"));
+        let error = check(b"QFI\xfb\0\0\0\x03", 1 << 20, None).unwrap_err();
+        assert!(error.contains("the file is refused"), "{error}");
+        assert!(check(b"QFI\xfb\0\0\0\x03", 1 << 20, Some(Format::Raw)).is_ok(), "it was raw from the start");
+    }
+}

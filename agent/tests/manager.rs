@@ -2,31 +2,18 @@
 
 mod support;
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, SystemTime};
 
 use backing_image_agent::config_file::FileConfig;
 use backing_image_agent::{client, manager};
-use proto::bimrpc::{BackingImageSpec, BackupStatusRequest, DeleteRequest, GetRequest, PrepareDownloadRequest};
+use proto::bimrpc::{
+    BackingImageSpec, BackupStatusRequest, DeleteRequest, GetRequest, PrepareDownloadRequest, SendRequest,
+};
 use support::*;
 use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
-
-/// Changes one byte of a sealed file; the modification time can be kept, as silent damage does.
-fn damage(path: &Path, offset: u64, keep_time: bool) {
-    let time = path.metadata().unwrap().modified().unwrap();
-    std::fs::set_permissions(path, PermissionsExt::from_mode(0o644)).unwrap();
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, offset).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
-    if keep_time {
-        file.set_modified(time).unwrap();
-    }
-}
 
 #[tokio::test]
 async fn a_prepared_file_is_taken_over_by_rename_and_adopted_after_a_restart() {
@@ -86,6 +73,14 @@ async fn a_hand_over_that_was_interrupted_is_finished() {
     assert_eq!(copy.status.unwrap().state, "ready");
     let copy = manager.fetch(spec(), "").await.unwrap();
     assert_eq!(copy.status.unwrap().state, "ready");
+    // The same when the manager itself has not seen the file yet.
+    manager.kill();
+    let (place, away) = (disk.disk().images_dir(), disk.path().join("away"));
+    std::fs::rename(&place, &away).unwrap();
+    let manager = RunningManager::start(&disk).await;
+    std::fs::rename(&away, &place).unwrap();
+    let copy = manager.fetch(spec(), &data_source.address.to_string()).await.unwrap();
+    assert_eq!(copy.status.unwrap().state, "ready");
 }
 
 #[tokio::test]
@@ -125,13 +120,9 @@ async fn a_fetch_that_does_not_fit_is_refused_and_the_file_stays() {
 
 #[tokio::test]
 async fn a_changed_time_means_verify_and_damage_is_found() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
-    let file = disk.copy_file();
+    let (disk, manager) = first().await;
     let before = FileConfig::read(&disk.disk().copy(&key()).config).unwrap();
-
-    File::open(&file).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+    touch(&disk, SystemTime::UNIX_EPOCH);
     wait_until("the new time is recorded", async || {
         FileConfig::read(&disk.disk().copy(&key()).config)
             .is_some_and(|c| c.modification_time != before.modification_time)
@@ -139,7 +130,8 @@ async fn a_changed_time_means_verify_and_damage_is_found() {
     .await;
     manager.reaches("ready").await;
 
-    damage(&file, 2 * MIB as u64 + 5, false);
+    damage(&disk, 2);
+    touch(&disk, SystemTime::now());
     let copy = manager.reaches("failed").await;
     let message = copy.status.unwrap().error_msg;
     assert!(message.contains("1 of 13 chunks differ") && message.contains("chunk 2"), "{message}");
@@ -152,9 +144,7 @@ async fn a_changed_time_means_verify_and_damage_is_found() {
 
 #[tokio::test]
 async fn a_file_that_longhorn_left_is_adopted_by_its_checksum() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let ((disk, manager), bytes) = (first().await, image());
     manager.kill();
     let files = disk.disk().copy(&key());
     std::fs::remove_file(&files.manifest).unwrap();
@@ -168,7 +158,7 @@ async fn a_file_that_longhorn_left_is_adopted_by_its_checksum() {
 
     manager.kill();
     std::fs::remove_file(&files.manifest).unwrap();
-    damage(&files.file, 7, true);
+    damage(&disk, 0);
     let manager = RunningManager::start(&disk).await;
     let message = manager.reaches("failed").await.status.unwrap().error_msg;
     assert!(message.contains(&sha512(&bytes)), "{message}");
@@ -176,9 +166,7 @@ async fn a_file_that_longhorn_left_is_adopted_by_its_checksum() {
 
 #[tokio::test]
 async fn a_file_that_vanished_is_reported() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let (disk, manager) = first().await;
     std::fs::remove_dir_all(disk.path().join("backing-images")).unwrap();
     let message = manager.reaches("failed").await.status.unwrap().error_msg;
     assert!(message.contains("gone"), "{message}");
@@ -186,11 +174,10 @@ async fn a_file_that_vanished_is_reported() {
 
 #[tokio::test]
 async fn delete_removes_everything_and_can_be_repeated() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let (disk, manager) = first().await;
     let source = disk.disk().source(&key());
-    for leftover in [&source.partial, &source.file, &source.config, &disk.disk().copy(&key()).partial] {
+    let torn = source.config.with_extension("cfg.writing");
+    for leftover in [&source.partial, &source.file, &source.config, &torn, &disk.disk().copy(&key()).partial] {
         std::fs::write(leftover, "x").unwrap();
     }
     for _ in 0..2 {
@@ -215,6 +202,8 @@ async fn bad_requests_get_the_right_codes() {
         assert_eq!(client.delete(request).await.unwrap_err().code(), Code::InvalidArgument, "{name} {uuid}");
     }
     assert_eq!(manager.sync(spec(), &[]).await.unwrap_err().code(), Code::InvalidArgument);
+    let to_nobody = SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address: " ".into() };
+    assert_eq!(client.send(to_nobody).await.unwrap_err().code(), Code::InvalidArgument);
     let negative = BackingImageSpec { size: -1, ..spec() };
     assert_eq!(manager.sync(negative, &[address(8000)]).await.unwrap_err().code(), Code::InvalidArgument);
     let checksum = BackingImageSpec { checksum: "abc".into(), ..spec() };
@@ -255,6 +244,24 @@ async fn the_command_line_prints_longhorns_json() {
     assert_eq!(error.kind(), api::ErrorKind::NotFound);
     let error = client::list(&address(8000).to_string()).await.unwrap_err();
     assert_eq!(error.kind(), api::ErrorKind::Unavailable);
+}
+
+/// One was deleted and made again under its name: neither may hide the other.
+#[tokio::test]
+async fn two_images_of_one_name_are_both_listed() {
+    let (disk, manager) = first().await;
+    manager.kill();
+    let other: backing_image_agent::layout::ImageKey = "parrot-ffffffff".parse().unwrap();
+    let (from, to) = (disk.disk().image_dir(&key()), disk.disk().image_dir(&other));
+    run_program("cp", &["-a", from.to_str().unwrap(), to.to_str().unwrap()]);
+    let files = disk.disk().copy(&other);
+    change_config(&files, |config| config.uuid = "ffffffff".into());
+    change_manifest(&files, |manifest| manifest.uuid = other.uuid);
+    let manager = RunningManager::start(&disk).await;
+    let list = client::list(&manager.address.to_string()).await.unwrap();
+    let mut uuids: Vec<&str> = list.values().map(|copy| copy.uuid.as_str()).collect();
+    uuids.sort();
+    assert_eq!(uuids, [UUID, "ffffffff"]);
 }
 
 #[tokio::test]

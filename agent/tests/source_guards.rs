@@ -7,10 +7,8 @@ use std::time::Duration;
 
 use api::ErrorKind;
 use api::image::CopyState;
-use backing_image_agent::config_file::FileConfig;
 use backing_image_agent::data_source::{self, FileStatus};
 use backing_image_agent::layout::FileSet;
-use backing_image_agent::manifest::Manifest;
 use support::*;
 use tokio::net::TcpListener;
 
@@ -222,26 +220,18 @@ async fn a_file_that_cannot_be_described_leaves_nothing() {
 /// A finished file of an earlier life is offered only when everything about it agrees.
 #[tokio::test]
 async fn a_finished_file_that_is_not_what_it_should_be_is_made_anew() {
-    fn config(files: &FileSet, change: impl FnOnce(&mut FileConfig)) {
-        let mut config = FileConfig::read(&files.config).unwrap();
-        change(&mut config);
-        config.write(&files.config).unwrap();
-    }
-    fn manifest(files: &FileSet, change: impl FnOnce(&mut Manifest)) {
-        let mut manifest = Manifest::read(&files.manifest).unwrap().unwrap();
-        change(&mut manifest);
-        manifest.write(&files.manifest).unwrap();
-    }
     type Change = fn(&FileSet);
     let changes: [(&str, Change); 6] = [
         ("its time", |f| File::open(&f.file).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap()),
         ("no manifest", |f| std::fs::remove_file(&f.manifest).unwrap()),
-        ("another manifest", |f| manifest(f, |m| m.sha512 = "a".repeat(128).parse().unwrap())),
+        ("another manifest", |f| change_manifest(f, |m| m.sha512 = "a".repeat(128).parse().unwrap())),
         ("a longer manifest", |f| {
-            manifest(f, |m| (m.size_bytes, m.chunks) = (m.size_bytes + MIB as u64, [&m.chunks[..], &[None]].concat()));
+            change_manifest(f, |m| {
+                (m.size_bytes, m.chunks) = (m.size_bytes + MIB as u64, [&m.chunks[..], &[None]].concat())
+            });
         }),
-        ("an unknown format", |f| config(f, |c| c.format = "vmdk".into())),
-        ("another image", |f| config(f, |c| c.uuid = "ffffffff".into())),
+        ("an unknown format", |f| change_config(f, |c| c.format = "vmdk".into())),
+        ("another image", |f| change_config(f, |c| c.uuid = "ffffffff".into())),
     ];
     for (what, change) in changes {
         let (disk, bytes) = (TestDisk::new(), image());

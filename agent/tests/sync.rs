@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -20,16 +20,6 @@ use std::net::SocketAddr;
 use support::*;
 use tokio::net::TcpListener;
 
-/// Damages a sealed copy without changing its modification time.
-fn damage(disk: &TestDisk, chunk: u64) {
-    let path = disk.copy_file();
-    let time = path.metadata().unwrap().modified().unwrap();
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
-    let file = File::options().write(true).open(&path).unwrap();
-    file.write_all_at(b"damage", chunk * MIB as u64 + 99).unwrap();
-    file.set_modified(time).unwrap();
-}
-
 #[track_caller]
 fn assert_copied(disk: &TestDisk, bytes: &[u8]) {
     let file = disk.copy_file();
@@ -38,15 +28,6 @@ fn assert_copied(disk: &TestDisk, bytes: &[u8]) {
     assert!(metadata.blocks() * 512 < 10 * MIB as u64, "holes stay holes");
     assert_eq!(metadata.permissions().mode() & 0o777, 0o444);
     assert!(!disk.disk().copy(&key()).partial.exists());
-}
-
-/// A second copy, made by a sync from the first.
-async fn second(first: &RunningManager) -> (TestDisk, RunningManager) {
-    let disk = TestDisk::new();
-    let manager = RunningManager::start(&disk).await;
-    manager.sync(spec(), &[first.address]).await.unwrap();
-    manager.reaches("ready").await;
-    (disk, manager)
 }
 
 /// A peer that serves the copy of a disk, counts what is asked, and fails as told.
@@ -130,9 +111,7 @@ fn forge(disk: &TestDisk) {
 
 #[tokio::test]
 async fn a_peer_whose_manifest_is_not_that_of_the_image_is_found_out() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let good = RunningManager::start(&disk).await;
-    prepare(&disk, &good, &bytes).await;
+    let ((_disk, good), bytes) = (first().await, image());
     let (bad_disk, _bad) = second(&good).await;
     forge(&bad_disk);
     let bad = FakePeer::new(&bad_disk, usize::MAX).await;
@@ -148,9 +127,7 @@ async fn a_peer_whose_manifest_is_not_that_of_the_image_is_found_out() {
 
 #[tokio::test]
 async fn a_bad_chunk_is_taken_from_another_peer() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, first), bytes) = (first().await, image());
     let (other_disk, other) = second(&first).await;
     assert_copied(&other_disk, &bytes);
 
@@ -170,9 +147,7 @@ async fn a_bad_chunk_is_taken_from_another_peer() {
 
 #[tokio::test]
 async fn a_chunk_that_is_bad_everywhere_fails_the_copy_by_name() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (disk, first) = first().await;
     damage(&disk, 8);
     let target_disk = TestDisk::new();
     let target = RunningManager::start(&target_disk).await;
@@ -184,9 +159,7 @@ async fn a_chunk_that_is_bad_everywhere_fails_the_copy_by_name() {
 
 #[tokio::test]
 async fn dead_and_wrong_peers_are_left_out() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, first), bytes) = (first().await, image());
     let empty_disk = TestDisk::new();
     let empty = RunningManager::start(&empty_disk).await;
     let silent = FakePeer::new(&disk, 1).await;
@@ -214,9 +187,7 @@ async fn dead_and_wrong_peers_are_left_out() {
 
 #[tokio::test]
 async fn a_killed_sync_goes_on_with_what_it_had() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, _first), bytes) = (first().await, image());
     // One request of eight chunks at most is answered, then silence.
     let silent = FakePeer::new(&disk, 1).await;
     let target_disk = TestDisk::new();
@@ -246,12 +217,10 @@ async fn a_killed_sync_goes_on_with_what_it_had() {
 
 #[tokio::test]
 async fn a_damaged_copy_is_repaired_by_the_bad_chunk_only() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, first), bytes) = (first().await, image());
     let (other_disk, other) = second(&first).await;
     damage(&other_disk, 10);
-    File::open(other_disk.copy_file()).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
+    touch(&other_disk, SystemTime::now());
     other.reaches("failed").await;
 
     let counting = FakePeer::new(&disk, usize::MAX).await;
@@ -263,9 +232,7 @@ async fn a_damaged_copy_is_repaired_by_the_bad_chunk_only() {
 
 #[tokio::test]
 async fn delete_stops_a_running_sync_and_leaves_nothing() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (disk, _first) = first().await;
     let silent = FakePeer::new(&disk, 0).await;
     let target_disk = TestDisk::new();
     let target = RunningManager::start(&target_disk).await;
@@ -280,9 +247,7 @@ async fn delete_stops_a_running_sync_and_leaves_nothing() {
 /// No thread may wait for a peer after its sync has ended: the limit for silence is far beyond that of the test.
 #[tokio::test]
 async fn a_sync_that_is_stopped_hangs_up() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (disk, _first) = first().await;
     let silent = FakePeer::new(&disk, 0).await;
     let target_disk = TestDisk::new();
     let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_secs(3600)).await;
@@ -293,10 +258,25 @@ async fn a_sync_that_is_stopped_hangs_up() {
 }
 
 #[tokio::test]
+async fn a_repair_that_is_stopped_hangs_up() {
+    let (disk, first) = first().await;
+    let silent = FakePeer::new(&disk, 0).await;
+    let target_disk = TestDisk::new();
+    let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_secs(3600)).await;
+    target.sync(spec(), &[first.address]).await.unwrap();
+    target.reaches("ready").await;
+    damage(&target_disk, 2);
+    touch(&target_disk, SystemTime::now());
+    target.reaches("failed").await;
+    target.sync(spec(), &[silent.address]).await.unwrap();
+    wait_until("the chunk is asked for", async || silent.ranges() == ["bytes=2097152-3145727"]).await;
+    backing_image_agent::client::delete(&target.address.to_string(), "parrot", UUID).await.unwrap();
+    wait_until("it hangs up", async || silent.hung_up.load(Ordering::SeqCst) == 1).await;
+}
+
+#[tokio::test]
 async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let (_disk, first) = first().await;
     let small = TestDisk::small();
     let target = RunningManager::start(&small).await;
     target.sync(spec(), &[first.address]).await.unwrap();
@@ -305,12 +285,37 @@ async fn a_full_disk_fails_the_sync_and_leaves_nothing() {
     assert!(!small.disk().copy(&key()).partial.exists() && !small.copy_file().exists());
 }
 
+/// What describes a damaged copy stays as long as that: by it the copy is repaired where it lies, without more room.
+#[tokio::test]
+async fn a_full_disk_keeps_what_a_damaged_copy_can_be_repaired_by() {
+    let (_disk, first) = first().await;
+    // For the copy and what goes with it, not for another one.
+    let full = TestDisk::with_room(image().len() - 3 * MIB + 64 * 4096);
+    let target = RunningManager::start(&full).await;
+    target.sync(spec(), &[first.address]).await.unwrap();
+    target.reaches("ready").await;
+    let files = full.disk().copy(&key());
+    for chunk in [0, 1] {
+        let file = File::options().write(true).open(&files.file).unwrap();
+        file.write_all_at(b"damage", chunk * MIB as u64).unwrap();
+    }
+    touch(&full, SystemTime::now());
+    target.reaches("failed").await;
+    // As if it had been begun to be made anew.
+    std::fs::write(&files.partial, "x").unwrap();
+    target.sync(spec(), &[first.address]).await.unwrap();
+    wait_until("there is no room", async || target.get().await.error_kind == "Exhausted").await;
+    assert!(!files.partial.exists() && files.manifest.exists());
+    target.sync(spec(), &[first.address]).await.unwrap();
+    let copy = target.reaches("ready").await;
+    assert!(copy.damage.contains("2 of 13 chunks differed"), "{}", copy.damage);
+    assert!(std::fs::read(&files.file).unwrap() == image());
+}
+
 /// Room that is found to be missing only while chunks are written, or after them all, when the file gets its name.
 #[tokio::test]
 async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let first = RunningManager::start(&disk).await;
-    prepare(&disk, &first, &bytes).await;
+    let ((disk, _first), bytes) = (first().await, image());
     let data_bytes = bytes.len() - 3 * MIB;
     // The chunks and the file of the disk.
     let needed = data_bytes.next_multiple_of(4096) + 4096;
@@ -339,9 +344,7 @@ async fn a_disk_that_turns_out_to_be_full_late_keeps_nothing_either() {
 
 #[tokio::test]
 async fn the_peer_port_only_reads_ready_copies() {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
+    let ((_disk, manager), bytes) = (first().await, image());
     let base = format!("http://{}:8001/v1/copies", manager.address.ip());
     let client = http();
     let ask = async |path: &str, range: Option<&str>| {
@@ -356,10 +359,34 @@ async fn the_peer_port_only_reads_ready_copies() {
     assert_eq!((status, &body[..]), (206, &bytes[10..20]));
     assert_eq!(ask("parrot-0a1b2c3d/data", None).await.0, 416);
     assert_eq!(ask("parrot-0a1b2c3d/data", Some("bytes=0-99999999")).await.0, 416);
+    assert_eq!(ask("parrot-0a1b2c3d/data", Some("bytes=9-5")).await.0, 416);
     assert_eq!(ask("parrot-ffffffff/data", Some("bytes=0-1")).await.0, 404);
     assert_eq!(ask("..%2F..%2Fetc/data", Some("bytes=0-1")).await.0, 400);
     let response = client.delete(format!("{base}/parrot-0a1b2c3d/data")).send().await.unwrap();
     assert_eq!(response.status().as_u16(), 405);
+    wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
+}
+
+/// From outside, that is: nobody would know when the thread that reads it never ended.
+#[tokio::test]
+async fn a_copy_that_is_cut_short_while_it_is_read_ends_the_transfer() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    // More than what is on its way at one time.
+    let mut bytes = vec![0; 64 * MIB];
+    bytes[0] = 1;
+    prepare(&disk, &manager, &bytes).await;
+    let url = format!("http://{}:8001/v1/copies/parrot-0a1b2c3d/data", manager.address.ip());
+    let range = format!("bytes=0-{}", bytes.len() - 1);
+    let mut response = http().get(url).header("Range", range).send().await.unwrap();
+    assert!(response.chunk().await.unwrap().is_some());
+    File::options().write(true).open(disk.copy_file()).unwrap().set_len(0).unwrap();
+    let rest = async {
+        while response.chunk().await?.is_some() {}
+        Ok::<_, reqwest::Error>(())
+    };
+    let ended = tokio::time::timeout(Duration::from_secs(60), rest).await.expect("it ends");
+    assert!(ended.is_err(), "not as if it were whole");
     wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
 }
 
@@ -368,6 +395,8 @@ async fn the_peer_port_only_reads_ready_copies() {
 struct Receiver {
     bytes: Arc<Mutex<Vec<u8>>>,
     calls: Arc<Mutex<Vec<&'static str>>>,
+    /// So many requests with data are refused first.
+    refusals: Arc<AtomicUsize>,
 }
 
 type Range = Query<BTreeMap<String, String>>;
@@ -379,6 +408,11 @@ fn number(query: &Range, key: &str) -> usize {
 impl Receiver {
     async fn start(&self) -> SocketAddr {
         let address = address(30001);
+        self.start_at(address).await;
+        address
+    }
+
+    async fn start_at(&self, address: SocketAddr) {
         let listener = TcpListener::bind(address).await.unwrap();
         let app = Router::new()
             .route(
@@ -399,8 +433,13 @@ impl Receiver {
             .route(
                 "/v1-ssync/writeData",
                 post(|State(r): State<Receiver>, query: Range, body: Bytes| async move {
+                    let refuse = |left: usize| left.checked_sub(1);
+                    if r.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, refuse).is_ok() {
+                        return StatusCode::INTERNAL_SERVER_ERROR;
+                    }
                     r.calls.lock().unwrap().push("data");
                     r.bytes.lock().unwrap()[number(&query, "begin")..number(&query, "end")].copy_from_slice(&body);
+                    StatusCode::OK
                 })
                 .layer(axum::extract::DefaultBodyLimit::disable()),
             )
@@ -410,8 +449,23 @@ impl Receiver {
             )
             .with_state(self.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
-        address
     }
+}
+
+#[tokio::test]
+async fn a_receiver_that_is_still_starting_is_waited_for() {
+    let (_disk, manager) = first().await;
+    let (receiver, address) = (Receiver::default(), address(30001));
+    let early = TcpListener::bind(address).await.unwrap();
+    let request = SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address: address.to_string() };
+    manager.client().await.send(request).await.unwrap();
+    let (connection, _) = early.accept().await.unwrap();
+    drop(early);
+    drop(connection);
+    wait_until("the address is free", async || TcpListener::bind(address).await.is_ok()).await;
+    receiver.start_at(address).await;
+    wait_until("the receiver is closed", async || receiver.calls.lock().unwrap().last() == Some(&"close")).await;
+    assert!(*receiver.bytes.lock().unwrap() == image());
 }
 
 #[tokio::test]
@@ -435,4 +489,20 @@ async fn a_copy_is_sent_to_longhorns_receiver() {
     })
     .await
     .unwrap();
+}
+
+/// To be closed is the receiver's sign that all of the file is there.
+#[tokio::test]
+async fn a_receiver_that_refuses_is_asked_again_and_closed_only_when_it_has_taken_everything() {
+    let (_disk, manager) = first().await;
+    for (refusals, is_closed) in [(2, true), (usize::MAX, false)] {
+        let receiver = Receiver { refusals: Arc::new(AtomicUsize::new(refusals)), ..Default::default() };
+        let to_address = receiver.start().await.to_string();
+        let request = SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address };
+        manager.client().await.send(request).await.unwrap();
+        wait_until("nothing is being sent", async || manager.get().await.status.unwrap().sending_reference == 0).await;
+        assert!(receiver.refusals.load(Ordering::SeqCst) != refusals, "it was asked");
+        assert_eq!(receiver.calls.lock().unwrap().contains(&"close"), is_closed);
+        assert_eq!(*receiver.bytes.lock().unwrap() == image(), is_closed);
+    }
 }

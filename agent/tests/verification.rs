@@ -3,26 +3,12 @@
 mod support;
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use backing_image_agent::config_file::FileConfig;
 use proto::bimrpc::{BackingImageResponse, VerifyRequest};
 use support::*;
 use tonic::{Code, Status};
-
-const CHUNK: u64 = MIB as u64;
-
-/// Flips a bit of a sealed copy without changing its size or modification time.
-fn damage(disk: &TestDisk, chunk: u64) {
-    let path = disk.copy_file();
-    let time = path.metadata().unwrap().modified().unwrap();
-    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
-    let file = File::options().read(true).write(true).open(&path).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, chunk * CHUNK + 99).unwrap();
-    file.write_all_at(&[byte[0] ^ 4], chunk * CHUNK + 99).unwrap();
-    file.set_modified(time).unwrap();
-}
 
 async fn verify(
     manager: &RunningManager,
@@ -32,18 +18,6 @@ async fn verify(
     let requested_at = requested_at.to_owned();
     let request = VerifyRequest { name: "parrot".into(), uuid: UUID.into(), requested_at, bytes_per_second };
     Ok(manager.client().await.verify(request).await?.into_inner())
-}
-
-/// Two disks with the same copy.
-async fn two() -> (TestDisk, RunningManager, TestDisk, RunningManager) {
-    let (disk, bytes) = (TestDisk::new(), image());
-    let manager = RunningManager::start(&disk).await;
-    prepare(&disk, &manager, &bytes).await;
-    let other_disk = TestDisk::new();
-    let other = RunningManager::start(&other_disk).await;
-    other.sync(spec(), &[manager.address]).await.unwrap();
-    other.reaches("ready").await;
-    (disk, manager, other_disk, other)
 }
 
 #[tokio::test]

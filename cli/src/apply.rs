@@ -6,9 +6,8 @@ use api::ErrorKind;
 use clap::Args;
 use serde_json::{Map, Value};
 
-use crate::client::{CONFLICT_RETRIES, Client};
+use crate::client::{Client, again};
 use crate::documents::{self, Document};
-use crate::failure::Failure;
 
 /// Creates or changes objects from YAML or JSON files.
 #[derive(Args, Debug)]
@@ -36,29 +35,20 @@ pub async fn run(client: &Client, Apply { files, namespace }: Apply) -> anyhow::
 
 async fn apply(client: &Client, document: &Document) -> anyhow::Result<&'static str> {
     let (resource, namespace) = (&document.served.resource, document.namespace.as_deref());
-    let mut tries = 0;
-    loop {
-        let result = match client.find(resource, namespace, &document.name).await? {
+    // Somebody else may also have made or removed it meanwhile.
+    again(&[ErrorKind::Pending, ErrorKind::Incompatible, ErrorKind::NotFound], async || {
+        Ok(match client.find(resource, namespace, &document.name).await? {
             None => client.create(resource, namespace, &document.object).await.map(|_| "created"),
             Some(current) => {
                 let wanted = merged(&current, &document.object);
                 if wanted == current {
-                    return Ok("unchanged");
+                    return Ok(Ok("unchanged"));
                 }
                 client.replace(resource, namespace, &document.name, &wanted).await.map(|_| "configured")
             }
-        };
-        tries += 1;
-        match result {
-            Err(error) if tries <= CONFLICT_RETRIES && collided(&error) => {}
-            result => return result,
-        }
-    }
-}
-
-fn collided(error: &anyhow::Error) -> bool {
-    let kind = error.downcast_ref::<Failure>().map(|f| f.kind);
-    matches!(kind, Some(ErrorKind::Pending | ErrorKind::Incompatible | ErrorKind::NotFound))
+        })
+    })
+    .await
 }
 
 /// The current object with what the document says on top: labels and annotations are added to, maps of the spec are merged

@@ -21,7 +21,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a change is tried again that collided with somebody else's.
-pub const CONFLICT_RETRIES: u32 = 10;
+const CONFLICT_RETRIES: u32 = 10;
 
 /// A client of one instance. Cheap to clone.
 #[derive(Clone)]
@@ -156,17 +156,12 @@ impl Client {
         name: &str,
         mut change: impl FnMut(&mut Value) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
-        let mut tries = 0;
-        loop {
+        again(&[ErrorKind::Pending], async || {
             let mut object = self.get(resource, namespace, name).await?;
             let changed = change(&mut object)?;
-            tries += 1;
-            match self.replace(resource, namespace, name, &object).await {
-                Ok(_) => return Ok(changed),
-                Err(error) if tries <= CONFLICT_RETRIES && is_of_kind(&error, ErrorKind::Pending) => {}
-                Err(error) => return Err(error),
-            }
-        }
+            Ok(self.replace(resource, namespace, name, &object).await.map(|_| changed))
+        })
+        .await
     }
 
     /// Deletes an object; `None` when there was none.
@@ -206,6 +201,21 @@ impl Client {
     ) -> anyhow::Result<BoxStream<'static, anyhow::Result<Value>>> {
         let response = self.send(self.http.post(format!("{}{path}", self.server)).json(body)).await?;
         Ok(lines(response))
+    }
+}
+
+/// Reads and writes, both again while the writing, whose outcome is the inner result, fails by a collision: by one of these kinds.
+pub async fn again<T>(
+    collisions: &[ErrorKind],
+    mut attempt: impl AsyncFnMut() -> anyhow::Result<anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match attempt().await? {
+            Err(error) if tries <= CONFLICT_RETRIES && collisions.iter().any(|kind| is_of_kind(&error, *kind)) => {}
+            written => return written,
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::client::{Client, Event, namespace_of};
 use crate::failure::failed;
 use crate::progress::Progress;
-use crate::{documents, duration, get};
+use crate::{documents, duration, get, volume};
 
 /// Deletes objects by name or by the files that describe them.
 #[derive(Args, Debug)]
@@ -79,16 +79,13 @@ pub async fn run(client: &Client, delete: Delete) -> anyhow::Result<()> {
 
 /// The persistent volume that goes with a claim.
 async fn volume_of(client: &Client, victim: &Victim) -> anyhow::Result<Option<(Victim, Value)>> {
-    if victim.served.resource.kind != "PersistentVolumeClaim" {
-        return Ok(None);
-    }
-    let claim =
-        client.find(&victim.served.resource, victim.namespace.as_deref(), &victim.name).await?.unwrap_or_default();
-    let Some(name) = claim["spec"]["volumeName"].as_str().filter(|n| !n.is_empty()) else { return Ok(None) };
+    let claims = victim.namespace.as_deref().filter(|_| victim.served.resource.kind == "PersistentVolumeClaim");
+    let Some(namespace) = claims else { return Ok(None) };
+    let Some(name) = volume::of_claim(client, namespace, &victim.name).await? else { return Ok(None) };
     let served = get::kind("persistentvolumes")?;
-    let volume = client.find(&served.resource, None, name).await?;
+    let volume = client.find(&served.resource, None, &name).await?;
     let volume = volume.filter(|v| v["spec"]["persistentVolumeReclaimPolicy"] == "Delete");
-    Ok(volume.map(|v| (Victim { served, namespace: None, name: name.to_owned() }, v)))
+    Ok(volume.map(|v| (Victim { served, namespace: None, name }, v)))
 }
 
 fn named(words: &[String], namespace: Option<&str>) -> anyhow::Result<Vec<Victim>> {

@@ -8,12 +8,13 @@ use api::volume::VolumeState;
 use api::{Engine, ErrorKind, Volume, condition};
 use futures::StreamExt;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::PersistentVolume;
 use serde_json::Value;
 use store::ResourceType;
 
 use crate::client::{Client, Event};
 use crate::failure::{failed, is_of_kind};
+use crate::volume;
 
 /// Requests the replacement of an engine; returns what was done.
 pub async fn run(
@@ -42,8 +43,7 @@ pub async fn run(
 
 /// The volume behind a claim, a persistent volume, or of that name.
 async fn volume_of(client: &Client, name: &str, claims: &str) -> anyhow::Result<String> {
-    let claim = client.find(&ResourceType::of::<PersistentVolumeClaim>(), Some(claims), name).await?;
-    let bound = claim.and_then(|c| c["spec"]["volumeName"].as_str().map(str::to_owned)).filter(|v| !v.is_empty());
+    let bound = volume::of_claim(client, claims, name).await?;
     let name = bound.unwrap_or_else(|| name.to_owned());
     let found = client.find(&ResourceType::of::<PersistentVolume>(), None, &name).await?;
     let handle = found.and_then(|v| v["spec"]["csi"]["volumeHandle"].as_str().map(str::to_owned));

@@ -1,12 +1,13 @@
 //! `image`: images for people, with their copies disk by disk.
 
+mod hopeless;
 mod verify;
 
 use std::time::Duration;
 
 use api::image::{BackingImageSpec, CopyState, DiskFileStatus, SourceType};
 use api::names::condition::READY;
-use api::{BackingImage, BackingImageDataSource, ConditionStatus, ErrorKind, Node, condition};
+use api::{BackingImage, ErrorKind, Node, condition};
 use clap::{Args, Subcommand};
 use futures::StreamExt;
 use jiff::Timestamp;
@@ -227,9 +228,7 @@ async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -
                             return Ok(());
                         }
                         waits_for = waiting_for(&image, Timestamp::now());
-                        if let Some((kind, sentence)) = hopeless(&image)
-                            && is_about_now(client, &image, namespace).await?
-                        {
+                        if let Some((kind, sentence)) = hopeless::why(client, &image, namespace).await? {
                             return failed(kind, sentence);
                         }
                     }
@@ -295,52 +294,20 @@ fn state(state: CopyState) -> &'static str {
     if state == CopyState::NotStarted { "waiting" } else { state.as_str() }
 }
 
-/// Why waiting is useless, if it is: what is written can never succeed, or the source has something else than an image. The
-/// controller looks again from time to time all the same, since sources do change.
-fn hopeless(image: &BackingImage) -> Option<(ErrorKind, String)> {
-    let status = image.status.as_ref()?;
-    let ready = condition::find(&status.conditions, READY).filter(|c| c.status == ConditionStatus::False)?;
-    let kind = match ready.reason.as_str() {
-        "Invalid" => ErrorKind::Invalid,
-        "Unsupported" => ErrorKind::Unsupported,
-        "DataSourceFailed" => status
-            .disk_file_status_map
-            .values()
-            .filter(|copy| copy.state == CopyState::Failed && ready.message.contains(&copy.message))
-            .find_map(|copy| copy.error_kind.filter(|kind| kind.is_final()))?,
-        _ => return None,
-    };
-    let name = image.name_any();
-    Some((kind, format!("image `{name}` cannot become ready: {}", waiting_for(image, Timestamp::now()))))
-}
-
-/// Whether what the status says is about what the image asks for now: it may have been corrected a moment ago.
-async fn is_about_now(client: &Client, image: &BackingImage, namespace: &str) -> anyhow::Result<bool> {
-    let resource = ResourceType::of::<BackingImageDataSource>();
-    let source = client.find(&resource, Some(namespace), &image.name_any()).await?;
-    let Some(source) = source else { return Ok(true) };
-    let source: BackingImageDataSource = serde_json::from_value(source)?;
-    // The image's status follows that of its source: a failure that the source tells no more is that of a former attempt.
-    let is_failed = source.status.as_ref().is_some_and(|status| status.current_state == CopyState::Failed);
-    let conditions = image.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
-    let tells_a_failure = condition::find(conditions, READY).is_some_and(|c| c.reason == "DataSourceFailed");
-    Ok(planner::data_source::answers(&source, image) && (is_failed || !tells_a_failure))
-}
-
 #[cfg(test)]
 mod tests {
-    use api::Condition;
     use api::image::BackingImageStatus;
+    use api::{Condition, ConditionStatus};
     use expect_test::expect;
 
     use super::*;
 
-    fn copy(state: CopyState, progress: u32, message: &str, next_retry_time: &str) -> DiskFileStatus {
+    pub(super) fn copy(state: CopyState, progress: u32, message: &str, next_retry_time: &str) -> DiskFileStatus {
         let (message, next_retry_time) = (message.to_owned(), next_retry_time.to_owned());
         DiskFileStatus { state, progress, message, next_retry_time, ..Default::default() }
     }
 
-    fn image(name: &str, copies: &[(&str, DiskFileStatus)], ready: Option<Condition>) -> BackingImage {
+    pub(super) fn image(name: &str, copies: &[(&str, DiskFileStatus)], ready: Option<Condition>) -> BackingImage {
         let mut image = BackingImage::new(name, Default::default());
         image.status = Some(BackingImageStatus {
             size: 1 << 20,
@@ -370,30 +337,6 @@ mod tests {
             one     1.0 MiB   -         qcow2    node-2/disk-1   starting   0 %        cannot download `http://x/y`: cannot connect: Connection refused (os error 111); next attempt in 8s
             two     1.0 MiB   -         qcow2    -               waiting               no disk can take the first copy
         "#]].assert_eq(&copies(&images, &disks, now));
-    }
-
-    #[test]
-    fn waiting_is_useless_only_when_the_failure_is_final() {
-        let failed = |reason: &str, kind: Option<ErrorKind>| {
-            let ready = Condition::new(READY, ConditionStatus::False, reason, "on node-1: the server answered 404");
-            let mut copy = copy(CopyState::Failed, 0, "the server answered 404", "");
-            copy.error_kind = kind;
-            hopeless(&image("one", &[("a", copy)], Some(ready))).map(|(kind, _)| kind)
-        };
-        assert_eq!(failed("DataSourceFailed", Some(ErrorKind::NotFound)), Some(ErrorKind::NotFound));
-        assert_eq!(failed("DataSourceFailed", Some(ErrorKind::Unavailable)), None);
-        assert_eq!(failed("DataSourceFailed", None), None);
-        assert_eq!(failed("DataSourceRetries", Some(ErrorKind::NotFound)), None);
-        assert_eq!(failed("Unsupported", None), Some(ErrorKind::Unsupported));
-        // Of two copies the one that failed by what the condition says counts.
-        let of = |state: CopyState, message: &str| {
-            let ready = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", "the server answered 404");
-            let copy = DiskFileStatus { error_kind: Some(ErrorKind::NotFound), ..copy(state, 0, message, "") };
-            hopeless(&image("one", &[("a", copy)], Some(ready))).is_some()
-        };
-        assert!(of(CopyState::Failed, "the server answered 404"));
-        assert!(!of(CopyState::Failed, "the server answered 410"));
-        assert!(!of(CopyState::Starting, "the server answered 404"), "it is tried again already");
     }
 
     #[test]

@@ -131,6 +131,13 @@ pub async fn run(client: &Client, command: VolumeCommand, namespace: &str) -> an
     }
 }
 
+/// The persistent volume that a claim is bound to.
+pub async fn of_claim(client: &Client, namespace: &str, name: &str) -> anyhow::Result<Option<String>> {
+    let claim = client.find(&ResourceType::of::<PersistentVolumeClaim>(), Some(namespace), name).await?;
+    let bound = claim.as_ref().and_then(|claim| claim["spec"]["volumeName"].as_str());
+    Ok(bound.filter(|volume| !volume.is_empty()).map(str::to_owned))
+}
+
 /// The path as the instance has to see it.
 fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
     std::path::absolute(path).with_context(|| format!("cannot make `{}` absolute", path.display()))
@@ -167,16 +174,14 @@ async fn operate(client: &Client, verb: &str, operation: &Operation, namespace: 
 
 /// Shows the copies of the volume's image as they grow. A courtesy: whatever fails here is left out.
 async fn watch_image(client: &Client, operation: &Operation, namespace: &str, progress: &Progress) -> Option<()> {
-    let claims = ResourceType::of::<PersistentVolumeClaim>();
     let volumes = ResourceType::of::<Volume>();
     let images = ResourceType::of::<BackingImage>();
     let disks = image::Disks::fetch(client, namespace).await.ok()?;
     let mut events = client.watch(&volumes, Some(namespace), None).await.ok()?;
     let image = loop {
         let Event::Applied(volume) = events.next().await?.ok()? else { continue };
-        let claim = client.find(&claims, Some(&operation.namespace), &operation.name).await.ok()?;
-        let wanted =
-            claim.and_then(|c| c["spec"]["volumeName"].as_str().map(str::to_owned)).unwrap_or(operation.name.clone());
+        let bound = of_claim(client, &operation.namespace, &operation.name).await.ok()?;
+        let wanted = bound.unwrap_or_else(|| operation.name.clone());
         if volume["metadata"]["name"] == *wanted {
             break volume["spec"]["backingImage"].as_str().filter(|i| !i.is_empty())?.to_owned();
         }

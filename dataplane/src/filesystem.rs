@@ -3,6 +3,7 @@
 //! Nothing is ever formatted that is not blank: no signature that `blkid` knows, and zeroes at both ends. The one exception is what
 //! an interrupted `mkfs` left, which the caller must know of: a promise of his that the device was blank when that began.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
@@ -31,6 +32,25 @@ pub enum Contents {
     Unknown,
 }
 
+impl fmt::Display for Contents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Contents::Blank => f.write_str("nothing"),
+            Contents::Filesystem(fs_type) => write!(f, "a filesystem ({fs_type})"),
+            Contents::Other(what) => f.write_str(what),
+            Contents::Unknown => f.write_str("data without a known signature"),
+        }
+    }
+}
+
+/// What one look at a device found.
+#[derive(Clone, Debug)]
+pub struct Found {
+    pub contents: Contents,
+    /// Of a filesystem.
+    uuid: Option<String>,
+}
+
 /// A filesystem that is to be made.
 #[derive(Clone, Copy, Debug)]
 pub struct New<'a> {
@@ -42,12 +62,7 @@ pub struct New<'a> {
 }
 
 /// Looks what is on a device.
-pub async fn detect(device: &Path) -> Result<Contents, DataplaneError> {
-    probe(device).await.map(|(contents, _)| contents)
-}
-
-/// The same, with the UUID of a filesystem.
-async fn probe(device: &Path) -> Result<(Contents, Option<String>), DataplaneError> {
+pub async fn detect(device: &Path) -> Result<Found, DataplaneError> {
     let args = ["-p".as_ref(), "-o".as_ref(), "export".as_ref(), device.as_os_str()];
     let output = run("blkid", args, limits::PROBE_TIMEOUT).await?;
     let value = |key: &str| {
@@ -69,20 +84,22 @@ async fn probe(device: &Path) -> Result<(Contents, Option<String>), DataplaneErr
         Some(8) => Contents::Other("signatures of several filesystems at once".into()),
         _ => return Err(output.failure()),
     };
-    Ok((contents, value("UUID")))
+    Ok(Found { contents, uuid: value("UUID") })
 }
 
-/// Whether a device that was blank when `mkfs` began holds only what that left when it was interrupted.
-///
-/// A filesystem that is whole is none: it is used. One with another UUID, or that was ever mounted, is somebody's; so is anything
-/// else that has a signature.
-pub async fn is_remainder(device: &Path, new: &New<'_>) -> Result<bool, DataplaneError> {
-    match probe(device).await? {
-        (Contents::Unknown, _) => Ok(true),
-        (Contents::Filesystem(found), Some(uuid)) if found == new.fs_type && uuid == new.uuid => {
-            Ok(!was_mounted(device, &found)? && !is_whole(device, &found).await?)
+impl Found {
+    /// Whether a device that was blank when `mkfs` began holds only what that left when it was interrupted.
+    ///
+    /// A filesystem that is whole is none: it is used. One with another UUID, or that was ever mounted, is somebody's; so is
+    /// anything else that has a signature.
+    pub async fn is_remainder(&self, device: &Path, new: &New<'_>) -> Result<bool, DataplaneError> {
+        match (&self.contents, &self.uuid) {
+            (Contents::Unknown, _) => Ok(true),
+            (Contents::Filesystem(found), Some(uuid)) if found == new.fs_type && uuid == new.uuid => {
+                Ok(!was_mounted(device, found)? && !is_whole(device, found).await?)
+            }
+            _ => Ok(false),
         }
-        _ => Ok(false),
     }
 }
 
@@ -99,17 +116,13 @@ pub async fn format(device: &Path, new: &New<'_>, unfinished: bool) -> Result<()
             });
         }
     };
-    let found = match detect(device).await? {
-        Contents::Blank => None,
-        _ if unfinished && is_remainder(device, new).await? => None,
-        Contents::Filesystem(fs_type) => Some(format!("a filesystem ({fs_type})")),
-        Contents::Other(what) => Some(what),
-        Contents::Unknown => Some("data without a known signature".into()),
-    };
-    if let Some(what) = found {
-        return Err(DataplaneError::NotBlank {
-            message: format!("`{}` is not formatted as {fs_type}, because it holds {what}", device.display()),
-        });
+    // Whatever the caller saw before: this look is the one that counts.
+    let found = detect(device).await?;
+    let may_be_formatted = found.contents == Contents::Blank || unfinished && found.is_remainder(device, new).await?;
+    if !may_be_formatted {
+        let message =
+            format!("`{}` is not formatted as {fs_type}, because it holds {}", device.display(), found.contents);
+        return Err(DataplaneError::NotBlank { message });
     }
     let mut args: Vec<String> = defaults.iter().map(|a| (*a).to_owned()).collect();
     args.extend(unfinished.then(|| force.to_owned()));
@@ -258,9 +271,9 @@ mod tests {
     async fn formats_only_what_is_blank_and_grows_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, 32 << 20);
-        assert_eq!(detect(&path).await.unwrap(), Contents::Blank);
+        assert_eq!(detect(&path).await.unwrap().contents, Contents::Blank);
         format(&path, &EXT4, false).await.unwrap();
-        assert_eq!(detect(&path).await.unwrap(), Contents::Filesystem("ext4".into()));
+        assert_eq!(detect(&path).await.unwrap().contents, Contents::Filesystem("ext4".into()));
         for unfinished in [false, true] {
             let error = format(&path, &XFS, unfinished).await.unwrap_err();
             assert!(error.to_string().contains("holds a filesystem (ext4)"), "{error}");
@@ -276,9 +289,13 @@ mod tests {
         for at in [100, (8 << 20) - 1] {
             let path = file(&folder, 8 << 20);
             overwrite(&path, at, b"x");
-            assert_eq!(detect(&path).await.unwrap(), Contents::Unknown);
+            assert_eq!(detect(&path).await.unwrap().contents, Contents::Unknown);
             assert!(matches!(format(&path, &EXT4, false).await, Err(DataplaneError::NotBlank { .. })));
         }
+    }
+
+    async fn is_remainder(device: &Path, new: &New<'_>) -> Result<bool, DataplaneError> {
+        detect(device).await?.is_remainder(device, new).await
     }
 
     /// Each state of the device: whether it counts as what an interrupted attempt left.
@@ -316,7 +333,7 @@ mod tests {
         let path = file(&folder, 320 << 20);
         overwrite(&path, 510, &[0x55, 0xaa]);
         overwrite(&path, 446, &[0, 0, 2, 0, 0x83, 0, 0, 0, 8, 0, 0, 0, 0, 1, 0, 0]);
-        assert!(matches!(detect(&path).await.unwrap(), Contents::Other(_)));
+        assert!(matches!(detect(&path).await.unwrap().contents, Contents::Other(_)));
         assert!(!is_remainder(&path, &EXT4).await.unwrap(), "a partition table is no remainder");
     }
 }

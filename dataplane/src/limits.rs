@@ -13,6 +13,8 @@ pub const DAEMON_SPARE_MEMORY_MS: u64 = 1000;
 /// Most memory for the tables of a head; QEMU takes no more than the volume needs. 16 bytes for 128 KiB: enough for all of 64 GiB.
 /// Random requests all over a larger volume read 4 KiB of table each time that they leave it. QEMU's own limit is 32 MiB.
 pub const HEAD_TABLE_CACHE: u64 = 8 << 20;
+/// Longest line of QMP that is taken; the description of all nodes of a replica takes a few thousand bytes.
+pub const QMP_LINE_BYTES: usize = 1 << 20;
 /// Events that a slow reader may be behind before it loses some.
 pub const QMP_EVENT_QUEUE: usize = 256;
 

@@ -5,9 +5,10 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use runtime::lines::read_line;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::{broadcast, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -64,15 +65,16 @@ impl Qmp {
     {
         let (reader, writer) = tokio::io::split(stream);
         let mut reader = BufReader::new(reader);
-        let mut greeting = String::new();
-        match tokio::time::timeout(limit, reader.read_line(&mut greeting)).await {
+        let mut greeting = vec![];
+        match tokio::time::timeout(limit, read_line(&mut reader, &mut greeting, limits::QMP_LINE_BYTES)).await {
             Err(_) => return Err(DataplaneError::Silent { command: "greeting".into(), seconds: limit.as_secs() }),
             Ok(Err(source)) => return Err(DataplaneError::io("read the greeting of qemu-storage-daemon", source)),
-            Ok(Ok(_)) if greeting.is_empty() => return Err(DataplaneError::Ended { detail: String::new() }),
-            Ok(Ok(_)) => {}
+            Ok(Ok(false)) => return Err(DataplaneError::Ended { detail: String::new() }),
+            Ok(Ok(true)) => {}
         }
-        if !serde_json::from_str::<Line>(&greeting).is_ok_and(|l| l.greeting.is_some()) {
-            let source = io::Error::new(io::ErrorKind::InvalidData, greeting.trim().to_owned());
+        if !serde_json::from_slice::<Line>(&greeting).is_ok_and(|l| l.greeting.is_some()) {
+            let said = String::from_utf8_lossy(&greeting).trim().to_owned();
+            let source = io::Error::new(io::ErrorKind::InvalidData, said);
             return Err(DataplaneError::io("understand the greeting of qemu-storage-daemon", source));
         }
         let waiting = Arc::new(Mutex::new(Waiting::default()));
@@ -162,16 +164,21 @@ async fn read_lines<R: AsyncRead + Unpin>(
     waiting: Arc<Mutex<Waiting>>,
     events: broadcast::Sender<Event>,
 ) {
-    let mut text = String::new();
+    let mut text = vec![];
     loop {
         text.clear();
-        if !matches!(reader.read_line(&mut text).await, Ok(n) if n > 0) {
-            break;
+        match read_line(&mut reader, &mut text, limits::QMP_LINE_BYTES).await {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(error) => {
+                tracing::warn!(%error, "qmp connection given up");
+                break;
+            }
         }
-        let line: Line = match serde_json::from_str(&text) {
+        let line: Line = match serde_json::from_slice(&text) {
             Ok(line) => line,
             Err(error) => {
-                tracing::warn!(%error, line = text.trim(), "qmp line not understood");
+                tracing::warn!(%error, line = %String::from_utf8_lossy(&text).trim(), "qmp line not understood");
                 continue;
             }
         };
@@ -199,22 +206,45 @@ async fn read_lines<R: AsyncRead + Unpin>(
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncBufReadExt, DuplexStream};
+
     use super::*;
 
-    async fn fake(lines: &'static [&'static str]) -> (Qmp, tokio::task::JoinHandle<()>) {
+    const GREETING: &[u8] = b"{\"QMP\":{}}\n";
+    const LIMIT: Duration = Duration::from_secs(5);
+    const SILENCE: &str = "";
+
+    /// A daemon that says these bytes and then nothing more.
+    async fn connect_to(bytes: &[u8]) -> (Result<Qmp, DataplaneError>, DuplexStream) {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        theirs.write_all(bytes).await.unwrap();
+        (Qmp::connect(ours, LIMIT).await, theirs)
+    }
+
+    /// A daemon that says these lines when so many commands have come, and ends then. At `SILENCE` it stays and says nothing more.
+    async fn daemon(commands: usize, lines: &'static [&'static str]) -> (Qmp, tokio::task::JoinHandle<()>) {
         let (ours, theirs) = tokio::io::duplex(4096);
         let server = tokio::spawn(async move {
             let (reader, mut writer) = tokio::io::split(theirs);
-            let mut requests = BufReader::new(reader).lines();
-            writer.write_all(b"{\"QMP\":{}}\n").await.unwrap();
-            requests.next_line().await.unwrap();
+            let (mut reader, mut text) = (BufReader::new(reader), String::new());
+            writer.write_all(GREETING).await.unwrap();
+            reader.read_line(&mut text).await.unwrap();
             writer.write_all(b"{\"return\":{},\"id\":1}\n").await.unwrap();
-            requests.next_line().await.unwrap();
+            for _ in 0..commands {
+                reader.read_line(&mut text).await.unwrap();
+            }
             for line in lines {
+                if *line == SILENCE {
+                    std::future::pending().await
+                }
                 writer.write_all(format!("{line}\n").as_bytes()).await.unwrap();
             }
         });
-        (Qmp::connect(ours, Duration::from_secs(5)).await.unwrap(), server)
+        (Qmp::connect(ours, LIMIT).await.unwrap(), server)
+    }
+
+    async fn fake(lines: &'static [&'static str]) -> (Qmp, tokio::task::JoinHandle<()>) {
+        daemon(1, lines).await
     }
 
     #[tokio::test]
@@ -238,5 +268,80 @@ mod tests {
         assert!(matches!(error, DataplaneError::Ended { .. }), "{error}");
         server.await.unwrap();
         assert!(matches!(qmp.execute("y", json!({})).await, Err(DataplaneError::Ended { .. })));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_daemon_that_does_not_greet_is_none() {
+        let started = tokio::time::Instant::now();
+        let (silent, _open) = connect_to(b"{\"QMP\":").await;
+        let silent = silent.err().unwrap().to_string();
+        assert!(silent.contains("did not answer `greeting` within 5 s"), "{silent}");
+        assert!(started.elapsed() < 2 * LIMIT, "given up after {:?}", started.elapsed());
+        let (other, _open) = connect_to(b"{\"return\":{},\"id\":1}\n{\"return\":{},\"id\":1}\n").await;
+        let other = other.err().unwrap().to_string();
+        assert!(other.contains("understand the greeting"), "{other}");
+        let (ours, theirs) = tokio::io::duplex(64);
+        drop(theirs);
+        assert!(matches!(Qmp::connect(ours, LIMIT).await, Err(DataplaneError::Ended { .. })));
+        // The negotiation is part of it.
+        let (mute, _open) = connect_to(GREETING).await;
+        let mute = mute.err().unwrap().to_string();
+        assert!(mute.contains("did not answer `qmp_capabilities`"), "{mute}");
+    }
+
+    #[tokio::test]
+    async fn answers_out_of_order_reach_those_who_asked() {
+        let lines = &[
+            r#"{"return":"nobody asked","id":77}"#,
+            r#"{"return":"second","id":3}"#,
+            r#"{"error":{"class":"GenericError","desc":"no"},"id":2}"#,
+        ];
+        let (qmp, _server) = daemon(2, lines).await;
+        let (first, second) = tokio::join!(qmp.execute("one", json!({})), qmp.execute("two", json!({})));
+        assert!(matches!(first, Err(DataplaneError::Refused { command, .. }) if command == "one"));
+        assert_eq!(second.unwrap(), json!("second"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_daemon_that_does_not_answer_is_not_waited_for_without_end() {
+        let started = tokio::time::Instant::now();
+        let (qmp, _server) = fake(&[SILENCE]).await;
+        let silent = qmp.execute("x", json!({})).await.unwrap_err();
+        assert!(matches!(&silent, DataplaneError::Silent { command, .. } if command == "x"), "{silent}");
+        let (qmp, _server) = fake(&[r#"{"return":{},"id":2}"#, r#"{"event":"OTHER"}"#, SILENCE]).await;
+        let silent = qmp.execute_until("y", json!({}), |e| e.event == "DONE").await.unwrap_err();
+        assert!(matches!(&silent, DataplaneError::Silent { command, .. } if command == "y"), "{silent}");
+        assert!(started.elapsed() < 3 * limits::QMP_TIMEOUT, "given up after {:?}", started.elapsed());
+    }
+
+    #[tokio::test]
+    async fn what_is_not_understood_is_passed_over() {
+        let lines = &["nonsense", "[]", r#"{"return":{},"id":"2"}"#, r#"{"return":1,"id":2}"#];
+        let (qmp, _server) = fake(lines).await;
+        assert_eq!(qmp.execute("x", json!({})).await.unwrap(), json!(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_line_without_end_ends_the_connection() {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let sent = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let so_far = sent.clone();
+        let server = tokio::spawn(async move {
+            let (_reader, mut writer) = tokio::io::split(theirs);
+            writer.write_all(GREETING).await.unwrap();
+            writer.write_all(b"{\"return\":{},\"id\":1}\n").await.unwrap();
+            while so_far.fetch_add(4096, std::sync::atomic::Ordering::SeqCst) < 64 << 20 {
+                writer.write_all(&[b'x'; 4096]).await.unwrap();
+            }
+        });
+        let started = tokio::time::Instant::now();
+        let qmp = Qmp::connect(ours, LIMIT).await.unwrap();
+        for command in ["x", "y"] {
+            let ended = qmp.execute(command, json!({})).await.unwrap_err();
+            assert!(matches!(ended, DataplaneError::Ended { .. }), "{ended}");
+        }
+        assert_eq!(started.elapsed(), Duration::ZERO, "nobody waits for what is not read any more");
+        assert!(sent.load(std::sync::atomic::Ordering::SeqCst) < 2 * limits::QMP_LINE_BYTES);
+        server.abort();
     }
 }

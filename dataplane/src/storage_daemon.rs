@@ -6,6 +6,8 @@
 
 pub mod listener;
 mod spawn;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read;
@@ -98,6 +100,10 @@ pub struct StorageDaemon {
 impl StorageDaemon {
     /// Starts the daemon, makes the head when wished, opens the chain. Nothing is exported yet.
     pub async fn start(config: Config) -> Result<StorageDaemon, DataplaneError> {
+        StorageDaemon::start_program(PROGRAM, config).await
+    }
+
+    async fn start_program(program: &str, config: Config) -> Result<StorageDaemon, DataplaneError> {
         if let Some(base) = &config.base {
             check_base(base)?;
         }
@@ -113,7 +119,7 @@ impl StorageDaemon {
             });
         }
         let Config { directory, head, base, size_bytes, listener, lock, .. } = config;
-        let daemon = launch(directory, listener, lock).await?;
+        let daemon = launch(program, directory, listener, lock).await?;
         match daemon.open(&Chain { head, base, size_bytes }, head_exists).await {
             Ok(daemon) => Ok(daemon),
             Err((daemon, error)) => {
@@ -236,7 +242,12 @@ impl StorageDaemon {
     }
 }
 
-async fn launch(directory: PathBuf, listener: OwnedFd, lock: Option<OwnedFd>) -> Result<StorageDaemon, DataplaneError> {
+async fn launch(
+    program: &str,
+    directory: PathBuf,
+    listener: OwnedFd,
+    lock: Option<OwnedFd>,
+) -> Result<StorageDaemon, DataplaneError> {
     let (ours, theirs) =
         UnixStream::pair().map_err(|e| DataplaneError::io("make a socket for qemu-storage-daemon", e))?;
     let theirs = OwnedFd::from(theirs);
@@ -257,7 +268,7 @@ async fn launch(directory: PathBuf, listener: OwnedFd, lock: Option<OwnedFd>) ->
     ];
     let inherited = [theirs, listener].into_iter().chain(lock).collect();
     let child =
-        spawn::spawn(PROGRAM, args, &memory(), &directory, log, inherited).await.map_err(|source| {
+        spawn::spawn(program, args, &memory(), &directory, log, inherited).await.map_err(|source| {
             match source.kind() {
                 std::io::ErrorKind::NotFound => {
                     DataplaneError::Missing { program: PROGRAM.into(), package: process::package_of(PROGRAM).into() }
@@ -432,20 +443,4 @@ pub fn allocated_bytes(directory: &Path) -> std::io::Result<u64> {
         total += entry?.metadata().map(|m| m.blocks() * 512).unwrap_or(0);
     }
     Ok(total)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sees_an_external_data_file() {
-        let mut header = vec![0u8; 104];
-        header[..4].copy_from_slice(b"QFI\xfb");
-        header[7] = 3;
-        assert_eq!(qcow2_problem(&header), None);
-        header[79] = 4;
-        assert!(qcow2_problem(&header).unwrap().contains("another file"));
-        assert!(qcow2_problem(b"plain").unwrap().contains("does not begin"));
-    }
 }

@@ -39,6 +39,8 @@ pub enum EngineError {
         "the engine of volume `{volume}` was killed and does not end within {limit_ms} ms, so its device was given up; the data stays on the replicas"
     )]
     Undead { volume: String, limit_ms: u64 },
+    #[error("the engine of volume `{volume}` ends: {reason}")]
+    Superseded { volume: String, reason: String },
     #[error("cannot listen on `{path}`")]
     Listen { path: PathBuf, source: io::Error },
     #[error("the engine's connection to the kernel failed")]
@@ -64,6 +66,7 @@ impl EngineError {
             | EngineError::Lost { .. }
             | EngineError::HandedOver { .. }
             | EngineError::Undead { .. }
+            | EngineError::Superseded { .. }
             | EngineError::Control { .. } => ErrorKind::Unavailable,
             EngineError::Served { .. } | EngineError::Refused { .. } => ErrorKind::NotReady,
             EngineError::ReadConfig { .. }

@@ -25,6 +25,10 @@ pub const MAX_COMPARE_RANGES: usize = 64;
 /// How often deadlines are looked at while something is under way.
 pub const TICK: Duration = Duration::from_millis(250);
 
+/// How long a replica that broke its connection, and whose process still listens, is waited for to tell who has it now. It answers
+/// within a round trip; requests stand still meanwhile.
+pub const ASK_LIMIT: Duration = Duration::from_millis(500);
+
 /// The core's clock advances at most this much between two events.
 ///
 /// A process that was stopped for a minute must not find all of its replicas overdue when it continues.

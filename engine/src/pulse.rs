@@ -121,4 +121,64 @@ mod tests {
         assert!(matches!(beat(b"nonsense\n"), Beat::Nobody));
         assert!(matches!(beat(b"{\"reply\":\"done\"}\n"), Beat::Nobody));
     }
+
+    #[test]
+    fn an_answer_without_end_is_not_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let talker = thread::spawn(move || {
+            let (mut engine, _) = listener.accept().unwrap();
+            let mut sent = 0;
+            while sent < 16 * limits::MAX_CONTROL_LINE && engine.write_all(&[b'x'; 4096]).is_ok() {
+                sent += 4096;
+            }
+            sent
+        });
+        let mut pulse = Pulse::of(&socket);
+        let mut most = 0;
+        while !talker.is_finished() {
+            pulse.beat(Duration::from_millis(10));
+            most = most.max(pulse.line.capacity());
+        }
+        assert!(talker.join().unwrap() >= 16 * limits::MAX_CONTROL_LINE);
+        assert!(most < 4 * limits::MAX_CONTROL_LINE, "{most} bytes are kept");
+    }
+
+    /// A stopped engine would find one question for each second of its silence.
+    #[test]
+    fn who_does_not_answer_is_asked_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut pulse = Pulse::of(&socket);
+        for _ in 0..3 {
+            assert!(matches!(pulse.beat(Duration::from_millis(20)), Beat::Silence));
+        }
+        let (engine, _) = listener.accept().unwrap();
+        drop(pulse);
+        assert_eq!(BufReader::new(engine).lines().count(), 1);
+    }
+
+    #[test]
+    fn a_connection_that_ended_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let mut pulse = Pulse::of(&socket);
+        let long = Duration::from_secs(20);
+        assert!(matches!(pulse.beat(long), Beat::Nobody), "nobody listens");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let engine = thread::spawn(move || {
+            // Half an answer is none.
+            listener.accept().unwrap().0.write_all(b"{\"reply\":").unwrap();
+            let (engine, _) = listener.accept().unwrap();
+            let mut asked = String::new();
+            BufReader::new(&engine).read_line(&mut asked).unwrap();
+            let status = Reply::Status(Status { pid: 7, ..Status::default() });
+            writeln!(&engine, "{}", serde_json::to_string(&status).unwrap()).unwrap();
+        });
+        assert!(matches!(pulse.beat(long), Beat::Nobody));
+        assert!(matches!(pulse.beat(long), Beat::Answer(status) if status.pid == 7));
+        engine.join().unwrap();
+    }
 }

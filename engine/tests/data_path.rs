@@ -4,13 +4,19 @@ mod support;
 
 use backing_image_engine as engine;
 
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proto::engine::{ReplicaAddress, ReplicaState};
 use proto::replica::{Request, file};
-use support::{MIB, Moment, Replica, VERIFY, Volume, fio, kill, run, sh, wait_until};
+use rustix::process::Signal;
+use support::{MIB, Moment, Replica, VERIFY, Volume, fio, kill, run, sh, signal, wait_until};
 
 /// Not a test: what the holder and engine processes of the tests run.
 #[test]
@@ -44,6 +50,7 @@ fn a_volume_works_like_a_disk_and_ends_cleanly() {
     volume.detach_loop();
     assert!(volume.shutdown(), "{}", volume.log());
     assert!(!volume.is_mounted());
+    assert!(!volume.config.control_socket.exists() && !volume.config.nbd_socket.exists());
     for replica in &volume.replicas {
         let record = replica.record();
         assert_eq!((record.generation, record.clean, record.members.len()), (1, true, 3));
@@ -211,6 +218,172 @@ fn a_volume_that_was_detached_from_its_file_in_use_does_not_end() {
     assert!(volume.replicas[0].record().clean);
 }
 
+/// The loop driver asks in whole sectors; whoever opens the file itself need not.
+#[test]
+fn the_volume_file_takes_any_place_and_any_opener() {
+    const SIZE: u64 = 4 * MIB + 1536;
+    let mut volume = Volume::new(2, SIZE);
+    volume.start_holder();
+    volume.wait_serving();
+    let open = || File::options().read(true).write(true).open(&volume.config.mount_file).unwrap();
+    let (one, other) = (open(), open());
+    assert_eq!(one.metadata().unwrap().len(), SIZE);
+    one.write_all_at(b"abc", 4095).unwrap();
+    let mut read = [9; 7];
+    other.read_exact_at(&mut read, 4093).unwrap();
+    assert_eq!(&read, b"\0\0abc\0\0");
+    // Nothing of it is answered by the kernel from memory.
+    let already = volume.status().read_ops;
+    other.read_exact_at(&mut read, 4093).unwrap();
+    assert!(volume.status().read_ops > already);
+    // Across the end and behind it.
+    let mut page = [9; 4096];
+    for (offset, count) in [(SIZE - 100, 100), (SIZE, 0), (SIZE + 7, 0), (1 << 40, 0)] {
+        assert_eq!(one.read_at(&mut page, offset).unwrap(), count, "at {offset}");
+    }
+    for offset in [SIZE - 4095, SIZE, 1 << 40] {
+        let refused = one.write_at(&page, offset).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EINVAL), "at {offset}: {refused}");
+    }
+    assert_eq!(one.set_len(0).unwrap_err().raw_os_error(), Some(libc::EPERM));
+    let reserve = |flags| rustix::fs::fallocate(&one, flags, 4095, 2);
+    assert_eq!(reserve(rustix::fs::FallocateFlags::empty()), Err(rustix::io::Errno::OPNOTSUPP));
+    assert_eq!(reserve(rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE), Ok(()));
+    other.read_exact_at(&mut read, 4093).unwrap();
+    assert_eq!(&read, b"\0\0\0\0c\0\0");
+    // Several openers at once, on pieces that share sectors, some longer than one request may be.
+    let length = 1_100_003;
+    std::thread::scope(|scope| {
+        for part in 0..3u8 {
+            scope.spawn(move || {
+                let (file, mut content) = (open(), vec![part + 1; length]);
+                file.write_all_at(&content, 11 + u64::from(part) * length as u64).unwrap();
+                file.read_exact_at(&mut content, 11 + u64::from(part) * length as u64).unwrap();
+                assert!(content.iter().all(|byte| *byte == part + 1));
+            });
+        }
+    });
+    let mut content = vec![0; 3 * length + 2];
+    other.read_exact_at(&mut content, 10).unwrap();
+    assert!(content[0] == 0 && content[3 * length + 1] == 0);
+    assert!((0..3).all(|part| content[1 + part * length..][..length].iter().all(|byte| *byte == part as u8 + 1)));
+    drop((one, other));
+    assert!(volume.shutdown(), "{}", volume.log());
+    volume.assert_equal(0, 1);
+}
+
+#[test]
+fn a_reader_that_is_killed_while_it_waits_disturbs_nobody() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let daemon = volume.replicas[0].daemon_pid();
+    signal(daemon, Signal::STOP);
+    let (file, already) = (volume.config.mount_file.clone(), volume.status().read_ops);
+    let mut reader = Command::new("dd").arg(format!("if={}", file.display())).arg("of=/dev/null").spawn().unwrap();
+    wait_until("it waits", || volume.status().read_ops > already);
+    reader.kill().unwrap();
+    // A second one, which the kernel takes back before an engine saw it, or not.
+    let mut second = Command::new("dd").arg(format!("if={}", file.display())).arg("of=/dev/null").spawn().unwrap();
+    second.kill().unwrap();
+    signal(daemon, Signal::CONT);
+    assert!(!reader.wait().unwrap().success() && !second.wait().unwrap().success());
+    let read = std::fs::read(&file).unwrap();
+    assert!(read.len() as u64 == 64 * MIB && read.iter().all(|byte| *byte == 0));
+    assert_eq!((volume.status().lives, volume.status().in_flight), (1, 0));
+    assert!(volume.shutdown(), "{}", volume.log());
+}
+
+#[test]
+fn what_dead_engines_left_mounted_is_taken_away() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    for _ in 0..2 {
+        volume.start_holder();
+        volume.wait_serving();
+        let pid = volume.engine_pid();
+        let mut holder = volume.holder.take().unwrap();
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        kill(pid);
+        wait_until("both are gone", || !engine::process::is_served(&volume.config.control_socket).unwrap());
+        assert!(volume.is_mounted() && std::fs::File::open(&volume.config.mount_file).is_err());
+    }
+    volume.start_holder();
+    volume.wait_serving();
+    assert_eq!(std::fs::metadata(&volume.config.mount_file).unwrap().len(), 64 * MIB);
+    assert!(volume.shutdown(), "{}", volume.log());
+    assert!(!volume.is_mounted(), "not the dead ones either");
+}
+
+/// One line of a control connection.
+fn line(connection: &mut BufReader<UnixStream>) -> String {
+    let mut line = String::new();
+    connection.read_line(&mut line).unwrap();
+    line
+}
+
+#[test]
+fn everybody_who_asks_for_the_end_is_told_and_nobody_else() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let connect = || {
+        let connection = UnixStream::connect(&volume.config.control_socket).unwrap();
+        connection.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        BufReader::new(connection)
+    };
+    let ask = |connection: &mut BufReader<UnixStream>, request: &str| {
+        writeln!(connection.get_mut(), "{{\"request\":\"{request}\"}}").unwrap();
+    };
+    let (closing, go_on) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (is_closing, may_go_on) = (closing.clone(), go_on.clone());
+    volume.replicas[0].set_hook(move |request, moment| {
+        if matches!(request, Request::Close { .. }) && moment == Moment::Before {
+            is_closing.store(true, Ordering::SeqCst);
+            wait_until("the test has asked", || may_go_on.load(Ordering::SeqCst));
+        }
+    });
+    let (mut first, mut gone) = (connect(), connect());
+    ask(&mut gone, "shutdown");
+    wait_until("it closes its replica", || closing.load(Ordering::SeqCst));
+    drop(gone);
+    ask(&mut first, "status");
+    assert!(line(&mut first).contains("\"reply\":\"status\""));
+    // It gets the place of the one that is gone.
+    let mut other = connect();
+    ask(&mut other, "status");
+    assert!(line(&mut other).contains("\"reply\":\"status\""));
+    ask(&mut first, "shutdown");
+    ask(&mut first, "status");
+    assert!(line(&mut first).contains("\"reply\":\"status\""), "it is not over yet");
+    go_on.store(true, Ordering::SeqCst);
+    assert!(line(&mut first).contains("\"reply\":\"done\""));
+    assert_eq!(line(&mut other), "", "it did not ask for that");
+    assert!(volume.wait_holder(), "{}", volume.log());
+}
+
+#[test]
+fn too_many_control_clients_are_turned_away_and_the_others_served() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.start_holder();
+    volume.wait_serving();
+    let connect = || BufReader::new(UnixStream::connect(&volume.config.control_socket).unwrap());
+    let asked = |connection: &mut BufReader<UnixStream>| {
+        // One that was turned away may be closed already.
+        let _ = writeln!(connection.get_mut(), "{{\"request\":\"status\"}}");
+        let mut line = String::new();
+        connection.read_line(&mut line).is_ok_and(|count| count > 0)
+    };
+    let mut connections: Vec<_> = (0..2 * engine::limits::MAX_CONTROL_CLIENTS).map(|_| connect()).collect();
+    let served: Vec<_> = connections.iter_mut().map(asked).collect();
+    let count = served.iter().filter(|served| **served).count();
+    assert!(served[0] && count < engine::limits::MAX_CONTROL_CLIENTS + 1, "{count} clients are served");
+    assert!(count + 8 > engine::limits::MAX_CONTROL_CLIENTS, "{count} clients are served");
+    drop(connections);
+    wait_until("there is room again", || asked(&mut connect()));
+    assert!(volume.shutdown(), "{}", volume.log());
+}
+
 #[test]
 fn a_holder_without_a_replica_ends_at_a_signal() {
     let mut volume = Volume::new(1, 64 * MIB);
@@ -251,6 +424,8 @@ fn a_device_without_an_engine_fails_after_the_holders_limit() {
     assert!(String::from_utf8_lossy(&read.stderr).contains("Input/output error"));
     assert!(!volume.wait_holder());
     assert!(volume.log().contains("no engine came to serve") && volume.log().contains("r1"), "{}", volume.log());
+    let said = engine::process::holder_report(&volume.config.control_socket).unwrap().unwrap().problem;
+    assert!(said.contains("no engine came to serve") && said.contains("r1"), "{said}");
     assert!(volume.is_mounted(), "the loop device is found by its file");
     volume.detach_loop();
 }

@@ -264,6 +264,23 @@ fn a_pause_of_the_holder_is_no_silence_of_the_engine() {
 }
 
 #[test]
+fn silences_with_answers_between_them_do_not_add_up() {
+    let mut volume = Volume::new(1, 64 * MIB);
+    volume.config.silence_limit_ms = 5_000;
+    volume.attach();
+    let pid = volume.engine_pid();
+    wait_until("the holder watches it", || volume.log().contains("engine answers"));
+    for _ in 0..6 {
+        signal(pid, Signal::STOP);
+        wait_until("the silence is reported", || report(&volume).is_some());
+        signal(pid, Signal::CONT);
+        wait_until("it answers again", || report(&volume).is_none());
+    }
+    assert_eq!((volume.engine_pid(), volume.status().lives), (pid, 1), "{}", volume.log());
+    end(&mut volume);
+}
+
+#[test]
 fn an_engine_that_hangs_while_it_starts_leaves_time_for_another() {
     let mut volume = Volume::new(1, 64 * MIB);
     volume.config.holder_limit_ms = 8_000;
@@ -416,6 +433,8 @@ fn an_engine_does_not_make_room_when_the_next_one_might_fail() {
         assert!(said.read_line(&mut line).unwrap() > 0, "qemu-io ended");
     }
     assert!(refusal(&volume).contains("NBD client"));
+    let ended = control_client::shutdown(&volume.config.control_socket, LIMIT).unwrap_err().to_string();
+    assert!(ended.contains("in use by an NBD client"), "{ended}");
     drop(client.stdin.take());
     client.wait().unwrap();
     // In the middle of a fence.
@@ -463,7 +482,16 @@ fn without_repeated_requests_the_device_ends_with_its_engine() {
 fn the_kernel_says_whether_it_repeats_requests() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("probe");
-    let repeats = engine::fuse::probe::repeats_requests(&file).unwrap();
+    // One that was killed in the middle left its mount, which would wait for an answer for ever.
+    std::fs::write(&file, "").unwrap();
+    let left = engine::fuse::mount::mount(&file).unwrap();
+    let (sender, answer) = std::sync::mpsc::channel();
+    let probed = file.clone();
+    std::thread::spawn(move || sender.send(engine::fuse::probe::repeats_requests(&probed)));
+    let answer = answer.recv_timeout(Duration::from_secs(20));
+    engine::fuse::mount::detach(&file);
+    drop(left);
+    let repeats = answer.expect("it waits for the mount that was left").unwrap();
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok()).unwrap();
     let mut parts = release.split(['.', '-']);

@@ -5,14 +5,16 @@ use std::path::Path;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use crate::limits::CONTROL_TIMEOUT;
+use crate::limits::{CONTROL_LINE_BYTES, CONTROL_TIMEOUT};
 
 /// An open control connection.
 pub struct Connection {
-    lines: Lines<BufReader<tokio::net::unix::OwnedReadHalf>>,
+    reader: BufReader<tokio::net::unix::OwnedReadHalf>,
+    /// What has come of the next reply.
+    line: Vec<u8>,
     writer: tokio::net::unix::OwnedWriteHalf,
 }
 
@@ -21,7 +23,7 @@ impl Connection {
     pub async fn open(socket: &Path) -> io::Result<Connection> {
         let stream: UnixStream = runtime::socket::connect(socket).await?;
         let (reader, writer) = stream.into_split();
-        Ok(Connection { lines: BufReader::new(reader).lines(), writer })
+        Ok(Connection { reader: BufReader::new(reader), line: vec![], writer })
     }
 
     /// Sends a request.
@@ -31,12 +33,12 @@ impl Connection {
         self.writer.write_all(&line).await
     }
 
-    /// The next reply, whenever it comes.
+    /// The next reply, whenever it comes. Whoever gives up the wait loses nothing of it.
     pub async fn receive<R: DeserializeOwned>(&mut self) -> io::Result<R> {
-        match self.lines.next_line().await? {
-            Some(line) => serde_json::from_str(&line).map_err(io::Error::other),
-            None => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the connection was closed")),
+        if !runtime::lines::read_line(&mut self.reader, &mut self.line, CONTROL_LINE_BYTES).await? {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the connection was closed"));
         }
+        serde_json::from_slice(&std::mem::take(&mut self.line)).map_err(io::Error::other)
     }
 }
 
@@ -48,4 +50,51 @@ pub async fn ask<R: DeserializeOwned>(socket: &Path, request: &impl Serialize) -
         connection.receive().await
     };
     tokio::time::timeout(CONTROL_TIMEOUT, asked).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proto::engine::{Reply, Request, Status};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_reply_without_end_is_given_up_before_it_fills_the_memory() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let talker = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut sent = 0;
+            while sent < 64 << 20 && stream.write_all(&[b'x'; 4096]).await.is_ok() {
+                sent += 4096;
+            }
+            sent
+        });
+        let refused = ask::<Reply>(&socket, &Request::Status).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData, "{refused}");
+        // What the socket held besides is no memory of ours.
+        assert!(talker.await.unwrap() < 8 << 20);
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_comes_in_two_waits_is_one_reply() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut connection = Connection::open(&socket).await.unwrap();
+        let (mut engine, _) = listener.accept().await.unwrap();
+        let status = Reply::Status(Status { pid: 7, ..Status::default() });
+        let text = serde_json::to_string(&status).unwrap() + "\n";
+        engine.write_all(&text.as_bytes()[..20]).await.unwrap();
+        let given_up = tokio::time::timeout(Duration::from_millis(50), connection.receive::<Reply>()).await;
+        assert!(given_up.is_err());
+        engine.write_all(&text.as_bytes()[20..]).await.unwrap();
+        assert_eq!(connection.receive::<Reply>().await.unwrap(), status);
+        drop(engine);
+        assert_eq!(connection.receive::<Reply>().await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
 }

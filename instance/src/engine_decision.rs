@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use api::engine::{DesireState, InstanceState, ReplicaMode};
+use api::engine::{DesireState, EngineSpec, InstanceState, ReplicaMode};
 use api::names::condition::{DETACHED, READY};
 use api::{Condition, ConditionStatus, Engine};
 use jiff::Timestamp;
-use proto::engine::{HolderReport, ReplicaState, Status};
+use proto::engine::{Config, HolderReport, ReplicaAddress, ReplicaState, Status};
+
+use crate::engine_progress::Stall;
 
 /// The holder and engine of a volume, as they were seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +17,8 @@ pub enum Process {
     None,
     /// The holder runs; what its engine said last, when it said anything.
     Running(Option<Status>),
+    /// A holder or an engine runs that was not started for this wish; how it differs.
+    Foreign(String),
     /// The holder has ended without being asked; the end of its log.
     Ended(String),
 }
@@ -80,7 +84,7 @@ pub fn decide(engine: &Engine, process: &Process, device: &Device, trouble: Opti
     }
     let step = match (process, device) {
         (_, Device::Attached { .. }) => Step::DetachDevice,
-        (Process::Running(_), Device::None) => Step::Shutdown,
+        (Process::Running(_) | Process::Foreign(_), Device::None) => Step::Shutdown,
         (Process::Ended(_), Device::None) => Step::CleanUp,
         (Process::None, Device::None) if is_deleted => Step::Release,
         (Process::None, Device::None) => Step::Nothing,
@@ -121,6 +125,14 @@ fn run(process: &Process, device: &Device, trouble: Option<&Condition>) -> Decis
         (Process::None, Device::Attached { path, users }) => {
             let message = format!("device {path} of an earlier attachment is still in use by {}", users.join(", "));
             decide(Step::Nothing, InstanceState::Error, no, "DeviceBusy", message)
+        }
+        // To serve it as what is wished could show other bytes. Its end is the same as of one that is not wished any more, which
+        // the volume reconciler wishes next: it takes this one's end for an unclean one.
+        (Process::Foreign(difference), _) => {
+            let message = format!(
+                "an engine of another attachment runs here: {difference}; it is ended when nobody uses its device, then the volume is attached anew"
+            );
+            decide(Step::Nothing, InstanceState::Error, no, "EngineDiffers", message)
         }
         (Process::Ended(words), _) => {
             let said =
@@ -163,10 +175,42 @@ fn run(process: &Process, device: &Device, trouble: Option<&Condition>) -> Decis
     }
 }
 
+/// How the engine that runs here differs from the wished one, when it was not started for this wish.
+///
+/// A role that was away finds engines that live, and the volume may have been attached elsewhere meanwhile: then the number of the
+/// attachment differs. Within one attachment replicas that the engine dropped go from the wish; what the engine uses besides is its
+/// own affair, as it may not have told yet that it dropped it.
+pub fn difference(wish: &EngineSpec, runs: &Config) -> Option<String> {
+    if runs.volume != wish.volume_name {
+        return Some(format!("it serves volume `{}` and not `{}`", runs.volume, wish.volume_name));
+    }
+    if runs.size_bytes != wish.volume_size.0 {
+        return Some(format!("it serves {} bytes and not {}", runs.size_bytes, wish.volume_size.0));
+    }
+    for (name, address) in &wish.replica_address_map {
+        let used = runs.replicas.get(name);
+        if used != Some(&ReplicaAddress::Tcp(address.clone())) {
+            let used = match used {
+                None => "does not use it".to_owned(),
+                Some(ReplicaAddress::Tcp(other)) => format!("uses it at {other}"),
+                Some(ReplicaAddress::Directory(other)) => format!("uses it in {}", other.display()),
+            };
+            return Some(format!("replica {name} is at {address}, and it {used}"));
+        }
+    }
+    (runs.attachment != wish.attachment).then(|| {
+        format!(
+            "it serves attachment {}, and the volume has come to attachment {} since",
+            runs.attachment, wish.attachment
+        )
+    })
+}
+
 /// Why requests wait although a holder or an engine is there, from what the holder says and from what this role sees itself.
 pub fn trouble(
     said: Option<&HolderReport>,
     silent_since: Option<Timestamp>,
+    stall: Option<&Stall>,
     has_holder: bool,
     status: Option<&Status>,
 ) -> Option<Condition> {
@@ -218,7 +262,15 @@ pub fn trouble(
                     .with_hint("end that process by kill -9, unmount the volume and mount it again"),
             )
         }
-        (_, None) => None,
+        (_, None) => stall.map(|stall| {
+            let message = format!(
+                "{who} answers, but completed none of its {} requests since {}; I/O waits until its replicas answer or are given up",
+                stall.requests, stall.since
+            );
+            no("EngineStuck", message).with_hint(
+                "look at the disks and nodes of its replicas; if they are well, end the engine by kill -9: its holder replaces it, and nothing acknowledged is lost",
+            )
+        }),
     }
 }
 
@@ -234,6 +286,8 @@ pub fn modes(status: &Status) -> BTreeMap<String, ReplicaMode> {
 
 #[cfg(test)]
 mod tests {
+    use api::quantity::SizeBytes;
+
     use super::*;
 
     fn engine(wish: DesireState) -> Engine {
@@ -293,7 +347,7 @@ mod tests {
             ..HolderReport::default()
         };
         let check = |said: Option<&HolderReport>, since, has_holder, expected: &[&str]| {
-            let found = trouble(said, since, has_holder, Some(&status))
+            let found = trouble(said, since, None, has_holder, Some(&status))
                 .map(|c| (c.reason, c.message, c.next_retry_time, c.hint));
             let text = format!("{found:?}");
             assert!(expected.iter().all(|part| text.contains(part)), "{text} lacks some of {expected:?}");
@@ -319,6 +373,73 @@ mod tests {
         // What a holder said before it died itself is of no interest while its engine goes on.
         check(Some(&said), None, false, &["None"]);
         check(None, None, true, &["None"]);
+    }
+
+    #[test]
+    fn an_engine_that_completes_nothing_is_told_unless_something_says_more() {
+        let since: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let (status, stall) = (Status { pid: 7, ..Status::default() }, Stall { since, requests: 5 });
+        let told = trouble(None, None, Some(&stall), true, Some(&status)).unwrap();
+        assert_eq!((told.reason.as_str(), told.status), ("EngineStuck", ConditionStatus::False));
+        for part in ["process 7", "none of its 5 requests", "since 2026-01-01T00:00:00Z", "I/O waits"] {
+            assert!(told.message.contains(part), "{}", told.message);
+        }
+        let silent = trouble(None, Some(since), Some(&stall), true, Some(&status)).unwrap();
+        assert_eq!(silent.reason, "EngineSilent");
+        assert_eq!(
+            trouble(Some(&HolderReport::default()), None, Some(&stall), true, None).unwrap().reason,
+            "EngineStarting"
+        );
+    }
+
+    #[test]
+    fn an_engine_that_was_not_started_for_this_wish_is_found_out() {
+        let tcp = |port: u16| format!("127.0.0.1:{port}");
+        let wish = EngineSpec {
+            volume_name: "vol".into(),
+            volume_size: SizeBytes(1 << 20),
+            replica_address_map: [("r1".to_owned(), tcp(1)), ("r2".to_owned(), tcp(3))].into(),
+            generation: 2_000_005,
+            attachment: 2,
+            ..EngineSpec::default()
+        };
+        let runs: Config = serde_json::from_value(serde_json::json!({
+            "volume": "vol", "sizeBytes": 1 << 20, "generation": 5, "attachment": 2, "readFrom": null, "compareReplicas": false,
+            "replicas": {"r1": {"tcp": tcp(1)}, "r2": {"tcp": tcp(3)}},
+            "mountFile": "/m", "controlSocket": "/c", "nbdSocket": "/n", "replicaTimeoutMs": 1, "noReplicaHoldMs": 1, "holderLimitMs": 1
+        }))
+        .unwrap();
+        let differs = |change: fn(&mut EngineSpec)| {
+            let mut wish = wish.clone();
+            change(&mut wish);
+            difference(&wish, &runs).unwrap_or_default()
+        };
+        // What changes within an attachment.
+        assert_eq!(differs(|_| {}), "");
+        assert_eq!(differs(|wish| drop(wish.replica_address_map.remove("r2"))), "");
+        assert_eq!(differs(|wish| wish.generation = 2_000_007), "");
+        assert_eq!(differs(|wish| wish.compare_replicas = true), "");
+        // What does not.
+        assert!(differs(|wish| wish.volume_name = "other".into()).contains("not `other`"));
+        assert!(differs(|wish| wish.volume_size = SizeBytes(2 << 20)).contains("not 2097152"));
+        let moved: fn(&mut EngineSpec) =
+            |wish| drop(wish.replica_address_map.insert("r2".into(), "127.0.0.1:9".into()));
+        assert!(differs(moved).contains("uses it at 127.0.0.1:3"));
+        let new: fn(&mut EngineSpec) = |wish| drop(wish.replica_address_map.insert("r3".into(), "127.0.0.1:9".into()));
+        assert!(differs(new).contains("does not use it"));
+        assert!(differs(|wish| wish.attachment = 3).contains("attachment 2, and the volume has come to attachment 3"));
+    }
+
+    #[test]
+    fn an_engine_of_another_attachment_is_never_served_as_the_wished_one() {
+        for device in [Device::None, attached(&[]), attached(&["/mnt"])] {
+            let foreign = Process::Foreign("it serves volume `a` and not `b`".into());
+            let decision = decide(&engine(DesireState::Running), &foreign, &device, None);
+            assert_eq!((decision.step, decision.state), (Step::Nothing, InstanceState::Error));
+            let ready = &decision.conditions[0];
+            assert_eq!(ready.reason, "EngineDiffers");
+            assert!(ready.message.contains("volume `a`") && !ready.is_true(), "{}", ready.message);
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tracing::{info, warn};
 
 use crate::control;
 use crate::engine_decision::{Decision, Process, is_wished};
-use crate::engines::{Observed, Place, write_config};
+use crate::engines::{Observed, Place, read_config, write_config};
 use crate::error::InstanceError;
 use crate::limits::{CONNECT, PROGRAM_CHECK};
 use crate::role::Role;
@@ -42,8 +42,8 @@ fn due(engine: &Engine, decision: &Decision, process: &Process) -> Due {
     match (decision.state, process) {
         (InstanceState::Running, Process::Running(Some(status))) if status.serving => {
             // A reason to wait is told by `Ready`; a fault is answered by the engine.
-            let is_stuck =
-                decision.conditions.iter().any(|c| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting"));
+            let waits = ["EngineSilent", "EngineStarting", "EngineStuck"];
+            let is_stuck = decision.conditions.iter().any(|c| waits.contains(&c.reason.as_str()));
             if is_stuck { Due::Later } else { Due::Now(Box::new(status.clone())) }
         }
         (InstanceState::Error, _) => {
@@ -93,10 +93,7 @@ async fn replace(role: &Role, old: &Status, place: &Place) -> Result<Outcome, In
         let message = format!("the engine (process {}) runs the installed version {} already", old.pid, old.version);
         return Ok(Outcome::UpToDate(message));
     }
-    let read = |source| InstanceError::File { action: "read", path: place.config.clone(), source };
-    let text = std::fs::read(&place.config).map_err(read)?;
-    let parse = |source| InstanceError::Parse { path: place.config.clone(), source };
-    let config: Config = serde_json::from_slice(&text).map_err(parse)?;
+    let config = read_config(place)?;
     if let Err(why) = check(program, &place.config).await {
         let shown = program.display();
         return Ok(Outcome::Refused(format!(
@@ -182,8 +179,10 @@ mod tests {
         engine.spec.desire_state = DesireState::Running;
         assert!(matches!(look(&engine, &serving, None), Due::Now(status) if status.pid == 7));
         assert_eq!(look(&engine, &Process::Running(None), None), Due::Later);
-        let silent = Condition::new("Ready", ConditionStatus::False, "EngineSilent", "it does not answer");
-        assert_eq!(look(&engine, &serving, Some(&silent)), Due::Later);
+        for reason in ["EngineSilent", "EngineStuck"] {
+            let trouble = Condition::new("Ready", ConditionStatus::False, reason, "requests wait");
+            assert_eq!(look(&engine, &serving, Some(&trouble)), Due::Later);
+        }
         assert!(matches!(look(&engine, &Process::Ended("gone".into()), None), Due::Refuse(_)));
         engine.status = Some(EngineStatus { upgrade_requested_at: "t1".into(), ..EngineStatus::default() });
         assert_eq!(look(&engine, &serving, None), Due::Nothing);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::engine::{EngineStatus, InstanceState};
 use api::names::{ENGINE_VOLUME_FILE, FINALIZER};
@@ -19,6 +19,7 @@ use tracing::{debug, info};
 
 use crate::control::{self, Connection};
 use crate::engine_decision::{self, Decision, Device, Process, Step, decide, is_wished, modes};
+use crate::engine_progress::Progress;
 use crate::engine_upgrade;
 use crate::error::InstanceError;
 use crate::limits::{CONNECT, HEARTBEAT, HEARTBEAT_ANSWER, HOLDER_GRACE, NO_REPLICA_HOLD, REPLICA_TIMEOUT};
@@ -125,12 +126,24 @@ async fn observe(role: &Arc<Role>, name: &str, wished: &Engine, place: &Place) -
             }),
         },
     };
+    let process = match process {
+        Process::Running(status) if is_wished(wished) => {
+            match engine_decision::difference(&wished.spec, &read_config(place)?) {
+                Some(difference) => Process::Foreign(difference),
+                None => Process::Running(status),
+            }
+        }
+        other => other,
+    };
     let trouble = match &process {
         Process::Running(status) => {
-            let silent_since = role.state().engine_silence.get(name).copied();
-            engine_decision::trouble(said.as_ref(), silent_since, has_holder, status.as_ref())
+            let (silent_since, stall) = {
+                let state = role.state();
+                (state.engine_silence.get(name).copied(), state.engine_progress.get(name).and_then(Progress::stall))
+            };
+            engine_decision::trouble(said.as_ref(), silent_since, stall.as_ref(), has_holder, status.as_ref())
         }
-        Process::None | Process::Ended(_) => None,
+        Process::None | Process::Foreign(_) | Process::Ended(_) => None,
     };
     let file = place.mount_file.clone();
     // Looking for users goes through every process, so only where the decision asks for them.
@@ -174,6 +187,7 @@ fn follow(role: &Arc<Role>, name: &str, socket: &Path, holder: &ProcessIdentity)
                 {
                     let mut state = role.state();
                     state.engine_silence.remove(&name);
+                    state.engine_progress.remove(&name);
                     if let Some(status) = state.engine_status.get_mut(&name) {
                         status.serving = false;
                     }
@@ -188,6 +202,7 @@ fn follow(role: &Arc<Role>, name: &str, socket: &Path, holder: &ProcessIdentity)
         state.followed.remove(&name);
         state.engine_status.remove(&name);
         state.engine_silence.remove(&name);
+        state.engine_progress.remove(&name);
         drop(state);
         role.queue.add(Key::Engine(name));
     });
@@ -215,7 +230,13 @@ async fn listen(role: &Role, name: &str, socket: &Path, attempt: &mut u32) -> st
         let is_news = {
             let mut state = role.state();
             let was_silent = state.engine_silence.remove(name).is_some();
-            let is_news = was_silent || state.engine_status.get(name).is_none_or(|old| !is_same(old, &status));
+            let (now, time) = (Instant::now(), Timestamp::now());
+            let entry = state.engine_progress.entry(name.to_owned());
+            let progress = entry.or_insert_with(|| Progress::of(&status, now, time));
+            let was_stuck = progress.stall().is_some();
+            progress.follow(&status, now, time);
+            let is_news = was_silent || was_stuck != progress.stall().is_some();
+            let is_news = is_news || state.engine_status.get(name).is_none_or(|old| !is_same(old, &status));
             state.engine_status.insert(name.to_owned(), status);
             is_news
         };
@@ -238,6 +259,7 @@ fn is_same(old: &proto::engine::Status, new: &proto::engine::Status) -> bool {
 
 async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> Result<(), InstanceError> {
     let at = |action| move |source| InstanceError::File { action, path: place.directory.clone(), source };
+    let told = engine.status.as_ref().map_or(0, |status| status.generation);
     let mut replicas = BTreeMap::new();
     let mut read_from = None;
     for (replica, address) in &engine.spec.replica_address_map {
@@ -250,7 +272,9 @@ async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> 
     let config = Config {
         volume: engine.spec.volume_name.clone(),
         size_bytes: engine.spec.volume_size.0,
-        generation: engine.spec.generation,
+        // What is told and left here becomes the wish's own in a moment.
+        generation: engine.spec.generation.max(told).max(last_generation(place)?.unwrap_or(0)),
+        attachment: engine.spec.attachment,
         replicas,
         read_from,
         compare_replicas: engine.spec.compare_replicas,
@@ -281,6 +305,14 @@ pub fn write_config(place: &Place, config: &Config) -> Result<(), InstanceError>
     let text = serde_json::to_vec_pretty(config).map_err(parse)?;
     let write = |source| InstanceError::File { action: "write", path: place.config.clone(), source };
     runtime::files::write_durably(&place.config, &text).map_err(write)
+}
+
+/// What the engine that was started last works on.
+pub fn read_config(place: &Place) -> Result<Config, InstanceError> {
+    let read = |source| InstanceError::File { action: "read", path: place.config.clone(), source };
+    let text = fs::read(&place.config).map_err(read)?;
+    let parse = |source| InstanceError::Parse { path: place.config.clone(), source };
+    serde_json::from_slice(&text).map_err(parse)
 }
 
 /// Takes away what a holder that died left on the mount file.
@@ -322,6 +354,13 @@ async fn shutdown(role: &Arc<Role>, name: &str, place: &Place) -> Result<(), Ins
 fn is_served(place: &Place) -> Result<bool, InstanceError> {
     let unknown = |source| InstanceError::File { action: "try the lock in", path: place.directory.clone(), source };
     engine::process::is_served(&place.control).map_err(unknown)
+}
+
+/// The generation under which an engine acknowledged here last, told or not.
+fn last_generation(place: &Place) -> Result<Option<u64>, InstanceError> {
+    let unknown =
+        |source| InstanceError::File { action: "read the generation in", path: place.directory.clone(), source };
+    engine::process::last_generation(&place.control).map_err(unknown)
 }
 
 async fn clean_up(role: &Arc<Role>, name: &str, place: &Place) -> Result<(), InstanceError> {
@@ -368,11 +407,7 @@ async fn report(
     };
     let is_gone = decision.state == InstanceState::Stopped;
     // A fence that a dead engine could not report stands beside its socket, written before anything was acknowledged under it.
-    let left = engine::process::last_generation(&place.control).map_err(|source| InstanceError::File {
-        action: "read the generation in",
-        path: place.directory.clone(),
-        source,
-    })?;
+    let left = last_generation(place)?;
     let status = EngineStatus {
         owner_id: role.config.node.to_string(),
         current_state: decision.state,

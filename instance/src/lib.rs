@@ -6,6 +6,7 @@
 mod control;
 mod disks;
 mod engine_decision;
+mod engine_progress;
 mod engine_upgrade;
 mod engines;
 mod error;

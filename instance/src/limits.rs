@@ -24,6 +24,8 @@ pub const REPLICA_GRACE: Duration = Duration::from_secs(30);
 pub const HOLDER_GRACE: Duration = Duration::from_secs(20);
 /// How long one answer on a control socket may take: an answer may have to wait for an fsync.
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest reply on a control socket; a status of 16 replicas with errors is far below.
+pub const CONTROL_LINE_BYTES: usize = 256 << 10;
 /// Delay between attempts to reach a process that has just been started.
 pub const CONNECT: Backoff = Backoff { initial: Duration::from_millis(2), max: Duration::from_millis(250) };
 
@@ -40,6 +42,9 @@ pub const ENGINE_SILENCE_LIMIT: Duration = Duration::from_secs(10);
 pub const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long the answer may take; a healthy engine takes less than a millisecond.
 pub const HEARTBEAT_ANSWER: Duration = Duration::from_secs(1);
+/// An engine with requests that completes none of them for this long is told: a replica is dropped after [`REPLICA_TIMEOUT`], which
+/// the others must record, and what is asked every [`HEARTBEAT`] is seen late.
+pub const ENGINE_STALL_LIMIT: Duration = Duration::from_secs(12);
 /// How long a newly installed program may take to say that it can be started.
 pub const PROGRAM_CHECK: Duration = Duration::from_secs(10);
 

@@ -173,11 +173,27 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let processes = Processes::open(folder.path().join("replicas")).unwrap();
         let port = processes.allocate_port("r-1", 10_000, 10_010).unwrap();
-        let launch = Launch::new("/bin/sh").arg("-c").arg("exec sleep 1000");
+        // Its child carries the same environment.
+        let child = folder.path().join("child");
+        let script = format!("sleep 60 & echo $! > {0}.new; mv {0}.new {0}; wait", child.display());
+        let launch = Launch::new("/bin/sh").arg("-c").arg(&script);
         let record = processes.start("r-1", launch, port).unwrap();
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while !child.exists() {
+            assert!(std::time::Instant::now() < deadline, "the process has no child");
+            tokio::time::sleep(Duration::from_millis(5)).await; // poll
+        }
         fs::remove_file(processes.directory("r-1").join(RECORD)).unwrap();
         let again = Processes::open(folder.path().join("replicas")).unwrap();
         assert_eq!(again.record("r-1").unwrap(), Some(record.clone()));
+        // Unknown is not absent: it may be of a process that runs.
+        fs::write(processes.directory("r-1").join(RECORD), "{").unwrap();
+        assert!(again.record("r-1").is_err());
+        let child: i32 = fs::read_to_string(&child).unwrap().trim().parse().unwrap();
+        let _ = rustix::process::kill_process(
+            rustix::process::Pid::from_raw(child).unwrap(),
+            rustix::process::Signal::KILL,
+        );
         record.identity.terminate(Duration::from_secs(5)).await.unwrap();
         again.forget("r-1").unwrap();
         assert_eq!(again.names().unwrap(), Vec::<String>::new());

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info_span, warn};
 
+use crate::engine_progress::Progress;
 use crate::error::InstanceError;
 use crate::limits::{ENGINE_SILENCE_LIMIT, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
 use crate::processes::Processes;
@@ -92,6 +93,8 @@ pub struct State {
     pub engine_status: BTreeMap<String, proto::engine::Status>,
     /// Engines that are there and do not answer, and since when.
     pub engine_silence: BTreeMap<String, Timestamp>,
+    /// Whether the engines that answer get anywhere.
+    pub engine_progress: BTreeMap<String, Progress>,
     pub followed: BTreeSet<String>,
 }
 

@@ -120,7 +120,7 @@ impl Replica {
     }
 
     fn open(&self, generation: u64) -> String {
-        match self.ask(Request::Open { generation, members: vec!["r1".into(), "r2".into()] }) {
+        match self.ask(Request::Open { generation, members: vec!["r1".into(), "r2".into()], seen: None }) {
             Reply::Opened { export } => export,
             other => panic!("{other:?}"),
         }
@@ -221,7 +221,9 @@ fn generations_only_rise_and_are_durable() {
     };
     assert!(replica.refused(fence(1, &members, "")).contains("no open export"));
     let export = replica.open(5);
-    assert!(replica.refused(Request::Open { generation: 5, members: members.clone() }).contains("not above"));
+    assert!(
+        replica.refused(Request::Open { generation: 5, members: members.clone(), seen: None }).contains("not above")
+    );
     assert!(replica.refused(fence(4, &members, &export)).contains("not above"));
     assert!(replica.refused(fence(6, &["r2".to_owned()], &export)).contains("not a member"));
     assert!(replica.refused(Request::Close { generation: 4 }).contains("cannot end generation 4"));
@@ -234,6 +236,23 @@ fn generations_only_rise_and_are_durable() {
     assert_eq!((record.generation, record.clean, record.members), (6, false, members.clone()));
     assert!(replica.refused(Request::Close { generation: 6 }).contains("did not end cleanly"));
     replica.open(7);
+}
+
+#[test]
+fn an_engine_that_chose_by_an_outdated_record_changes_nothing() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let export = replica.open(5);
+    let open = |seen| Request::Open { generation: 9, members: vec!["r1".into()], seen: Some(seen) };
+    let refused = replica.refused(open(4));
+    assert!(refused.contains("at generation 5 now and not at 4"), "{refused}");
+    assert!(refused.contains("must choose anew"), "{refused}");
+    // Whoever has it goes on.
+    let record = replica.record();
+    assert_eq!((record.generation, record.members), (5, vec!["r1".to_owned(), "r2".to_owned()]));
+    replica.io_ok(&export, &["write -P 0x11 0 4k", "flush", "read -P 0x11 0 4k"]);
+    assert_eq!(replica.ask(open(5)), Reply::Opened { export: "vol-9".into() });
+    assert_eq!(replica.record().generation, 9);
 }
 
 #[test]
@@ -446,6 +465,78 @@ fn a_qcow2_base_is_read_and_never_written() {
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(!said.contains("backing file:"), "{said}");
     assert!(said.contains("extended l2: true") && said.contains("cluster_size: 131072"), "{said}");
+}
+
+/// What a process that was killed while it made the head left is no head.
+#[test]
+fn an_unfinished_head_is_made_anew() {
+    let mut replica = Replica::new(raw_base);
+    std::fs::create_dir(&replica.config.directory).unwrap();
+    let left = replica.config.directory.join("volume-head.qcow2.tmp");
+    std::fs::write(&left, vec![0x77; 1 << 20]).unwrap();
+    replica.start();
+    assert!(!left.exists());
+    let export = replica.open(1);
+    replica.io_ok(&export, &["read -P 0x11 0 8M", "read -P 0 8M 24M", "write -P 1 0 4k"]);
+}
+
+#[test]
+fn a_head_of_another_size_is_refused() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    replica.stop();
+    let head = replica.config.directory.join("volume-head.qcow2");
+    qemu_img(&["resize", "-q", "-f", "qcow2", head.to_str().unwrap(), "64M"]);
+    let said = replica.start_fails();
+    assert!(said.contains("has 67108864 bytes, the volume has 33554432"), "{said}");
+}
+
+/// A daemon that outlives its process, here a stopped one, still has the files open.
+#[test]
+fn nobody_takes_the_directory_while_a_daemon_lives() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let export = replica.open(1);
+    let daemon = replica.daemon();
+    rustix::process::kill_process(daemon, rustix::process::Signal::STOP).unwrap();
+    replica.signal(rustix::process::Signal::KILL);
+    replica.child.take().unwrap().wait().unwrap();
+    let mut next = replica.launch();
+    let deadline = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < deadline {
+        assert!(replica.try_ask(&Request::Status).is_none(), "two daemons have the head of {export} open");
+        assert!(next.try_wait().unwrap().is_none(), "it waits for the daemon to end");
+        std::thread::park_timeout(Duration::from_millis(20)); // poll
+    }
+    rustix::process::kill_process(daemon, rustix::process::Signal::CONT).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while replica.try_ask(&Request::Status).is_none() {
+        assert!(Instant::now() < deadline, "the next process never got the directory");
+        std::thread::park_timeout(Duration::from_millis(20)); // poll
+    }
+    replica.child = Some(next);
+    assert_eq!(replica.record().generation, 1);
+}
+
+#[test]
+fn a_request_without_end_or_sense_changes_nothing() {
+    let mut replica = Replica::new(|_| None);
+    replica.start();
+    let connect = || runtime::socket::connect_blocking(&replica.config.directory.join("control.sock")).unwrap();
+    let mut talker = connect();
+    talker.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut sent = 0;
+    while sent < 8 << 20 && talker.write_all(&[b'x'; 4096]).is_ok() {
+        sent += 4096;
+    }
+    assert!(sent < 4 << 20, "{sent} bytes of one request were taken");
+    // Half a request that is whole by itself, at the end of a connection.
+    let mut half = connect();
+    half.write_all(b"nonsense\n{\"request\":\"open\",\"generation\":5").unwrap();
+    half.shutdown(std::net::Shutdown::Write).unwrap();
+    let said = std::io::read_to_string(half).unwrap();
+    assert_eq!(said.matches("is not understood").count(), 2, "{said}");
+    assert_eq!(replica.record().generation, 0);
 }
 
 #[test]

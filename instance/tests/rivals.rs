@@ -1,4 +1,4 @@
-//! Two engines that start at once on the same real replica processes: never does each go on with a part of them.
+//! Several engines on the same real replica processes: never does each go on with a part of them.
 
 mod engine_role;
 
@@ -34,9 +34,11 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// Two neighboring ports that nobody listens on.
 fn listeners() -> (TcpListener, TcpListener) {
+    // Each pair is tried once, so that tests that run at the same time never meet on one.
+    static TRIED: AtomicUsize = AtomicUsize::new(0);
     let start = 31_000 + (std::process::id() % 1000) as u16 * 20;
-    (start..start + 2000)
-        .step_by(2)
+    (0..1000)
+        .map(|_| start + TRIED.fetch_add(2, Ordering::SeqCst) as u16)
         .find_map(|port| {
             let pair = (TcpListener::bind(("127.0.0.1", port)), TcpListener::bind(("127.0.0.1", port + 1)));
             if let (Ok(data), Ok(control)) = pair { Some((data, control)) } else { None }
@@ -143,13 +145,14 @@ struct Engine {
 }
 
 impl Engine {
-    fn start(folder: &Path, name: &str, replicas: [(&str, String); 2]) -> Engine {
+    fn start<const N: usize>(folder: &Path, name: &str, attachment: u64, replicas: [(&str, String); N]) -> Engine {
         let folder = folder.join(name);
         std::fs::create_dir(&folder).unwrap();
         let config = Config {
             volume: "vol".into(),
             size_bytes: SIZE,
             generation: 0,
+            attachment,
             replicas: replicas.map(|(name, address)| (name.to_owned(), ReplicaAddress::Tcp(address))).into(),
             read_from: None,
             compare_replicas: false,
@@ -158,7 +161,7 @@ impl Engine {
             nbd_socket: folder.join("nbd.sock"),
             replica_timeout_ms: 20_000,
             no_replica_hold_ms: 1_000,
-            holder_limit_ms: 60_000,
+            holder_limit_ms: 4_000,
             silence_limit_ms: 60_000,
             replace_engine: true,
             program: None,
@@ -180,6 +183,11 @@ impl Engine {
 
     fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    fn wait_until_it_serves(&self, lives: u32) -> Status {
+        wait_until("the engine serves", || self.status().is_some_and(|status| status.serving && status.lives == lives));
+        self.status().unwrap()
     }
 }
 
@@ -216,7 +224,7 @@ fn two_engines_that_start_at_once_never_share_the_replicas_out() {
     // Each comes to its own replica first, with the same generation and the same members.
     let first = [("r1", replicas[0].behind(&own)), ("r2", replicas[1].behind(&other))];
     let second = [("r1", replicas[0].behind(&other)), ("r2", replicas[1].behind(&own))];
-    let (first, second) = (Engine::start(folder.path(), "a", first), Engine::start(folder.path(), "b", second));
+    let (first, second) = (Engine::start(folder.path(), "a", 0, first), Engine::start(folder.path(), "b", 0, second));
     wait_until("both have chosen", || [&own, &other].iter().all(|gate| gate.waiting.load(Ordering::SeqCst) == 2));
     own.is_open.store(true, Ordering::SeqCst);
     wait_until("each has opened one", || {
@@ -242,4 +250,34 @@ fn two_engines_that_start_at_once_never_share_the_replicas_out() {
     let records: Vec<u64> = records.collect();
     let winner = engines.into_iter().find(|e| serves(e)).unwrap().status().unwrap();
     assert_eq!(records, [winner.generation, winner.generation]);
+}
+
+#[test]
+fn the_next_engine_of_an_attachment_is_no_rival_and_one_of_a_newer_attachment_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let replicas = ["r1", "r2"].map(|name| Replica::start(folder.path(), name));
+    let address = |replica: usize| replicas[replica].listen.to_string();
+    let recorded = |replica: usize| replicas[replica].status().unwrap().0;
+    let first = Engine::start(folder.path(), "a", 1, [("r1", address(0)), ("r2", address(1))]);
+    let status = first.wait_until_it_serves(1);
+    assert_eq!(status.generation, 1_000_001);
+    let pid = rustix::process::Pid::from_raw(status.pid as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let status = first.wait_until_it_serves(2);
+    let left = [recorded(0), recorded(1)];
+    assert!(left.iter().all(|record| record.generation == status.generation && record.members == ["r1", "r2"]));
+    assert_eq!(status.generation / 1_000_000, 1, "an attachment keeps to its own generations");
+
+    let file = std::fs::OpenOptions::new().write(true).open(&first.config.mount_file).unwrap();
+    // The node of the first one is said to be gone, and its replica with it; it lives, and reaches both.
+    let second = Engine::start(folder.path(), "b", 2, [("r2", address(1))]);
+    assert_eq!(second.wait_until_it_serves(1).generation, 2_000_001);
+    let written = std::os::unix::fs::FileExt::write_at(&file, &[7; 4096], 0);
+    assert!(written.is_err(), "it was acknowledged although another attachment has the volume");
+    assert!(first.log().contains("attachment 2 has taken the volume over from this one (1)"), "{}", first.log());
+    // It never went on with the one that was left to it.
+    assert_eq!((recorded(0).generation, recorded(0).members), (left[0].generation, left[0].members.clone()));
+    // Nor does it come out on top again.
+    assert!(second.status().is_some_and(|status| status.serving && status.faulted.is_none()));
+    assert_eq!(recorded(1).generation, 2_000_001);
 }

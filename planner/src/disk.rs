@@ -171,3 +171,22 @@ pub fn loads(replicas: &[Replica], images: &[BackingImage]) -> BTreeMap<String, 
     }
     loads
 }
+
+/// A disk for tests: ready, empty, without tags.
+#[cfg(test)]
+pub(crate) fn ready_disk(id: &str, bytes: u64) -> Disk {
+    Disk {
+        id: id.into(),
+        name: id.into(),
+        node: format!("node-{id}"),
+        path: format!("/{id}"),
+        node_tags: vec![],
+        tags: vec![],
+        health: Health::Ready,
+        unschedulable: None,
+        evicting: false,
+        maximum_bytes: bytes,
+        available_bytes: bytes,
+        reserved_bytes: 0,
+    }
+}

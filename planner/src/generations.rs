@@ -74,12 +74,22 @@ pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
     // Members agree; should they ever not, only what all records name is safe.
     let members: BTreeSet<String> =
         newest.map(|r| r.members.clone()).reduce(|a, b| a.intersection(&b).cloned().collect()).unwrap_or_default();
+    // A member that has not recorded this generation shows that nothing was acknowledged under it. Its own record says on whom the
+    // engine before went on: perhaps without others, after they were asked.
+    let witnesses: Vec<&Record> =
+        seen.iter().filter(|(name, r)| members.contains(**name) && r.generation > 0).map(|(_, r)| *r).collect();
+    let left_out = |name: &str| witnesses.iter().find(|r| !r.members.contains(name));
     for (name, record) in &seen {
-        if members.contains(*name) {
+        if members.contains(*name) && left_out(name).is_none() {
             // Also one that has not recorded this generation yet (rule 3).
             judgement.current.insert((*name).to_owned());
         } else {
-            let why = if record.generation == 0 {
+            let why = if let Some(other) = left_out(name).filter(|_| members.contains(*name)) {
+                let went_on = other.generation;
+                format!(
+                    "others went on without it at generation {went_on}, before anything began at generation {highest}"
+                )
+            } else if record.generation == 0 {
                 format!("it took no part in the attachment of generation {highest}")
             } else {
                 format!("it stopped at generation {} and the volume went on to {highest} without it", record.generation)
@@ -205,6 +215,22 @@ mod tests {
     #[test]
     fn records_that_contradict_each_other_leave_what_all_name() {
         check("recorded=2; a=3{a,b} b=3{b,c} c=3{b,c}", expect!["current=b stale=a,c"]);
+    }
+
+    #[test]
+    fn records_of_two_attachments_are_never_mixed() {
+        // A second attachment opened `a` while the first one dropped it and went on with `b`: only `b` holds everything.
+        check("recorded=1000005; a=2000001{a,b} b=1000006{b}", expect!["current=b stale=a"]);
+        // The first one was about to drop `a`, and did nothing without it yet.
+        check("recorded=1000005; a=2000001{a,b} b=1000005{a,b}", expect!["current=a,b compare"]);
+        // It went on without those that the second one has, and can never come out on top again.
+        check("recorded=2000001; a=2000001{a,b} b=2000001{a,b} c=1000009{c}", expect!["current=a,b stale=c compare"]);
+        check(
+            "recorded=2000001; a=? b=? c=1999999{c}",
+            expect![
+                "current= unknown=a,b refused: the newest replica in sight is of generation 1999999, but the volume has reached generation 2000001: newer writes are on replicas that are not in sight"
+            ],
+        );
     }
 
     #[test]

@@ -177,27 +177,11 @@ pub fn mix(random: u64, text: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn disk(id: &str) -> Disk {
-        Disk {
-            id: id.into(),
-            name: id.into(),
-            node: format!("node-{id}"),
-            path: format!("/{id}"),
-            node_tags: vec![],
-            tags: vec![],
-            health: Health::Ready,
-            unschedulable: None,
-            evicting: false,
-            maximum_bytes: 100,
-            available_bytes: 100,
-            reserved_bytes: 0,
-        }
-    }
+    use crate::disk::ready_disk;
 
     /// Why a disk cannot take 60 bytes for somebody who asks for `tag`; `None`: it can.
     fn refused(tag: Option<&str>, load: Load, change: impl FnOnce(&mut Disk)) -> Option<String> {
-        let mut changed = disk("a");
+        let mut changed = ready_disk("a", 100);
         change(&mut changed);
         let disks = Disks { list: vec![changed], ..Default::default() };
         let wanted: Vec<String> = tag.into_iter().map(str::to_owned).collect();
@@ -242,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_disk_is_gone_only_when_every_node_has_told() {
-        let mut disks = Disks { list: vec![disk("a")], ..Default::default() };
+        let mut disks = Disks { list: vec![ready_disk("a", 100)], ..Default::default() };
         assert!(!disks.is_gone("b"), "no node has told anything");
         disks.nodes.insert("node-a".into(), Health::Ready);
         assert!(disks.is_gone("b") && !disks.is_gone("a"));

@@ -23,6 +23,9 @@ pub struct Config {
     pub size_bytes: u64,
     /// The attachment begins with a generation above this one and above the highest that any replica has recorded.
     pub generation: u64,
+    /// The number of the attachment, above those of all before. 0 in a configuration that an older version wrote.
+    #[serde(default)]
+    pub attachment: u64,
     /// The current replicas by name.
     pub replicas: BTreeMap<String, ReplicaAddress>,
     /// The replica to read from, when it is in sync (the one on this node).

@@ -25,14 +25,27 @@ pub enum Step {
 pub fn plan(record: &Record, export: Option<&str>, request: &Request) -> Result<Vec<Step>, String> {
     match request {
         Request::Status => Ok(vec![]),
-        Request::Open { generation, members } => open(record, export, *generation, members),
+        Request::Open { generation, members, seen } => open(record, export, *generation, members, *seen),
         Request::Fence { generation, members, export: asked } => fence(record, export, *generation, members, asked),
         Request::Close { generation } => close(record, export, *generation),
     }
 }
 
-fn open(record: &Record, export: Option<&str>, generation: u64, members: &[String]) -> Result<Vec<Step>, String> {
+fn open(
+    record: &Record,
+    export: Option<&str>,
+    generation: u64,
+    members: &[String],
+    seen: Option<u64>,
+) -> Result<Vec<Step>, String> {
     let raised = raise(record, generation, members)?;
+    // Whoever raised it meanwhile may have dropped members that this engine counts on, and acknowledged without them.
+    if let Some(seen) = seen.filter(|seen| *seen != record.generation) {
+        return Err(format!(
+            "replica `{}` is at generation {} now and not at {seen}, where it was when the engine chose its members; it must choose anew",
+            record.replica, record.generation
+        ));
+    }
     let opened = Step::AddExport(format!("{}-{generation}", record.volume));
     Ok(export.map(|_| Step::EndExport).into_iter().chain([Step::Record(raised), opened]).collect())
 }
@@ -107,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_generation_only_rises_and_names_its_members() {
-        let open = |generation, members: &[&str]| Request::Open { generation, members: names(members) };
+        let open = |generation, members: &[&str]| Request::Open { generation, members: names(members), seen: None };
         let raised = Record { generation: 6, members: names(&["r1", "r2"]), ..record(false) };
         let fresh = [Step::Record(raised.clone()), Step::AddExport("v-6".into())];
         assert_eq!(plan(&record(true), None, &open(6, &["r1", "r2"])).unwrap(), fresh);
@@ -116,6 +129,17 @@ mod tests {
         assert!(refusal(&record(true), None, &open(5, &["r1"])).contains("generation 5 is not above"));
         assert!(refusal(&record(true), None, &open(4, &["r1"])).contains("generation 4 is not above"));
         assert!(refusal(&record(true), None, &open(6, &["r2"])).contains("not a member"));
+    }
+
+    #[test]
+    fn an_engine_that_chose_by_an_outdated_record_is_refused() {
+        let open = |seen| Request::Open { generation: 9, members: names(&["r1"]), seen };
+        assert!(refusal(&record(false), Some("v-5"), &open(Some(4))).contains("at generation 5 now and not at 4"));
+        // Also when it was lost and made anew meanwhile.
+        assert!(refusal(&record(true), None, &open(Some(6))).contains("must choose anew"));
+        assert!(plan(&record(false), Some("v-5"), &open(Some(5))).is_ok());
+        // An engine of an older version does not say.
+        assert!(plan(&record(false), None, &open(None)).is_ok());
     }
 
     #[test]

@@ -69,9 +69,16 @@ pub struct Record {
 pub enum Request {
     /// How is it?
     Status,
-    /// A new attachment: end every export, record the generation durably (not clean), open a fresh export for one connection.
-    /// Refused unless `generation` is above the recorded one.
-    Open { generation: u64, members: Vec<String> },
+    /// A new engine: end every export, record the generation durably (not clean), open a fresh export for one connection.
+    /// Refused unless `generation` is above the recorded one, and when `seen`, the generation that the engine saw here when it
+    /// chose its members, is not the recorded one any more: what it chose by is outdated then.
+    Open {
+        generation: u64,
+        members: Vec<String>,
+        /// None from an engine of an older version, which is taken at its word.
+        #[serde(default)]
+        seen: Option<u64>,
+    },
     /// A replica was dropped: record the new generation and the remaining members durably; the export stays.
     /// Refused unless `generation` is above the recorded one and `export` is the one that `Open` gave and that still serves:
     /// an engine whose replica was opened by another one must not change the members of that one's generation.

@@ -1,10 +1,11 @@
 //! Process plumbing: what every process of ours needs and no room owns.
 //!
-//! Detached processes that are found again, unix sockets below long paths, durable files, back-off, logs, shutdown, loopback
+//! Detached processes that are found again, unix sockets below long paths, durable files, lines of a bounded length, back-off, logs, shutdown, loopback
 //! addresses, metrics. Knows nothing of images or volumes.
 
 pub mod backoff;
 pub mod files;
+pub mod lines;
 pub mod log;
 pub mod loopback;
 pub mod memory;

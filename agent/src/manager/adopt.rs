@@ -140,11 +140,14 @@ impl Doubt {
 }
 
 impl Registry {
-    /// Adopts everything on the disk.
+    /// Adopts everything on the disk; a copy that cannot even be looked at fails alone.
     pub async fn adopt_all(self: &Arc<Self>) -> Result<(), AgentError> {
         let disk = self.disk.clone();
         for key in blocking(move || disk.list_images()).await? {
-            self.adopt(&key).await?;
+            if let Err(error) = self.adopt(&key).await {
+                tracing::error!(image = %key, error = error.chain(), "copy cannot be looked at");
+                self.put(&key, Copy::failed(&error));
+            }
         }
         Ok(())
     }
@@ -228,5 +231,30 @@ impl Registry {
             }
             Err(error) => self.put(key, Copy::failed(&error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{key, sealed};
+    use super::*;
+
+    #[test]
+    fn a_file_that_changes_while_it_is_read_is_not_ready() {
+        let (_folder, files) = sealed();
+        let touch = |time| File::open(&files.file).unwrap().set_modified(time).unwrap();
+        touch(std::time::SystemTime::UNIX_EPOCH);
+        let judged = |cancel: &CancellationToken, progress: &dyn Fn(u32)| {
+            let Found::Doubtful(doubt) = look(&files, &key()).unwrap() else { panic!("its time is another one") };
+            doubt.verify(&files, &key(), cancel, progress)
+        };
+        let cancel = CancellationToken::new();
+        let error = judged(&cancel, &|_| touch(std::time::SystemTime::now())).unwrap_err();
+        assert!(error.to_string().contains("was changed while it was verified"), "{error}");
+        cancel.cancel();
+        assert!(matches!(judged(&cancel, &|_| ()), Err(AgentError::Cancelled)));
+        std::fs::remove_file(&files.manifest).unwrap();
+        assert!(matches!(judged(&cancel, &|_| ()), Err(AgentError::Cancelled)));
+        assert!(judged(&CancellationToken::new(), &|_| ()).is_ok());
     }
 }

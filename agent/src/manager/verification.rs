@@ -100,7 +100,7 @@ impl Registry {
     async fn verify_now(&self, key: &ImageKey, wish: Verification, cancel: &CancellationToken) {
         let began = wish.requested_at.into_iter().chain([Timestamp::now()]).max().unwrap_or_default();
         let (files, stop, own) = (self.disk.copy(key), cancel.clone(), key.clone());
-        let verdict = blocking(move || read_again(&files, &own, wish, began, &stop)).await;
+        let verdict = blocking(move || read_again(&files, &own, began, &stop, &|| wish.pause(&stop))).await;
         match verdict {
             Ok(Some(config)) => {
                 tracing::info!(image = %key, "copy verified");
@@ -183,20 +183,20 @@ impl Registry {
     }
 }
 
-/// Reads a ready copy; records when it was right. `None`: it changed meanwhile.
+/// Reads a ready copy, with a pause after each chunk; records when it was right. `None`: it changed meanwhile.
 fn read_again(
     files: &FileSet,
     key: &ImageKey,
-    wish: Verification,
     began: Timestamp,
     cancel: &CancellationToken,
+    pause: &dyn Fn(),
 ) -> Result<Option<FileConfig>, AgentError> {
     let Some(manifest) = Manifest::read(&files.manifest)?.filter(|manifest| manifest.uuid == key.uuid) else {
         return Err(AgentError::NotFound { message: format!("the manifest `{}` is gone", files.manifest.display()) });
     };
     let file = File::open(&files.file).map_err(AgentError::io("open", &files.file))?;
     let metadata = file.metadata().map_err(AgentError::io("look at", &files.file))?;
-    let bad = bad_chunks(&file, &files.file, &manifest, cancel, &|| wish.pause(cancel))?;
+    let bad = bad_chunks(&file, &files.file, &manifest, cancel, pause)?;
     let after = file.metadata().map_err(AgentError::io("look at", &files.file))?;
     let Some(config) = FileConfig::read(&files.config).filter(|config| config.matches(&after)) else { return Ok(None) };
     if modification_time(&metadata) != modification_time(&after) {
@@ -314,4 +314,27 @@ async fn ask(peer: &Peer, key: &ImageKey, range: Range<u64>) -> Result<Vec<u8>, 
         Ok(connection.ask(&key, &range).and_then(|()| connection.read_exact(&mut bytes)).map(|()| bytes))
     });
     work.await.map_err(|error| PeerError::Transfer(chain(&error)))?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::super::tests::{key, sealed};
+    use super::*;
+
+    #[test]
+    fn a_copy_that_changes_while_it_is_read_is_neither_right_nor_damaged() {
+        let (_folder, files) = sealed();
+        let touch = |time| File::open(&files.file).unwrap().set_modified(time).unwrap();
+        let cancel = CancellationToken::new();
+        let read = |pause: &dyn Fn()| read_again(&files, &key(), Timestamp::now(), &cancel, pause);
+        let recorded = files.file.metadata().unwrap().modified().unwrap();
+        assert!(read(&|| touch(SystemTime::now())).unwrap().is_none());
+        assert!(read(&|| ()).unwrap().is_none(), "it is not the file that was recorded");
+        // As it was recorded in the end only: nobody knows what the first bytes were.
+        assert!(read(&|| touch(recorded)).unwrap().is_none());
+        assert!(read(&|| ()).unwrap().is_some_and(|config| !config.verified_at.is_empty()));
+        assert!(matches!(read(&|| cancel.cancel()), Err(AgentError::Cancelled)));
+    }
 }

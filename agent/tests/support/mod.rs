@@ -2,18 +2,22 @@
 #![allow(dead_code, reason = "each test file uses a part of this")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, LazyLock, Mutex};
+use std::time::{Duration, Instant, SystemTime};
 
 use api::image::{CopyState, SourceType};
+use backing_image_agent::config_file::FileConfig;
 use backing_image_agent::data_source::{self, FileStatus};
 use backing_image_agent::download::Patience;
-use backing_image_agent::layout::{Disk, ImageKey};
+use backing_image_agent::layout::{Disk, FileSet, ImageKey};
 use backing_image_agent::manager;
+use backing_image_agent::manifest::Manifest;
 use proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient;
 use proto::bimrpc::{BackingImageResponse, BackingImageSpec, FetchRequest, GetRequest, SyncRequest};
 use runtime::backoff::Backoff;
@@ -45,15 +49,18 @@ pub fn key() -> ImageKey {
 
 /// An image with random data, zeros, and a last chunk that is not full.
 pub fn image() -> Vec<u8> {
-    let mut bytes = vec![0u8; 12 * MIB + 3 * 512];
-    let mut state = 7u32;
-    for (index, byte) in bytes.iter_mut().enumerate() {
-        if !(3 * MIB..6 * MIB).contains(&index) {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            *byte = (state >> 24) as u8;
+    static IMAGE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let mut bytes = vec![0u8; 12 * MIB + 3 * 512];
+        let mut state = 7u32;
+        for (index, byte) in bytes.iter_mut().enumerate() {
+            if !(3 * MIB..6 * MIB).contains(&index) {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                *byte = (state >> 24) as u8;
+            }
         }
-    }
-    bytes
+        bytes
+    });
+    IMAGE.clone()
 }
 
 pub fn sha512(bytes: &[u8]) -> String {
@@ -76,6 +83,11 @@ impl TestDisk {
         let disk = TestDisk { folder: tempfile::tempdir().unwrap(), mounted: false };
         disk.prepare();
         disk
+    }
+
+    /// What lies in a folder already.
+    pub fn found(folder: tempfile::TempDir) -> TestDisk {
+        TestDisk { folder, mounted: false }
     }
 
     /// A disk of 8 MiB.
@@ -104,7 +116,7 @@ impl TestDisk {
         run_program("mount", &["-o", "loop", path, &place]);
         let disk = TestDisk { folder, mounted: true };
         disk.prepare();
-        let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();
+        let mut filler = File::create(disk.path().join("filler")).unwrap();
         let free = || rustix::fs::statvfs(disk.path()).map(|stat| stat.f_bavail * stat.f_frsize).unwrap();
         while free() > free_bytes + 4096 {
             filler.write_all(&[1; 1024]).unwrap();
@@ -142,6 +154,46 @@ impl Drop for TestDisk {
             let _ = Command::new("umount").arg("-l").arg(self.folder.path()).status();
         }
     }
+}
+
+/// Changes what `backing.cfg` says.
+pub fn change_config(files: &FileSet, change: impl FnOnce(&mut FileConfig)) {
+    let mut config = FileConfig::read(&files.config).unwrap();
+    change(&mut config);
+    config.write(&files.config).unwrap();
+}
+
+/// Changes what the manifest says.
+pub fn change_manifest(files: &FileSet, change: impl FnOnce(&mut Manifest)) {
+    let mut manifest = Manifest::read(&files.manifest).unwrap().unwrap();
+    change(&mut manifest);
+    manifest.write(&files.manifest).unwrap();
+}
+
+/// Changes a sealed file and leaves its time as it was, as silent damage does. Put in its place at once: a manager that looks at
+/// it meanwhile must not see another time.
+pub fn rewrite(files: &FileSet, change: impl FnOnce(&File)) {
+    let (path, changed) = (&files.file, files.file.with_extension("changed"));
+    run_program("cp", &["-a", "--sparse=always", path.to_str().unwrap(), changed.to_str().unwrap()]);
+    std::fs::set_permissions(&changed, PermissionsExt::from_mode(0o644)).unwrap();
+    let file = File::options().read(true).write(true).open(&changed).unwrap();
+    change(&file);
+    file.set_modified(path.metadata().unwrap().modified().unwrap()).unwrap();
+    std::fs::rename(changed, path).unwrap();
+}
+
+/// Flips a bit of a chunk of the copy, as [`rewrite`] does.
+pub fn damage(disk: &TestDisk, chunk: usize) {
+    rewrite(&disk.disk().copy(&key()), |file| {
+        let (mut byte, offset) = ([0], (chunk * MIB) as u64 + 99);
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], offset).unwrap();
+    });
+}
+
+/// Changes the time of the copy.
+pub fn touch(disk: &TestDisk, time: SystemTime) {
+    File::open(disk.copy_file()).unwrap().set_modified(time).unwrap();
 }
 
 /// What a scripted server answers to one request.
@@ -374,7 +426,10 @@ impl RunningManager {
             }
         });
         wait_for_port(address).await;
-        RunningManager { address, runtime: Some(runtime) }
+        let manager = RunningManager { address, runtime: Some(runtime) };
+        // It answers once it has looked at the whole disk: what a test puts there from now on is not met by that look.
+        manager.client().await.version_get(()).await.unwrap();
+        manager
     }
 
     /// Ends it without warning.
@@ -447,6 +502,30 @@ pub async fn wait_until(what: &str, mut condition: impl AsyncFnMut() -> bool) {
         assert!(Instant::now() < deadline, "never happened: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await; // poll
     }
+}
+
+/// A disk with a ready copy of [`image`], and its manager.
+pub async fn first() -> (TestDisk, RunningManager) {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    prepare(&disk, &manager, &image()).await;
+    (disk, manager)
+}
+
+/// A second disk with the copy, made by a sync from the first, and its manager.
+pub async fn second(first: &RunningManager) -> (TestDisk, RunningManager) {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    manager.sync(spec(), &[first.address]).await.unwrap();
+    manager.reaches("ready").await;
+    (disk, manager)
+}
+
+/// Two disks with the same copy.
+pub async fn two() -> (TestDisk, RunningManager, TestDisk, RunningManager) {
+    let (disk, manager) = first().await;
+    let (other_disk, other) = second(&manager).await;
+    (disk, manager, other_disk, other)
 }
 
 /// Prepares an image on a disk and hands it over to the manager of the disk.

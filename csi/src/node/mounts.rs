@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-pub use dataplane::filesystem::{Contents as Content, New};
+pub use dataplane::filesystem::{Contents as Content, Found, New};
 use dataplane::mount::Unmount;
 use dataplane::{DataplaneError, filesystem, mount, stats};
 
@@ -69,13 +69,13 @@ pub async fn at(target: &Path) -> Result<Option<Mount>, CsiError> {
 }
 
 /// What a device holds.
-pub async fn content(device: &Path) -> Result<Content, CsiError> {
+pub async fn content(device: &Path) -> Result<Found, CsiError> {
     Ok(filesystem::detect(device).await?)
 }
 
 /// Whether a device holds only what an interrupted attempt to make a filesystem left.
-pub async fn is_remainder(device: &Path, new: &New<'_>) -> Result<bool, CsiError> {
-    Ok(filesystem::is_remainder(device, new).await?)
+pub async fn is_remainder(found: &Found, device: &Path, new: &New<'_>) -> Result<bool, CsiError> {
+    Ok(found.is_remainder(device, new).await?)
 }
 
 /// Makes a filesystem on a device that is blank, or holds what an `unfinished` attempt left; refused on any other.

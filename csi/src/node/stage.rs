@@ -70,15 +70,10 @@ fn decide(observed: &Observed<'_>) -> Result<Plan, CsiError> {
         Content::Filesystem(fs_type) => keep(format!(
             "it holds a filesystem of type {fs_type}, which is not mounted here; use it as a block device (`volumeMode: Block`)"
         )),
-        Content::Other(what) => keep(no_filesystem(what)),
-        Content::Unknown => keep(no_filesystem("data without a known signature")),
+        what => keep(format!(
+            "it holds {what}, no filesystem, and nothing is formatted that is not blank; use it as a block device (`volumeMode: Block`), or an image with a filesystem"
+        )),
     }
-}
-
-fn no_filesystem(what: &str) -> String {
-    format!(
-        "it holds {what}, no filesystem, and nothing is formatted that is not blank; use it as a block device (`volumeMode: Block`), or an image with a filesystem"
-    )
 }
 
 /// Makes the volume ready on this node.
@@ -117,13 +112,14 @@ pub async fn stage(
     let new = |fs_type: FsType| New { fs_type: fs_type.as_str(), uuid: &uuid, extra: &parameters.mkfs_params };
     let (mut content, mut unfinished) = (Content::Blank, None);
     if mounted.is_none() {
-        content = mounts::content(&device.path).await?;
+        let found = mounts::content(&device.path).await?;
         unfinished = unfinished::of(&volume);
         if let Some(fs_type) = unfinished
-            && !mounts::is_remainder(&device.path, &new(fs_type)).await?
+            && !mounts::is_remainder(&found, &device.path, &new(fs_type)).await?
         {
             unfinished = None;
         }
+        content = found.contents;
     }
     let observed = Observed { volume_id: &volume_id, staging, device: &device, mounted, content, fs_type, unfinished };
     let mounted_as = match decide(&observed)? {

@@ -241,6 +241,67 @@ mod tests {
         assert_eq!(parse(&whole[..127]), None);
     }
 
+    /// The kernel sends whole requests; whatever it sends, no byte is read that is not there.
+    #[test]
+    fn takes_no_request_that_is_cut_short() {
+        for (opcode, whole) in
+            [(READ, 60), (FALLOCATE, 68), (FSYNC, IN_HEADER), (GETATTR, IN_HEADER), (9999, IN_HEADER)]
+        {
+            let request = request(opcode, &[(64, &2u32.to_ne_bytes())]);
+            assert!(parse(&request[..whole]).is_some_and(|(unique, _)| unique == 77), "{opcode}");
+            for cut in 0..whole {
+                assert_eq!(parse(&request[..cut]), None, "{opcode} with {cut} bytes");
+            }
+        }
+        for opcode in [INIT, SETATTR] {
+            for cut in IN_HEADER..128 {
+                assert!(answer(&request(opcode, &[])[..cut], 77, opcode, 1 << 20).is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn takes_up_only_what_the_kernel_offers() {
+        let word = |reply: &[u8], at: usize| u32_at(reply, OUT_HEADER + at).unwrap();
+        let init = |flags: u32, more: u32| {
+            let request = request(INIT, &[(52, &flags.to_ne_bytes()), (56, &more.to_ne_bytes())]);
+            answer(&request, 77, INIT, 1 << 20).unwrap()
+        };
+        let reply = init(u32::MAX, u32::MAX);
+        assert_eq!((word(&reply, 0), word(&reply, 4), u32_at(&reply, 0)), (7, 40, Some(reply.len() as u32)));
+        // Asynchronous and direct, large, no cache of writes, no locks, no lazy unmount.
+        assert_eq!((word(&reply, 12), word(&reply, 32)), (1 | 1 << 5 | 1 << 15 | 1 << 22 | 1 << 30, 1 << 7));
+        // A request with its header fits a buffer.
+        assert_eq!(word(&reply, 20) as usize, limits::FUSE_MAX_IO);
+        assert_eq!(word(&reply, 28) as u16, (limits::FUSE_MAX_IO / 4096) as u16);
+        let old = init(1 | 1 << 15, u32::MAX);
+        assert_eq!((word(&old, 12), word(&old, 32)), (1 | 1 << 15, 0));
+        let without_resend = init(u32::MAX, 0);
+        assert_eq!(word(&without_resend, 32), 0);
+    }
+
+    #[test]
+    fn answers_what_it_does_not_know_and_only_what_waits_for_an_answer() {
+        let errno =
+            |opcode| answer(&request(opcode, &[]), 77, opcode, 1 << 20).map(|reply| u32_at(&reply, 4).unwrap() as i32);
+        for opcode in [FORGET, BATCH_FORGET, INTERRUPT] {
+            assert_eq!(errno(opcode), None);
+        }
+        for opcode in [RELEASE, FLUSH, DESTROY, OPEN, STATFS, GETATTR] {
+            assert_eq!(errno(opcode), Some(0));
+        }
+        assert_eq!(errno(FALLOCATE), Some(-libc::EOPNOTSUPP), "space is not promised");
+        for opcode in [1, 3 + 1000, u32::MAX] {
+            assert_eq!(errno(opcode), Some(-libc::ENOSYS));
+        }
+    }
+
+    #[test]
+    fn nothing_is_kept_by_the_kernel_for_a_second_opener() {
+        let reply = answer(&request(OPEN, &[]), 77, OPEN, 1 << 20).unwrap();
+        assert_eq!(u32_at(&reply, OUT_HEADER + 8).unwrap() & 1, 1, "direct I/O");
+    }
+
     #[test]
     fn sees_whether_the_kernel_can_repeat_requests() {
         let init = |flags: u32, more: u32| {

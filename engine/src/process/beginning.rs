@@ -72,12 +72,13 @@ impl Beginning {
     }
 }
 
-/// Whether a replica that refused `Open` has been opened or fenced by another engine meanwhile.
+/// Whether a replica that refused `Open` has been opened or fenced by another engine since this one saw it at generation `seen`.
 ///
 /// The same generation with the same members is this engine's own when nothing serves: the replica could not open an export.
 /// When something does, it is somebody else's, who began at the same moment.
-pub fn is_rival(record: &Record, serves: bool, generation: u64, members: &[String]) -> bool {
-    record.generation > generation || record.generation == generation && (record.members != members || serves)
+pub fn is_rival(record: &Record, serves: bool, generation: u64, members: &[String], seen: u64) -> bool {
+    let is_own = record.generation == generation && record.members == members && !serves;
+    record.generation != seen && !is_own
 }
 
 #[cfg(test)]
@@ -128,10 +129,12 @@ mod tests {
         let members = vec!["a".to_owned()];
         let record =
             |generation, member: &str| Record { generation, members: vec![member.into()], ..Record::default() };
-        assert!(is_rival(&record(6, "a"), false, 5, &members));
-        assert!(is_rival(&record(5, "b"), false, 5, &members));
-        assert!(is_rival(&record(5, "a"), true, 5, &members));
-        assert!(!is_rival(&record(5, "a"), false, 5, &members));
-        assert!(!is_rival(&record(4, "b"), true, 5, &members));
+        assert!(is_rival(&record(6, "a"), false, 5, &members, 3));
+        assert!(is_rival(&record(5, "b"), false, 5, &members, 3));
+        assert!(is_rival(&record(5, "a"), true, 5, &members, 3));
+        assert!(is_rival(&record(4, "a"), true, 5, &members, 3));
+        assert!(!is_rival(&record(5, "a"), false, 5, &members, 3));
+        // It refused for another reason, and stands where it stood.
+        assert!(!is_rival(&record(3, "b"), true, 5, &members, 3));
     }
 }

@@ -1,5 +1,6 @@
 //! Which replicas an engine begins with, and under which generation: a pure decision.
 
+use api::engine::{GENERATIONS_OF_AN_ATTACHMENT, attachment_of};
 use proto::replica::Record;
 
 pub use super::life::Known;
@@ -17,6 +18,8 @@ pub struct Answer {
 pub struct Situation<'a> {
     /// The highest generation that the controller ever saw.
     pub config_generation: u64,
+    /// The number of this attachment.
+    pub attachment: u64,
     /// The controller says that replicas may differ.
     pub config_compare: bool,
     /// The configuration's replicas, in order, and the answers of those that gave one.
@@ -58,6 +61,9 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     let answer = |replica: usize| situation.answers[replica].as_ref().expect("it answered");
     let record = |replica: usize| &answer(replica).record;
     let highest = answered.iter().map(|r| record(*r).generation).max().ok_or("none of them answers")?;
+    if attachment_of(highest) > situation.attachment {
+        return Err(superseded(attachment_of(highest), situation.attachment));
+    }
     let known = situation.known.filter(|known| known.generation >= highest);
     let generation = known.map_or(highest, |known| known.generation);
     if generation < situation.config_generation {
@@ -68,10 +74,16 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
         ));
     }
     let newest = || answered.iter().map(|r| record(*r)).filter(|record| record.generation == highest);
+    // A member that has not recorded the highest generation shows that nothing was acknowledged under it. What was acknowledged
+    // before is where that one's own record says: its engine may have gone on without others after they were asked.
+    let witnesses = || {
+        let named = |r: &&usize| newest().all(|newest| newest.members.contains(&situation.names[**r]));
+        answered.iter().filter(named).map(|r| record(*r)).filter(|record| record.generation > 0)
+    };
     let is_member = |name: &String| match known {
         Some(known) => known.members.contains(name),
         // Should records ever contradict each other, only what all of them name is safe.
-        None => newest().all(|record| record.members.contains(name)),
+        None => newest().all(|record| record.members.contains(name)) && witnesses().all(|r| r.members.contains(name)),
     };
     // One without a generation is blank: it was made anew after its disk was lost, or never took part.
     let holds_all = |r: &usize| generation == 0 || record(*r).generation > 0 && is_member(&situation.names[*r]);
@@ -90,7 +102,10 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     // An export tells that only if an engine of this attachment opened it: what another one opened may have been started anew
     // before. 0: nothing was noted.
     let claimed = situation.claimed.max(situation.known.map_or(0, |known| known.generation));
-    let is_ours = |r: &usize| situation.claimed == 0 || record(*r).generation <= claimed;
+    let is_ours = |r: &usize| {
+        let generation = record(*r).generation;
+        attachment_of(generation) == situation.attachment && (situation.claimed == 0 || generation <= claimed)
+    };
     let kept = |r: &usize| !goes_on || is_ours(r) && (answer(*r).serves || record(*r).clean);
     let chosen: Vec<usize> = current.into_iter().filter(kept).collect();
     if chosen.is_empty() {
@@ -99,14 +114,30 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     // As long as no engine of this attachment served, nothing is known beyond what the controller and the records say.
     let compare =
         if goes_on { situation.known_to_differ } else { situation.config_compare || ended_uncleanly(&chosen, &record) };
+    // Above all that an earlier attachment can come to whose engine still lives somewhere.
+    let first = situation.attachment.saturating_mul(GENERATIONS_OF_AN_ATTACHMENT);
     // A request of an earlier life may still be on its way to a replica that does not answer now. Whatever that one records then
     // must be below what is acknowledged without it.
-    Ok(Choice {
-        generation: generation.max(situation.claimed) + 1,
+    let choice = Choice {
+        generation: generation.max(situation.claimed).max(first) + 1,
         members: chosen.iter().fold(Set::EMPTY, |set, replica| set.with(Set::only(*replica))),
         // One cannot differ from itself; the core would say so at once.
         compare: compare && chosen.len() > 1,
-    })
+    };
+    if attachment_of(choice.claims()) > situation.attachment {
+        return Err(format!(
+            "attachment {} has used up its generations; detach the volume and attach it again",
+            situation.attachment
+        ));
+    }
+    Ok(choice)
+}
+
+/// Why an engine has nothing to say any more.
+pub fn superseded(newer: u64, own: u64) -> String {
+    format!(
+        "attachment {newer} has taken the volume over from this one ({own}), so whoever uses it here has lost it; use the volume where it is attached now"
+    )
 }
 
 /// One clean record of the highest generation says that all members were equal; otherwise writes may have been in flight.
@@ -136,6 +167,7 @@ mod tests {
             .map(|(generation, members)| Known { generation, members: members.chars().map(String::from).collect() });
         let situation = Situation {
             config_generation: config,
+            attachment: 0,
             config_compare: false,
             names: &names,
             answers: &answers,
@@ -164,6 +196,84 @@ mod tests {
         check(true, 8, None, [None, None, None], "none of them answers");
         check(true, 8, None, [record(8, "ac", true), record(7, "abc", true), record(8, "ac", true)], "ac 9");
         check(true, 8, None, [record(8, "ab", true), record(8, "bc", true), record(8, "bc", true)], "b 9");
+    }
+
+    #[test]
+    fn records_of_two_attachments_are_never_mixed() {
+        let first = |generation: u64, members| record(1_000_000 + generation, members, false);
+        let second = |generation: u64, members| record(2_000_000 + generation, members, false);
+        let names = ["a", "b", "c"].map(String::from);
+        let choose_third = |answers: [Option<Answer>; 3]| {
+            choose(&Situation {
+                config_generation: 1_000_005,
+                config_compare: false,
+                attachment: 3,
+                names: &names,
+                answers: &answers,
+                first_life: true,
+                known: None,
+                claimed: 0,
+                known_to_differ: false,
+            })
+        };
+        let members = |answers| choose_third(answers).map(|choice| choice.members);
+        // The second one opened `a` while the first one dropped it and went on with `b` and `c`.
+        let (b, c) = (first(6, "bc"), first(6, "bc"));
+        assert_eq!(members([second(1, "abc"), b.clone(), c.clone()]), Ok(Set::only(1).with(Set::only(2))));
+        assert_eq!(members([second(1, "abc"), b, second(1, "abc")]), Ok(Set::only(1).with(Set::only(2))));
+        // Each went on with one of them: nobody can tell which is right, but that both hold everything is wrong.
+        assert_eq!(members([second(1, "ab"), first(6, "b"), first(7, "c")]), Ok(Set::only(1)));
+        assert!(members([second(2, "a"), first(6, "b"), first(7, "c")]) == Ok(Set::only(0)));
+        // Nothing was done without `a`.
+        let choice = choose_third([second(1, "abc"), first(5, "abc"), None]).unwrap();
+        assert_eq!((choice.members, choice.compare, choice.generation), (Set::first(2), true, 3_000_001));
+    }
+
+    #[test]
+    fn an_engine_whose_volume_was_taken_over_by_a_newer_attachment_begins_no_more() {
+        let (names, answers) =
+            (["a", "b"].map(String::from), [record(2_000_001, "a", false), record(1_000_005, "ab", false)]);
+        let situation = Situation {
+            config_generation: 0,
+            config_compare: false,
+            attachment: 1,
+            names: &names,
+            answers: &answers,
+            first_life: false,
+            known: None,
+            claimed: 1_000_006,
+            known_to_differ: false,
+        };
+        let refused = choose(&situation).unwrap_err();
+        assert!(refused.contains("attachment 2 has taken the volume over from this one (1)"), "{refused}");
+        // The newer one's own next engine is none.
+        assert_eq!(
+            choose(&Situation { attachment: 2, claimed: 2_000_002, ..situation }).unwrap().generation,
+            2_000_003
+        );
+    }
+
+    #[test]
+    fn an_attachment_keeps_to_its_own_generations() {
+        let names = ["a"].map(String::from);
+        let at = |attachment, generation, claimed| {
+            let situation = Situation {
+                config_generation: 0,
+                config_compare: false,
+                attachment,
+                names: &names,
+                answers: &[record(generation, "a", true)],
+                first_life: true,
+                known: None,
+                claimed,
+                known_to_differ: false,
+            };
+            choose(&situation).map(|choice| choice.generation)
+        };
+        // Of a replica that was written before attachments were counted, of one before, and of its own.
+        assert_eq!((at(4, 7, 0), at(4, 3_000_009, 0)), (Ok(4_000_001), Ok(4_000_001)));
+        assert_eq!((at(4, 4_000_001, 0), at(4, 3_000_009, 4_000_005)), (Ok(4_000_002), Ok(4_000_006)));
+        assert!(at(4, 4_999_999, 0).unwrap_err().contains("used up its generations"));
     }
 
     #[test]
@@ -208,6 +318,7 @@ mod tests {
         let known = Known { generation: 8, members: names.to_vec() };
         let first = Situation {
             config_generation: 8,
+            attachment: 0,
             config_compare: true,
             names: &names,
             answers: &clean,
@@ -227,6 +338,7 @@ mod tests {
             known_to_differ,
             names: &names,
             config_generation: 8,
+            attachment: 0,
             claimed: 0,
         };
         assert!(choose(&later(true)).unwrap().compare);
@@ -270,6 +382,7 @@ mod tests {
         let (names, answers) = (["a", "b"].map(String::from), [record(8, "ab", false), None]);
         let situation = Situation {
             config_generation: 8,
+            attachment: 0,
             config_compare: false,
             names: &names,
             answers: &answers,
@@ -310,6 +423,7 @@ mod tests {
         let (ours, theirs) = ([record(9, "a", false), None], [record(10, "a", false), None]);
         let situation = Situation {
             config_generation: 8,
+            attachment: 0,
             config_compare: false,
             names: &names,
             answers: &ours,
@@ -322,6 +436,11 @@ mod tests {
         let stolen = Situation { answers: &theirs, ..situation };
         let refused = choose(&stolen).unwrap_err();
         assert!(refused.contains("opened by another engine"), "{refused}");
+        // So is one of another attachment, whatever was noted; its export tells nothing of this attachment's writes.
+        let before = [record(2_000_001, "ab", false), record(1_000_009, "ab", false)];
+        let own = Known { generation: 2_000_001, members: vec!["a".into(), "b".into()] };
+        let mixed = Situation { attachment: 2, answers: &before, known: Some(&own), claimed: 2_000_002, ..stolen };
+        assert_eq!(choose(&mixed).unwrap().members, Set::only(0));
         // Whoever attaches the volume anew takes it.
         let anew = Situation { first_life: true, known: None, ..stolen };
         assert_eq!(choose(&anew).unwrap().members, Set::only(0));

@@ -14,6 +14,7 @@ use tracing::{error, info, warn};
 
 use super::control::Client;
 use super::life::{Known, LifeFiles};
+use super::lost::Lost;
 use super::nbd_frontend::{Arrived, Session};
 use super::replica_control::ReplicaControl;
 use super::start::Started;
@@ -96,15 +97,17 @@ pub(super) struct Engine {
     lives: u32,
     started: Instant,
     start_errors: Vec<Option<String>>,
-    epoll: OwnedFd,
+    pub(super) epoll: OwnedFd,
     pub(super) core: Core,
     pub(super) buffers: Buffers,
     /// What the kernel's next request is read into.
     pub(super) intake: core::BufferId,
     /// None once the volume is unmounted.
     pub(super) fuse: Option<OwnedFd>,
-    links: Vec<Option<Link>>,
-    controls: Vec<Option<ReplicaControl>>,
+    pub(super) links: Vec<Option<Link>>,
+    pub(super) controls: Vec<Option<ReplicaControl>>,
+    /// Replicas that are asked who has them now, before they are dropped.
+    pub(super) lost: Vec<Option<Lost>>,
     /// What each replica opened for this engine; empty for one that was no member at the start.
     exports: Vec<String>,
     pub(super) origins: Vec<Option<Origin>>,
@@ -178,6 +181,7 @@ impl Engine {
             control_listener: listen(&config.control_socket)?,
             nbd_listener: listen(&config.nbd_socket)?,
             config,
+            lost: names.iter().map(|_| None).collect(),
             names,
             life,
             lives,
@@ -269,7 +273,8 @@ impl Engine {
                 return Err(self.hand_over());
             }
             let tick = self.core.next_tick().into_iter();
-            let due = tick.chain(self.buffers.has_unused().then_some(limits::TRIM_INTERVAL)).min();
+            let due = tick.chain(self.buffers.has_unused().then_some(limits::TRIM_INTERVAL));
+            let due = due.chain(self.lost.iter().any(Option::is_some).then_some(limits::TICK)).min();
             let timeout =
                 due.map(|due| Timespec { tv_sec: due.as_secs() as i64, tv_nsec: i64::from(due.subsec_nanos()) });
             events.clear();
@@ -287,6 +292,7 @@ impl Engine {
             // After the events, so that answers which are there count before deadlines do.
             if events.is_empty() || ticked.elapsed() >= limits::TICK {
                 ticked = Instant::now();
+                self.end_overdue_questions();
                 self.core.handle(self.started.elapsed(), Event::Tick);
                 if trimmed.elapsed() >= limits::TRIM_INTERVAL {
                     trimmed = ticked;
@@ -304,7 +310,7 @@ impl Engine {
             Source::ControlListener => self.accept_control_clients(),
             Source::NbdListener => self.accept_nbd_clients(),
             Source::Link(replica) => self.take_replies(replica),
-            Source::ReplicaControl(replica) => self.take_control_replies(replica),
+            Source::ReplicaControl(replica) => self.take_control_replies(replica)?,
             Source::ControlClient(index) => self.take_control_requests(index),
             Source::NbdClient(index) => self.take_nbd_requests(index),
         }
@@ -315,24 +321,7 @@ impl Engine {
         let now = self.now();
         let Some(link) = &mut self.links[replica] else { return };
         if let Err(reason) = link.receive(replica, &mut self.core, &mut self.buffers, now) {
-            self.core.handle(now, Event::ConnectionLost { replica, reason });
-        }
-    }
-
-    fn take_control_replies(&mut self, replica: usize) {
-        let Some(control) = &mut self.controls[replica] else { return };
-        let now = self.started.elapsed();
-        match control.progress() {
-            Ok(replies) => {
-                for reply in replies {
-                    self.core.handle(now, Event::ControlReply { replica, reply });
-                }
-                let restored = control.restore();
-                if let Err(reason) = restored.and_then(|new| watch(&self.epoll, replica, control, new)) {
-                    self.core.handle(now, Event::ConnectionLost { replica, reason });
-                }
-            }
-            Err(reason) => self.core.handle(now, Event::ControlLost { replica, reason }),
+            self.lose(replica, Event::ConnectionLost { replica, reason });
         }
     }
 
@@ -366,6 +355,7 @@ impl Engine {
                 warn!(volume = %self.config.volume, replica = %self.names[replica], reason, "replica dropped");
                 self.links[replica] = None;
                 self.controls[replica] = None;
+                self.lost[replica] = None;
             }
             Output::Record { generation, members } => {
                 info!(volume = %self.config.volume, generation, "fence complete");
@@ -414,7 +404,7 @@ impl Engine {
             let Some(link) = &mut self.links[replica] else { continue };
             if let Err(error) = link.send(&self.buffers) {
                 let reason = format!("the connection broke ({error})");
-                self.core.handle(self.started.elapsed(), Event::ConnectionLost { replica, reason });
+                self.lose(replica, Event::ConnectionLost { replica, reason });
             }
         }
         self.send_nbd_replies();
@@ -471,7 +461,7 @@ pub(super) fn data(source: Source) -> epoll::EventData {
 }
 
 /// Asks for the events of a control connection that is new.
-fn watch(epoll: &OwnedFd, replica: usize, control: &ReplicaControl, new: bool) -> Result<(), String> {
+pub(super) fn watch(epoll: &OwnedFd, replica: usize, control: &ReplicaControl, new: bool) -> Result<(), String> {
     let Some(descriptor) = control.descriptor().filter(|_| new) else { return Ok(()) };
     let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
     epoll::add(epoll, descriptor, data(Source::ReplicaControl(replica)), flags).map_err(|error| error.to_string())

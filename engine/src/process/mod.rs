@@ -9,6 +9,7 @@ mod ending;
 mod engine;
 mod frontends;
 pub(crate) mod life;
+mod lost;
 pub mod nbd_frontend;
 mod replica_control;
 mod start;

@@ -15,6 +15,14 @@ use crate::stream::{Service, Stream};
 /// idle connection had ended.
 const RECONNECT_LIMIT: Duration = Duration::from_millis(500);
 
+/// What a replica answered.
+pub enum Answer {
+    /// To a request of the core.
+    Control(ControlReply),
+    /// To `Status`: the generation that it has recorded.
+    Generation(u64),
+}
+
 /// The connection, made again on demand: a replica may end an idle one.
 pub struct ReplicaControl {
     address: ReplicaAddress,
@@ -76,7 +84,7 @@ impl ReplicaControl {
     ///
     /// # Errors
     /// A sentence when the connection ended while answers are missing. The end of an idle connection is no error.
-    pub fn progress(&mut self) -> Result<Vec<ControlReply>, String> {
+    pub fn progress(&mut self) -> Result<Vec<Answer>, String> {
         let Some(lines) = &mut self.lines else { return Ok(Vec::new()) };
         let read = lines.flush().and_then(|()| lines.read());
         match read {
@@ -92,11 +100,12 @@ impl ReplicaControl {
         }
     }
 
-    fn parse(&mut self, line: &[u8]) -> Result<ControlReply, String> {
+    fn parse(&mut self, line: &[u8]) -> Result<Answer, String> {
         self.unanswered = self.unanswered.checked_sub(1).ok_or("it answered a question that was not asked")?;
         match serde_json::from_slice(line) {
-            Ok(Reply::Done) => Ok(ControlReply::Done),
-            Ok(Reply::Refused { message }) => Ok(ControlReply::Refused(message)),
+            Ok(Reply::Done) => Ok(Answer::Control(ControlReply::Done)),
+            Ok(Reply::Refused { message }) => Ok(Answer::Control(ControlReply::Refused(message))),
+            Ok(Reply::Status { record, .. }) => Ok(Answer::Generation(record.generation)),
             Ok(_) => Err("it sent a reply of another kind".into()),
             Err(error) => Err(format!("it sent something that is no reply ({error})")),
         }

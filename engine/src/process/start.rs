@@ -68,6 +68,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
     let known = life.known().map_err(|error| nobody(format!("what the last engine left cannot be read: {error}")))?;
     let situation = Situation {
         config_generation: config.generation,
+        attachment: config.attachment,
         config_compare: config.compare_replicas,
         names,
         answers: &answers,
@@ -78,6 +79,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
             .map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?,
         known_to_differ: life.may_differ(),
     };
+    let seen: Vec<u64> = answers.iter().map(|a| a.as_ref().map_or(0, |answer| answer.record.generation)).collect();
     let choice = choose(&situation).map_err(|reason| nobody(starting.with_errors(&reason)))?;
     for replica in (0..names.len()).filter(|replica| !choice.members.contains(*replica)) {
         starting.errors[replica].get_or_insert("it is not a member of the latest generation; it missed writes".into());
@@ -94,7 +96,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         let mut rival = false;
         let answered = match beginning.round() {
             Round::Open { generation, members } => {
-                (exports, rival) = starting.open(generation, members);
+                (exports, rival) = starting.open(generation, members, &seen);
                 starting.answered(&exports)
             }
             Round::Connect { .. } => {
@@ -191,16 +193,17 @@ impl Starting<'_> {
 
     /// Opens the exports; tells too whether somebody else raised the generation since the replicas were asked for it. Then
     /// nobody knows which of both engines the others follow, so this one begins anew rather than goes on without that replica.
-    fn open(&mut self, generation: u64, members: Set) -> (Vec<Option<String>>, bool) {
+    fn open(&mut self, generation: u64, members: Set, seen: &[u64]) -> (Vec<Option<String>>, bool) {
         let names: Vec<String> = self.named(members).into_iter().map(String::from).collect();
         let rival = AtomicBool::new(false);
-        let exports = self.each(members, |_, control, deadline| {
+        let exports = self.each(members, |replica, control, deadline| {
             let control = control.as_mut().ok_or_else(|| io::Error::other("it is not connected"))?;
-            match control.ask(&Request::Open { generation, members: names.clone() }, deadline)? {
+            let seen = seen[replica];
+            match control.ask(&Request::Open { generation, members: names.clone(), seen: Some(seen) }, deadline)? {
                 Reply::Opened { export } => Ok(export),
                 other => {
                     if let Reply::Status { record, export, .. } = control.ask(&Request::Status, deadline)?
-                        && is_rival(&record, export.is_some(), generation, &names)
+                        && is_rival(&record, export.is_some(), generation, &names, seen)
                     {
                         rival.store(true, Ordering::Relaxed);
                     }

@@ -92,6 +92,7 @@ impl Volume {
             volume: "vol-1".into(),
             size_bytes,
             generation: 0,
+            attachment: 0,
             replicas: replicas.iter().map(|r| (r.name.clone(), address(r))).collect::<BTreeMap<_, _>>(),
             read_from: Some("r1".into()),
             compare_replicas: false,

@@ -229,7 +229,10 @@ impl State {
             Request::Open { generation, .. } | Request::Fence { generation, .. } if generation <= record.generation => {
                 refuse(format!("generation {generation} is not above {}", record.generation))
             }
-            Request::Open { generation, members } => {
+            Request::Open { seen: Some(seen), .. } if seen != record.generation => {
+                refuse(format!("it is at generation {} and not at {seen}", record.generation))
+            }
+            Request::Open { generation, members, .. } => {
                 let mut monitor = self.monitor.lock().unwrap();
                 let export = format!("generation-{generation}");
                 let add = json!({"type": "nbd", "id": "head", "node-name": "disk", "name": export, "writable": true});

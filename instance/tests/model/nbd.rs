@@ -95,7 +95,7 @@ fn tools_see_an_export_of_a_replica_as_it_is() {
     world.detach();
     world.start_replicas();
     let generation = world.record(0).generation + 1;
-    let opened = world.ask_replica(0, &Request::Open { generation, members: vec!["r0".into()] });
+    let opened = world.ask_replica(0, &Request::Open { generation, members: vec!["r0".into()], seen: None });
     let Reply::Opened { export } = opened else { panic!("{opened:?}") };
     let address = world.replica_address(0);
     let seen = info(&format!("nbd://{address}/{export}"));

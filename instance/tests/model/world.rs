@@ -147,6 +147,7 @@ impl World {
             volume: "vol".into(),
             size_bytes: volume_bytes,
             generation: 0,
+            attachment: 0,
             replicas: Default::default(),
             read_from: None,
             compare_replicas: false,

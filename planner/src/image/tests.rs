@@ -12,7 +12,7 @@ use expect_test::{Expect, expect};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::*;
-use crate::disk::Disk;
+use crate::disk::{Disk, ready_disk};
 
 const LONG_AGO: &str = "2025-01-01T00:00:00Z";
 
@@ -21,24 +21,12 @@ fn now() -> Timestamp {
 }
 
 fn disk(id: &str, health: Answer) -> Disk {
-    Disk {
-        id: id.into(),
-        name: id.into(),
-        node: format!("node-{id}"),
-        path: format!("/{id}"),
-        node_tags: vec![],
-        tags: vec![],
-        health: match health {
-            Answer::Ready => crate::disk::Health::Ready,
-            Answer::Silent => crate::disk::Health::Unknown("silent".into()),
-            Answer::Down => crate::disk::Health::NotReady("down".into()),
-        },
-        unschedulable: None,
-        evicting: false,
-        maximum_bytes: 1 << 40,
-        available_bytes: 1 << 40,
-        reserved_bytes: 0,
-    }
+    let health = match health {
+        Answer::Ready => crate::disk::Health::Ready,
+        Answer::Silent => crate::disk::Health::Unknown("silent".into()),
+        Answer::Down => crate::disk::Health::NotReady("down".into()),
+    };
+    Disk { health, ..ready_disk(id, 1 << 40) }
 }
 
 #[derive(Clone, Copy)]

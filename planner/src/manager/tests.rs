@@ -4,26 +4,14 @@ use api::image::{BackingImageSpec, DiskFileSpec};
 use expect_test::{Expect, expect};
 
 use super::*;
+use crate::disk::ready_disk;
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
 }
 
 fn disk(health: Health) -> Disk {
-    Disk {
-        id: "d".into(),
-        name: "disk".into(),
-        node: "n".into(),
-        path: "/d".into(),
-        node_tags: vec![],
-        tags: vec![],
-        health,
-        unschedulable: None,
-        evicting: false,
-        maximum_bytes: 1,
-        available_bytes: 1,
-        reserved_bytes: 0,
-    }
+    Disk { name: "disk".into(), node: "n".into(), health, ..ready_disk("d", 1) }
 }
 
 /// `wanted; new; held; process=running; file=failed; peers; source=ready-for-transfer; transferred; disk=silent`

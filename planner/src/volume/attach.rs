@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::engine::{DesireState, InstanceState};
+use api::engine::{DesireState, InstanceState, attachment_of};
 use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 
@@ -327,6 +327,8 @@ impl Pass<'_> {
             engine.replica_address_map = addresses;
             engine.compare_replicas = judgement.compare;
             engine.generation = engine.generation.max(judgement.highest);
+            // Also above one that was counted in an Engine that is gone.
+            engine.attachment = engine.attachment.max(attachment_of(engine.generation)) + 1;
         }
         self.wait("Attaching", format!("the engine on node {node} is starting"));
     }
@@ -359,7 +361,8 @@ impl Pass<'_> {
         }
         // Attached, and yet requests wait.
         let ready = condition::find(&status.conditions, READY).filter(|c| c.status == ConditionStatus::False);
-        if let Some(waits) = ready.filter(|c| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting")) {
+        let is_told = |c: &&Condition| matches!(c.reason.as_str(), "EngineSilent" | "EngineStarting" | "EngineStuck");
+        if let Some(waits) = ready.filter(is_told) {
             let message = format!("on node {node} {}", waits.message);
             self.wait_for(Condition { message, last_transition_time: String::new(), ..waits.clone() });
         }

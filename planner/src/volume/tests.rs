@@ -9,27 +9,14 @@ use api::volume::{Robustness, VolumeSpec};
 use expect_test::{Expect, expect};
 
 use super::*;
-use crate::disk::Disk;
+use crate::disk::{Disk, ready_disk};
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
 }
 
 fn disk(n: u32, health: Health) -> Disk {
-    Disk {
-        id: format!("d{n}"),
-        name: "disk".into(),
-        node: format!("n{n}"),
-        path: format!("/d{n}"),
-        node_tags: vec![],
-        tags: vec![],
-        health,
-        unschedulable: None,
-        evicting: false,
-        maximum_bytes: 100,
-        available_bytes: 100,
-        reserved_bytes: 0,
-    }
+    Disk { name: "disk".into(), node: format!("n{n}"), health, ..ready_disk(&format!("d{n}"), 100) }
 }
 
 /// `on=n1; engine=running:3@n1; r1=running:3{r1,r2} r2=failed r3=stopped:2; silent=n2; recorded=3; map=r1,r2`
@@ -233,6 +220,25 @@ fn starts_replicas_then_the_engine() {
 }
 
 #[test]
+fn each_attachment_has_a_number_above_all_before() {
+    let next = |text: &str, former: u64| {
+        let mut observed = world(text);
+        observed.engine.as_mut().unwrap().spec.attachment = former;
+        decide(&observed).actions.into_iter().find_map(|action| match action {
+            Action::SetEngineSpec(spec) => Some(spec.attachment),
+            _ => None,
+        })
+    };
+    assert_eq!(next("on=n1; engine=stopped:0@; r1=running:0 r2=running:0 r3=running:0", 0), Some(1));
+    let written = "on=n1; engine=stopped:7@n2; r1=running:7{r1,r2} r2=running:7{r1,r2} r3=failed";
+    assert_eq!((next(written, 0), next(written, 4)), (Some(1), Some(5)));
+    // Of an Engine object that was made anew.
+    assert_eq!(next("on=n1; engine=stopped:0@; r1=running:6000003{r1} r2=failed r3=failed", 0), Some(7));
+    // Nothing is started, so nothing is counted.
+    assert_eq!(next("on=n1; wish=; engine=running:7@n1; map=r1; r1=running:7{r1} r2=failed r3=failed", 4), Some(4));
+}
+
+#[test]
 fn leaves_stale_and_silent_replicas_out_and_marks_them() {
     check(
         "on=n1; engine=stopped:3@n2; r1=running:3{r1,r2} r2=running:3{r1,r2} r3=running:2{r1,r2,r3}",
@@ -348,7 +354,7 @@ fn an_engine_that_ended_under_its_users_faults_the_volume_until_they_are_gone() 
 #[test]
 fn requests_that_wait_for_an_engine_are_told_by_the_volume() {
     let replicas = "recorded=4; map=r1,r2,r3; r1=running:4 r2=running:4 r3=running:4";
-    for reason in ["EngineSilent", "EngineStarting"] {
+    for reason in ["EngineSilent", "EngineStarting", "EngineStuck"] {
         let decision = decide(&world(&format!("on=n1; wish=; engine=running:4@n1; said={reason}; {replicas}")));
         let ready = condition::find(&decision.status.conditions, READY).unwrap();
         assert_eq!((ready.reason.as_str(), ready.message.as_str()), (reason, "on node n1 it said why"));

@@ -1,9 +1,10 @@
 //! How an engine begins: ask, choose, open, connect, fence.
 
+use api::engine::attachment_of;
 use engine::core::Set;
 use engine::process::beginning::{Beginning, Next, Round, is_rival};
 use engine::process::choice::{Answer, Choice, Situation, choose};
-use proto::replica::{Reply, Request};
+use proto::replica::{Record, Reply, Request};
 
 use super::holder::Attachment;
 use super::serve::Serving;
@@ -37,11 +38,25 @@ pub struct Start {
     beginning: Option<Beginning>,
 }
 
+impl Start {
+    /// The generation of a replica by which the members were chosen.
+    fn seen(&self, place: usize) -> u64 {
+        self.answers[place].as_ref().map_or(0, |answer| answer.record.generation)
+    }
+}
+
 impl Attachment {
-    /// The highest record that a replica answered while the engine begins.
-    pub fn highest_answer(&self) -> u64 {
-        let Some(Stage::Beginning(start)) = self.life.as_ref().map(|life| &life.stage) else { return 0 };
-        start.answers.iter().flatten().map(|answer| answer.record.generation).max().unwrap_or(0)
+    /// The generations that replicas answered while the engine begins, as far as it can go by them: an earlier attachment's record
+    /// tells nothing about a member that this attachment has opened already without it.
+    pub fn answered_generations(&self) -> Vec<u64> {
+        let Some(Stage::Beginning(start)) = self.life.as_ref().map(|life| &life.stage) else { return vec![] };
+        let answers =
+            || start.answers.iter().zip(&self.config.names).filter_map(|(a, name)| Some((&a.as_ref()?.record, name)));
+        let Some((top, _)) = answers().max_by_key(|(record, _)| record.generation) else { return vec![] };
+        let counts = |record: &Record, name: &String| {
+            attachment_of(record.generation) == attachment_of(top.generation) || top.members.contains(name)
+        };
+        answers().filter(|(record, name)| counts(record, name)).map(|(record, _)| record.generation).collect()
     }
 
     pub fn describe(&self) -> String {
@@ -140,8 +155,11 @@ impl World {
             let dies = self.faults && self.dice.permille(4);
             let errs = self.replicas[replica].erring_until > self.now && self.dice.percent(30);
             let served = self.replicas[replica].client;
+            let before = self.replicas[replica].record.generation;
             let (target, dice) = (&mut self.replicas[replica], &mut self.dice);
-            let Ok(reply) = target.control(&request, self.now, errs, dies, dice) else {
+            let reply = target.control(&request, self.now, errs, dies, dice);
+            self.note_overwritten(life, replica, before);
+            let Ok(reply) = reply else {
                 self.tally.add("replicas that died in a request", 1);
                 return self.kill_replica(replica);
             };
@@ -157,6 +175,15 @@ impl World {
         let at = arrival.max(engine.control_at[place] + 1);
         engine.control_at[place] = at;
         self.at(at, Happening::ControlAnswer { life, round, replica, incarnation, reply });
+    }
+
+    /// A record was replaced: nobody else tells of it any more, except whoever replaced it.
+    fn note_overwritten(&mut self, life: u32, replica: usize, before: u64) {
+        let is_raised = self.replicas[replica].record.generation > before;
+        if is_raised && self.of_life(life).is_some_and(|a| !self.attachments[a].disowned) {
+            let overwritten = self.overwritten.entry(attachment_of(before)).or_default();
+            *overwritten = (*overwritten).max(before);
+        }
     }
 
     pub(super) fn place(&self, a: usize, replica: usize) -> Option<usize> {
@@ -196,7 +223,9 @@ impl World {
             }
             (Some(Round::Open { generation, members }), Some(Reply::Status { record, export, .. })) => {
                 let names: Vec<String> = members.iter().map(|m| self.attachments[a].config.names[m].clone()).collect();
-                start_of(&mut self.attachments[a]).rival |= is_rival(&record, export.is_some(), generation, &names);
+                let start = start_of(&mut self.attachments[a]);
+                let seen = start.seen(place);
+                start.rival |= is_rival(&record, export.is_some(), generation, &names, seen);
                 false
             }
             (Some(Round::Fence { .. }), Some(Reply::Done)) => true,
@@ -270,6 +299,7 @@ impl World {
             None => {
                 let situation = Situation {
                     config_generation: config.generation,
+                    attachment: config.attachment,
                     config_compare: config.compare,
                     names: &config.names,
                     answers: &start.answers,
@@ -324,7 +354,8 @@ impl World {
             let export = exports[place].clone().unwrap_or_default();
             match round {
                 Round::Open { generation, .. } => {
-                    self.send_control(a, number, place, Request::Open { generation, members: names.clone() });
+                    let seen = Some(start_of(&mut self.attachments[a]).seen(place));
+                    self.send_control(a, number, place, Request::Open { generation, members: names.clone(), seen });
                 }
                 Round::Fence { generation, .. } => {
                     self.send_control(a, number, place, Request::Fence { generation, members: names.clone(), export });

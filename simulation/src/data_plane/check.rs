@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use api::engine::attachment_of;
 use engine::core::{Operation, ReplicaState, Set};
 use planner::generations::{Record, Sight, judge};
 
 use super::World;
 use super::oracle::Write;
+use super::replica::Replica;
 use super::user::Request;
 
 impl World {
@@ -26,7 +28,8 @@ impl World {
                 continue;
             }
             if let Some((block, missed)) = self.misses(replica) {
-                if self.is_hidden_fence(a, &missed) {
+                let lossy = self.replicas[replica].lossy;
+                if self.is_hidden_fence(a, &missed, lossy) {
                     self.end = Some(super::End::HiddenFence);
                     return true;
                 }
@@ -68,11 +71,18 @@ impl World {
 
     /// An engine dropped replicas and acknowledged without them; then it and every replica that recorded the fence went away, before
     /// the controller or any replica that answers heard of the generation (`ARCHITECTURE.md`, "the hidden fence").
-    fn is_hidden_fence(&self, a: usize, missed: &Write) -> bool {
+    ///
+    /// One that was dropped and started anew may have lost what was flushed only after that.
+    fn is_hidden_fence(&self, a: usize, missed: &Write, lossy: bool) -> bool {
         let attachment = &self.attachments[a];
         let known = attachment.known.as_ref().map_or(0, |known| known.generation);
-        let told = attachment.highest_answer().max(attachment.config.generation).max(known).max(attachment.heard);
-        missed.generation > told
+        let told = [attachment.config.generation, known, attachment.heard].into_iter();
+        // What a later attachment recorded tells nothing of an earlier one.
+        let of = attachment_of(missed.generation);
+        let told = told.chain(attachment.answered_generations()).filter(|generation| attachment_of(*generation) <= of);
+        let told = told.max().unwrap_or(0).max(self.overwritten.get(&of).copied().unwrap_or(0));
+        let since = if lossy { missed.generation.max(missed.flushed_under) } else { missed.generation };
+        since > told
     }
 
     /// The highest generation that is written down in the store.
@@ -110,7 +120,7 @@ impl World {
     pub(super) fn check_recorded(&self, a: usize, generation: u64, members: Set) {
         let config = &self.attachments[a].config;
         let names: Vec<String> = members.iter().map(|place| config.names[place].clone()).collect();
-        if self.has_rivals() {
+        if self.attachments[a].disowned {
             return;
         }
         for place in members.iter() {
@@ -141,7 +151,7 @@ impl World {
         self.check_recorded(a, generation, members);
         request.blocks().for_each(|block| self.oracle.end(block, tag, self.now, Some(generation)));
         if request.operation == Operation::Flush {
-            self.oracle.flush(request.since);
+            self.oracle.flush(request.since, generation);
         }
         for place in members.iter().filter(|place| self.is_connected(a, *place)) {
             let replica = self.attachments[a].config.replicas[place];
@@ -321,11 +331,22 @@ impl World {
             self.end = Some(super::End::Faulted);
             return self.check_faulted();
         }
-        let is_clean = good.iter().all(|r| self.replicas[*r].record.clean);
-        for &r in &good {
+        let sight = |r: &usize| {
+            let Replica { name, record, .. } = &self.replicas[*r];
+            let (members, clean) = (record.members.iter().cloned().collect(), record.clean);
+            (name.clone(), Sight::Seen(Record { generation: record.generation, members, clean }))
+        };
+        // One that was dropped just before the end has not failed yet: it is stale.
+        let current = judge(&good.iter().map(sight).collect(), self.heard()).current;
+        let current: Vec<usize> = good.into_iter().filter(|r| current.contains(&self.replicas[*r].name)).collect();
+        if current.is_empty() {
+            return self.check_faulted();
+        }
+        let is_clean = current.iter().all(|r| self.replicas[*r].record.clean);
+        for &r in &current {
             if is_clean {
                 // Otherwise they were still being compared, and are the next time.
-                self.check_equal(good[0], r);
+                self.check_equal(current[0], r);
             }
             let missed = self.misses(r);
             assert!(missed.is_none(), "r{r} misses {missed:?} at the end: {}", self.state());

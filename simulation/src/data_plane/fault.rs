@@ -29,6 +29,8 @@ pub enum Fault {
     Barrier,
     /// The user says that the engine's node is gone, and it is not.
     RemoveNode,
+    /// The same of the next one, while its engine begins.
+    RemoveNextNode,
 }
 
 impl World {
@@ -69,6 +71,7 @@ impl World {
             38..39 => Fault::ControllerDown(time),
             39..43 => Fault::Barrier,
             43..47 => Fault::KillBoth(replica),
+            _ if self.dice.percent(50) => Fault::RemoveNextNode,
             _ => Fault::RemoveNode,
         }
     }
@@ -87,7 +90,10 @@ impl World {
             Fault::SlowReplica(r, time) => self.replicas[r].slow_until = now + time,
             Fault::ErringReplica(r, time) => self.replicas[r].erring_until = now + time,
             Fault::Full(time) => self.full = (now, now + time),
-            Fault::KillEngine => self.kill_some_engine(),
+            Fault::KillEngine => match self.engine_that_dropped() {
+                Some(a) if self.dice.percent(50) => self.lose_members(a),
+                _ => self.kill_some_engine(),
+            },
             Fault::KillEngineSoon(outputs) => self.doom = Some(outputs),
             Fault::KillHolder => self.kill_holder(),
             Fault::KillBoth(r) => {
@@ -127,6 +133,7 @@ impl World {
                 }
             }
             Fault::RemoveNode => self.remove_node(),
+            Fault::RemoveNextNode => self.removes_at_start = true,
             Fault::KillReplica(_) | Fault::CutNodes(..) => return,
         }
         self.tally.add("faults", 1);
@@ -162,6 +169,35 @@ impl World {
             let life = lives[self.dice.below(lives.len())];
             self.kill_engine(life);
         }
+    }
+
+    /// An engine that serves and dropped a replica whose process is still there.
+    fn engine_that_dropped(&self) -> Option<usize> {
+        (0..self.attachments.len()).find(|a| !self.dropped_by(*a).is_empty())
+    }
+
+    fn dropped_by(&self, a: usize) -> Vec<usize> {
+        let Some(serving) = self.attachments[a].serving() else { return vec![] };
+        let members = serving.core.members();
+        let replicas = self.attachments[a].config.replicas.iter().enumerate();
+        let dropped = replicas.filter(|(place, r)| !members.contains(*place) && is_up(&self.replicas[**r]));
+        dropped.map(|(_, r)| *r).collect()
+    }
+
+    /// An engine dies, and for a while the next one meets only replicas that were dropped before.
+    fn lose_members(&mut self, a: usize) {
+        let (dropped, node) = (self.dropped_by(a), self.attachments[a].node);
+        for r in self.attachments[a].config.replicas.clone() {
+            if dropped.contains(&r) {
+                self.replicas[r].stopped_until = 0;
+                let other = self.node_of(r);
+                self.cut(node, other, 0);
+            } else {
+                self.replicas[r].stopped_until = self.now + 12 * SECOND;
+            }
+        }
+        self.end_life(a, false);
+        self.tally.add("engines lost with their members", 1);
     }
 
     /// An engine goes on without its holder, but is not replaced any more.
@@ -219,26 +255,6 @@ impl World {
             (0..incarnation).for_each(|old| self.tell_lost(node, old));
         }
         self.wake_instance(node);
-    }
-
-    /// The user takes a node that may still write for gone. Its engine goes on as a rival of the next one.
-    fn remove_node(&mut self) {
-        let Some(a) = self.attachments.iter().position(|a| !a.is_over() && !a.disowned) else { return };
-        let node = self.attachments[a].node;
-        if self.nodes.len() < 2 || self.nodes.iter().any(|n| n.removed) {
-            return;
-        }
-        self.attachments[a].disowned = true;
-        self.nodes[node].removed = true;
-        let id = self.attachments[a].id;
-        self.oracle.forget_observations();
-        self.user_lost_device(id);
-        self.forgive_losses();
-        self.node_report(node);
-        let others: Vec<usize> = (0..self.nodes.len()).filter(|n| *n != node).collect();
-        let other = others[self.dice.below(others.len())];
-        self.wish(Some(other));
-        self.tally.add("rivals", 1);
     }
 
     /// From now on everything works.

@@ -11,6 +11,7 @@ use super::{HOLDER_LIMIT, Happening, MILLI, Process, SECOND, World};
 #[derive(Clone)]
 pub struct Config {
     pub generation: u64,
+    pub attachment: u64,
     pub compare: bool,
     /// Replicas by their number in the world; within an engine by their place here.
     pub replicas: Vec<usize>,

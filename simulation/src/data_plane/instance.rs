@@ -6,6 +6,7 @@ use api::engine::{DesireState, EngineStatus, InstanceState, ReplicaMode};
 use api::replica::ReplicaStatus;
 use engine::core::ReplicaState;
 
+use super::fault::Fault;
 use super::holder::{Attachment, Config};
 use super::{Happening, MILLI, Process, SECOND, World};
 
@@ -112,8 +113,8 @@ impl World {
         let number = |name: &String| self.replicas.iter().position(|r| r.name == *name).expect("it is there");
         let replicas: Vec<usize> = names.iter().map(number).collect();
         let read_from = replicas.iter().position(|r| *r == node);
-        let (generation, compare) = (spec.generation, spec.compare_replicas);
-        let config = Config { generation, compare, replicas, names, read_from };
+        let (generation, attachment, compare) = (spec.generation, spec.attachment, spec.compare_replicas);
+        let config = Config { generation, attachment, compare, replicas, names, read_from };
         self.next_id += 1;
         let id = self.next_id;
         let mut attachment = Attachment::new(id, node, config, self.now);
@@ -121,6 +122,13 @@ impl World {
         self.attachments.push(attachment);
         let wait = self.dice.upto(5 * MILLI);
         self.after(wait, Happening::NextLife { attachment: id });
+        if std::mem::take(&mut self.removes_at_start) && self.faults {
+            // When they answer again, both begin at the same moment and with the same generation.
+            let until = self.now + 3 * SECOND;
+            self.replicas.iter_mut().for_each(|replica| replica.stopped_until = until);
+            let wait = self.dice.upto(SECOND);
+            self.after(wait, Happening::Fault(Fault::RemoveNode));
+        }
     }
 
     fn report_engine(&mut self, found: Option<usize>, state: InstanceState) {

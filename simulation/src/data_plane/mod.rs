@@ -22,8 +22,10 @@ mod dice;
 mod fault;
 mod holder;
 mod instance;
+mod loss;
 mod oracle;
 mod replica;
+mod rival;
 mod serve;
 mod user;
 
@@ -38,6 +40,7 @@ use fault::Fault;
 use holder::Attachment;
 use oracle::Oracle;
 use replica::{Process, Replica};
+use rival::Rivalry;
 use user::User;
 
 /// Bytes of a block.
@@ -138,6 +141,13 @@ enum Happening {
     Tick {
         life: u32,
     },
+    /// A replica that broke its connection was asked for long enough who has it.
+    AskOver {
+        life: u32,
+        place: usize,
+    },
+    /// The users of a removed node go on.
+    RivalStep,
     /// An answer about bytes that were compared a while ago.
     Compared {
         life: u32,
@@ -201,10 +211,15 @@ struct World {
     attachments: Vec<Attachment>,
     next_id: u32,
     user: User,
+    rivalry: Rivalry,
+    /// By attachment: the highest generation in a record that a later engine of the volume replaced.
+    overwritten: BTreeMap<u64, u64>,
     oracle: Oracle,
     faults: bool,
     /// Bytes are compared elsewhere, so the answer comes while other things happen.
     compares_late: bool,
+    /// The node of the next attachment is said to be gone while its engine begins.
+    removes_at_start: bool,
     /// The replica process whose state of what may differ users have seen; none while all are in sync.
     reader: Option<(usize, u32)>,
     /// From then to then every change fails on every replica.
@@ -255,9 +270,12 @@ impl World {
             attachments: vec![],
             next_id: 0,
             user: User::new(&mut dice, nodes),
+            rivalry: Rivalry::default(),
+            overwritten: BTreeMap::new(),
             oracle: Oracle::new(),
             faults: true,
             compares_late: seed % 4 == 3,
+            removes_at_start: false,
             reader: None,
             full: (0, 0),
             doom: None,
@@ -301,6 +319,8 @@ impl World {
             }
             Happening::RoundOver { life, round } => self.round_over(life, round),
             Happening::Tick { life } => self.tick(life),
+            Happening::AskOver { life, place } => self.give_up(life, place),
+            Happening::RivalStep => self.rival_step(),
             Happening::Compared { life, token, differing } => {
                 self.tell(life, engine::core::Event::Compared { token, differing });
             }

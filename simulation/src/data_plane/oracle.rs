@@ -18,6 +18,8 @@ pub struct Write {
     pub flushed: bool,
     /// Under which generation it was acknowledged.
     pub generation: u64,
+    /// And flushed.
+    pub flushed_under: u64,
 }
 
 #[derive(Default)]
@@ -33,7 +35,8 @@ pub struct Oracle {
 
 impl Oracle {
     pub fn new() -> Oracle {
-        let blank = Write { tag: 0, value: 0, submitted: 0, end: 0, acknowledged: 0, flushed: true, generation: 0 };
+        let (tag, value, submitted, end, acknowledged) = (0, 0, 0, 0, 0);
+        let blank = Write { tag, value, submitted, end, acknowledged, flushed: true, generation: 0, flushed_under: 0 };
         let block = || Block { writes: vec![blank.clone()], observed: None };
         Oracle { blocks: (0..BLOCKS).map(|_| block()).collect() }
     }
@@ -49,6 +52,7 @@ impl Oracle {
             acknowledged: FOREVER,
             flushed: false,
             generation: 0,
+            flushed_under: 0,
         });
     }
 
@@ -71,12 +75,14 @@ impl Oracle {
         }
     }
 
-    /// A flush that was submitted then is acknowledged.
-    pub fn flush(&mut self, submitted: u64) {
+    /// A flush that was submitted then is acknowledged under a generation.
+    pub fn flush(&mut self, submitted: u64, generation: u64) {
         for block in &mut self.blocks {
             let mut newest = 0;
             for write in block.writes.iter_mut().filter(|write| write.acknowledged < submitted) {
-                write.flushed = true;
+                if !write.flushed {
+                    (write.flushed, write.flushed_under) = (true, generation);
+                }
                 newest = newest.max(write.submitted);
             }
             // Nothing that ended before a flushed change began can come back.

@@ -19,12 +19,19 @@ pub struct Serving {
     pub core: Core,
     since: u64,
     /// The replica process that each data connection leads to.
-    links: Vec<Option<u32>>,
+    pub links: Vec<Option<u32>>,
     /// Requests sent to replicas are numbered, so that a tail of them can be lost with a connection.
     sent: u64,
     pub buffers: Vec<Vec<u64>>,
     pub free: Vec<usize>,
-    unanswered: Vec<u32>,
+    pub unanswered: Vec<u32>,
+    /// By place: what the core is told of a replica unless a newer attachment has it.
+    pub lost: Vec<Vec<Event>>,
+    /// When the replica at this place was asked who has it, and which said that no newer attachment does.
+    pub asked_at: Vec<u64>,
+    pub told: Set,
+    /// It goes on without a replica, which another engine may take without its knowledge.
+    pub blind: bool,
     tick_at: Option<u64>,
     /// What all members have recorded; none while a fence is under way.
     pub recorded: Option<(u64, Set)>,
@@ -69,6 +76,10 @@ impl World {
             buffers: vec![vec![0; COMPARE_BLOCKS as usize]; count],
             free: vec![],
             unanswered: vec![0; count],
+            lost: vec![vec![]; count],
+            asked_at: vec![0; count],
+            told: Set::EMPTY,
+            blind: members.len() < count,
             tick_at: None,
             recorded: Some((generation, members)),
             nbd_changed: false,
@@ -191,8 +202,12 @@ impl World {
                 }
                 self.send_core_control(a, replica, request);
             }
-            Output::Drop { replica: place, .. } => {
+            Output::Drop { replica: place, reason } => {
+                self.check_drop(a, place, &reason);
+                let Some((a, serving)) = self.serving(life) else { return };
                 (serving.links[place], serving.recorded) = (None, None);
+                serving.lost[place].clear();
+                serving.blind = true;
                 let is_comparing = serving.comparing;
                 self.tally.add("replicas dropped", 1);
                 let life = self.attachments[a].life.take().expect("it serves");
@@ -219,11 +234,16 @@ impl World {
             }
             Output::Equal => {
                 serving.comparing = false;
-                if !serving.nbd_changed {
+                let may_lose = serving.nbd_changed;
+                if !may_lose {
                     self.attachments[a].differ = false;
                 }
                 self.reader = None;
                 self.tally.add("comparisons finished", 1);
+                if may_lose && self.faults && self.dice.percent(30) {
+                    // What an NBD client has in flight is not repeated: all may differ again.
+                    self.doom = Some(self.dice.upto(30));
+                }
             }
             Output::Compare { token, length, pinned, others } => {
                 let count = (length as u64 / BLOCK) as usize;
@@ -302,6 +322,7 @@ impl World {
         let errs = target.erring_until > now && self.dice.percent(30);
         let failure = if full { Some(Failure::NoSpace) } else { errs.then_some(Failure::Io) };
         let takes = self.dice.upto(if slow { 300 * MILLI } else { 300 });
+        self.rival_reached(replica, bytes.as_ref());
         let (target, dice) = (&mut self.replicas[replica], &mut self.dice);
         let bytes = target.work(&transfer, bytes, now, now + takes, failure, dice);
         let Some(a) = self.of_life(life) else { return };
@@ -361,77 +382,20 @@ impl World {
         serving.unanswered[place] = left;
         let reply = match reply {
             Some(Reply::Done) => ControlReply::Done,
-            Some(Reply::Refused { message }) => ControlReply::Refused(message),
+            Some(Reply::Refused { message }) => {
+                let reply = ControlReply::Refused(message);
+                return self.lose(id, place, Event::ControlReply { replica: place, reply });
+            }
+            Some(Reply::Status { record, .. }) => return self.take_record(a, place, record.generation),
             None => {
                 life.controls[place] = None;
                 serving.unanswered[place] = 0;
+                self.give_up(id, place);
                 return self.tell(id, Event::ControlLost { replica: place, reason: "it ended the connection".into() });
             }
             Some(other) => panic!("an answer of another kind: {other:?}"),
         };
         self.tell(id, Event::ControlReply { replica: place, reply });
-    }
-
-    /// Engines notice the end of a replica process, over both connections.
-    pub(super) fn tell_lost(&mut self, replica: usize, incarnation: u32) {
-        for a in 0..self.attachments.len() {
-            let Some(life) = self.attachments[a].life.as_ref().map(|life| life.id) else { continue };
-            let (from, to) = (self.node_of(replica), self.attachments[a].node);
-            let at = self.arrival(from, to, 0);
-            self.at(at, Happening::DataLost { life, replica, incarnation });
-            let at = self.arrival(from, to, 0);
-            self.at(at, Happening::ControlLost { life, replica, incarnation });
-        }
-    }
-
-    pub(super) fn tell_data_lost(&mut self, life: u32, replica: usize) {
-        let Some(a) = self.of_life(life) else { return };
-        let at = self.arrival(self.node_of(replica), self.attachments[a].node, 0);
-        let incarnation = self.replicas[replica].incarnation;
-        self.at(at, Happening::DataLost { life, replica, incarnation });
-    }
-
-    /// What ended between the connection and the beginning of service is noticed now.
-    fn notice_losses(&mut self, a: usize) {
-        let id = self.attachments[a].life.as_ref().expect("it serves").id;
-        for place in 0..self.attachments[a].config.replicas.len() {
-            let replica = self.attachments[a].config.replicas[place];
-            let Some(incarnation) = self.attachments[a].serving().and_then(|s| s.links[place]) else { continue };
-            if self.replicas[replica].client != Some(id) {
-                self.after(1, Happening::DataLost { life: id, replica, incarnation });
-            }
-        }
-    }
-
-    pub(super) fn data_lost(&mut self, life: u32, replica: usize, incarnation: u32) {
-        let Some(place) = self.of_life(life).and_then(|a| self.place(a, replica)) else { return };
-        let Some((_, serving)) = self.serving(life) else { return };
-        if serving.links[place] == Some(incarnation) {
-            self.tell(life, Event::ConnectionLost { replica: place, reason: "it ended the connection".into() });
-        }
-    }
-
-    pub(super) fn control_lost(&mut self, life: u32, replica: usize, incarnation: u32) {
-        let Some(a) = self.of_life(life) else { return };
-        let Some(place) = self.place(a, replica) else { return };
-        let engine = self.attachments[a].life.as_mut().expect("it is there");
-        if engine.controls[place] != Some(incarnation) {
-            return;
-        }
-        match &mut engine.stage {
-            Stage::Beginning(_) => {
-                // Whatever it was asked in this round is not answered.
-                self.lose_answer(a, place);
-            }
-            Stage::Serving(serving) => {
-                engine.controls[place] = None;
-                // The end of an idle connection is no error.
-                if std::mem::take(&mut serving.unanswered[place]) > 0 {
-                    let reason = "it ended the connection".to_owned();
-                    self.tell(life, Event::ControlLost { replica: place, reason });
-                }
-            }
-        }
     }
 
     /// The engine's side of a connection ends: what was on its way out may be lost from some request on.

@@ -351,6 +351,9 @@ impl World {
     }
 
     pub(super) fn complete(&mut self, a: usize, tag: u64, result: Result<(), Failure>) {
+        if super::rival::is_rivals(tag) {
+            return self.rival_completed(a, tag, result);
+        }
         let id = self.attachments[a].id;
         if self.user.device != Some(id) {
             return;
