@@ -8,7 +8,6 @@ mod disk;
 mod feed;
 mod limits;
 mod metrics;
-mod rules;
 mod state;
 mod writer;
 
@@ -21,7 +20,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    Object, ObjectKey, ObjectList, ObjectStore, Preconditions, ResourceType, Selector, StoreError, WatchStream,
+    Object, ObjectKey, ObjectList, ObjectStore, Preconditions, ResourceType, Selector, StoreError, WatchStream, rules,
 };
 use disk::Disk;
 use feed::Feed;
@@ -139,7 +138,7 @@ impl ObjectStore for Embedded {
         namespace: Option<&str>,
         from: Option<String>,
     ) -> Result<WatchStream, StoreError> {
-        let from = from.map(|version| feed::parse_version(resource, &version)).transpose()?;
+        let from = from.map(|version| rules::parse_version(resource, &version)).transpose()?;
         Ok(feed::watch(self.feed.clone(), resource, namespace, from))
     }
 }

@@ -17,6 +17,13 @@ pub enum StoreError {
     Precondition { resource: String, name: String },
     #[error("{resource} `{name}` is invalid: {reason}")]
     Invalid { resource: String, name: String, reason: String },
+    #[error("the Kubernetes API does not allow this for {resource} `{name}`: {reason}")]
+    Forbidden { resource: String, name: String, reason: String },
+    #[error(
+        "the Kubernetes API does not know the kind {resource} ({reason}): \
+         install the custom resource definitions of this version (`kubectl apply -f deploy/crds`)"
+    )]
+    UnknownKind { resource: String, reason: String },
     #[error("the store does not answer")]
     Unavailable { source: Box<dyn std::error::Error + Send + Sync> },
     #[error(
@@ -41,6 +48,7 @@ impl StoreError {
             StoreError::Conflict { .. } => ErrorKind::Pending,
             StoreError::Precondition { .. } => ErrorKind::NotReady,
             StoreError::Invalid { .. } => ErrorKind::Invalid,
+            StoreError::Forbidden { .. } | StoreError::UnknownKind { .. } => ErrorKind::NotReady,
             StoreError::Unavailable { .. } => ErrorKind::Unavailable,
             StoreError::InUse { .. } => ErrorKind::NotReady,
             StoreError::Open { .. } => ErrorKind::Internal,

@@ -6,7 +6,9 @@
 
 pub mod embedded;
 mod error;
+pub mod kubernetes;
 mod object;
+mod rules;
 mod typed;
 
 pub use error::StoreError;
@@ -24,6 +26,13 @@ pub type WatchStream = BoxStream<'static, Result<WatchEvent, StoreError>>;
 pub struct Preconditions {
     pub uid: Option<String>,
     pub resource_version: Option<String>,
+}
+
+impl Preconditions {
+    /// Whether anything goes.
+    pub fn is_empty(&self) -> bool {
+        self.uid.is_none() && self.resource_version.is_none()
+    }
 }
 
 /// A place for objects, with the semantics of the Kubernetes API.

@@ -12,7 +12,7 @@ use tokio::sync::watch::{Receiver, Sender};
 
 use super::limits;
 use super::state::{Change, ObjectId, State};
-use crate::{Object, ResourceType, StoreError, WatchEvent, WatchStream};
+use crate::{Object, ResourceType, WatchEvent, WatchStream};
 
 /// The committed state. Everything in it is durable.
 pub struct Feed {
@@ -161,13 +161,4 @@ impl Watcher {
             }
         }
     }
-}
-
-/// The version out of a list.
-pub fn parse_version(resource: &ResourceType, version: &str) -> Result<u64, StoreError> {
-    version.parse().map_err(|_| StoreError::Invalid {
-        resource: resource.kind.clone(),
-        name: String::new(),
-        reason: format!("`{version}` is not a version to watch from; take the one that a list came with"),
-    })
 }

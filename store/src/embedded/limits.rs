@@ -11,6 +11,3 @@ pub const HISTORY_EVENTS: usize = 8192;
 
 /// Events that a watcher takes out of the history at a time.
 pub const EVENTS_PER_TURN: usize = 64;
-
-/// Bytes of one object as JSON: what the Kubernetes API accepts with etcd's default.
-pub const OBJECT_BYTES: usize = 1_500_000;

@@ -9,8 +9,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use serde_json::Value;
 
-use super::rules;
-use crate::{Object, ObjectKey, Preconditions, ResourceType, StoreError};
+use crate::{Object, ObjectKey, Preconditions, ResourceType, StoreError, rules};
 
 /// Where an object is. Versions of one kind share their objects.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,19 +24,11 @@ pub struct ObjectId {
 impl ObjectId {
     /// The id of a key; refused when its namespace does not fit the kind.
     pub fn new(resource: &ResourceType, key: &ObjectKey) -> Result<ObjectId, StoreError> {
-        let namespace = key.namespace.clone().unwrap_or_default();
-        if resource.namespaced == namespace.is_empty() {
-            let reason = if resource.namespaced {
-                "this kind lives in namespaces, and none was given".to_owned()
-            } else {
-                format!("this kind does not live in namespaces, and `{namespace}` was given")
-            };
-            return Err(rules::invalid(resource, &key.name, reason));
-        }
+        rules::check_scope(resource, key)?;
         Ok(ObjectId {
             group: resource.group.clone(),
             plural: resource.plural.clone(),
-            namespace,
+            namespace: key.namespace.clone().unwrap_or_default(),
             name: key.name.clone(),
         })
     }
@@ -176,15 +167,10 @@ impl State {
         now: Timestamp,
         changes: &mut Vec<Change>,
     ) -> Outcome {
-        rules::complete_name(&mut object);
-        rules::check(resource, &mut object)?;
+        rules::check_new(resource, &mut object)?;
         let id = ObjectId::new(resource, &object.key())?;
         if self.objects.contains_key(&id) {
             return Err(StoreError::AlreadyExists { resource: resource.kind.clone(), name: id.name });
-        }
-        if !object.resource_version().is_empty() {
-            let reason = "metadata.resourceVersion must be absent from a new object";
-            return Err(rules::invalid(resource, &id.name, reason));
         }
         object.0.shift_remove("status");
         let metadata = rules::metadata_mut(&mut object);
@@ -224,6 +210,10 @@ impl State {
         new.0.shift_remove("status");
         if let Some(status) = stored.0.get("status") {
             new.0.insert("status".into(), status.clone());
+        }
+        if rules::is_being_deleted(&new) && !rules::is_being_deleted(&stored) {
+            let reason = "metadata.deletionTimestamp is set by a deletion and by nothing else";
+            return Err(rules::invalid(resource, &id.name, reason));
         }
         rules::keep_system_fields(&mut new, &stored);
         if new == *stored {

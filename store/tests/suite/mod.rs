@@ -1,6 +1,6 @@
 //! What every store promises. Each function takes an empty store of its own.
 
-#![allow(dead_code, unused_imports, reason = "each test binary uses its part")]
+#![allow(dead_code, unused_imports, unused_macros, reason = "each test binary uses its part")]
 
 mod objects;
 mod watches;
@@ -16,6 +16,40 @@ use std::time::Duration;
 use backing_image_store::{Object, ObjectKey, ObjectStore, Preconditions, ResourceType, WatchEvent, WatchStream};
 use futures::StreamExt;
 use serde_json::{Value, json};
+
+/// All promises, for a macro that makes a test of each.
+macro_rules! promises {
+    ($with:ident) => {
+        $with! {
+            fills_in_system_fields_of_a_new_object
+            refuses_a_name_that_is_taken
+            refuses_what_kubernetes_would_refuse
+            makes_a_name_out_of_a_prefix
+            replaces_the_wish_and_keeps_the_status
+            replaces_the_status_and_keeps_the_wish
+            raises_the_generation_with_the_wish_only
+            writes_nothing_when_nothing_changes
+            refuses_a_write_that_rests_on_an_old_version
+            never_changes_system_fields
+            keeps_an_object_while_it_has_finalizers
+            deletes_only_what_the_decision_was_made_on
+            collects_what_nobody_owns_any_more
+            keeps_what_has_another_owner
+            collects_an_object_whose_owner_was_gone_before
+            lists_by_namespace_and_label_in_order
+            keeps_kinds_and_scopes_apart
+            shows_what_exists_and_then_each_change
+            replays_changes_from_the_version_of_a_list
+            says_relist_when_the_version_is_unknown
+            says_relist_to_a_slow_watcher
+            ends_with_the_same_objects_for_watchers_and_readers
+            lets_one_of_many_writers_win
+            modifies_under_contention_without_losing_a_change
+            writes_one_content_as_one_text
+        }
+    };
+}
+pub(crate) use promises;
 
 pub type Any = Arc<dyn ObjectStore>;
 

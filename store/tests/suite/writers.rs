@@ -20,23 +20,23 @@ pub async fn lets_one_of_many_writers_win(store: Any) {
 
 pub async fn modifies_under_contention_without_losing_a_change(store: Any) {
     let typed = Store::new(store, "longhorn-system");
-    let mut image = api::BackingImage::new("a_1", Default::default());
+    let mut image = api::BackingImage::new("a-1", Default::default());
     image.spec.min_number_of_copies = 0;
     typed.create(&image).await.unwrap();
     let writers = (0..8).map(|_| {
         let typed = typed.clone();
         tokio::spawn(async move {
             for _ in 0..5 {
-                typed.modify::<api::BackingImage>("a_1", |i| i.spec.min_number_of_copies += 1).await.unwrap();
+                typed.modify::<api::BackingImage>("a-1", |i| i.spec.min_number_of_copies += 1).await.unwrap();
                 let count = |i: &mut api::BackingImage| i.status.get_or_insert_default().size += 1;
-                typed.modify_status::<api::BackingImage>("a_1", count).await.unwrap();
+                typed.modify_status::<api::BackingImage>("a-1", count).await.unwrap();
             }
         })
     });
     for writer in writers.collect::<Vec<_>>() {
         writer.await.unwrap();
     }
-    let image = typed.get::<api::BackingImage>("a_1").await.unwrap().unwrap();
+    let image = typed.get::<api::BackingImage>("a-1").await.unwrap().unwrap();
     assert_eq!((image.spec.min_number_of_copies, image.status.unwrap().size), (40, 40));
     let error = typed.modify::<api::BackingImage>("b", |_| {}).await.unwrap_err();
     assert_eq!(error.to_string(), "BackingImage `b` does not exist");

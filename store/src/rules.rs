@@ -1,12 +1,16 @@
 //! Rules of Kubernetes metadata: what an object must look like, and which fields are the server's.
+//!
+//! Both stores ask here before they write, so that one mistake is one sentence, whichever store it is.
 
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
-use super::limits;
-use crate::{Object, ResourceType, StoreError};
+use crate::{Object, ObjectKey, ResourceType, StoreError};
+
+/// Bytes of one object as JSON: what the Kubernetes API accepts with etcd's default.
+const OBJECT_BYTES: usize = 1_500_000;
 
 pub fn invalid(resource: &ResourceType, name: &str, reason: impl Into<String>) -> StoreError {
     StoreError::Invalid { resource: resource.kind.clone(), name: name.to_owned(), reason: reason.into() }
@@ -31,7 +35,7 @@ fn metadata<'a>(object: &'a Object, field: &str) -> Option<&'a Value> {
 }
 
 /// Makes a name out of `generateName`.
-pub fn complete_name(object: &mut Object) {
+fn complete_name(object: &mut Object) {
     // Kubernetes' letters: no vowels and no digits that look like them, so that no words come out.
     const LETTERS: &[u8; 27] = b"bcdfghjklmnpqrstvwxz2456789";
     let prefix = metadata(object, "generateName").and_then(Value::as_str).unwrap_or_default();
@@ -41,6 +45,34 @@ pub fn complete_name(object: &mut Object) {
         let name: String = prefix.chars().chain(suffix).collect();
         metadata_mut(object).insert("name".into(), name.into());
     }
+}
+
+/// As [`check`], for an object that is to be made: completes its name, and it has no version yet.
+pub fn check_new(resource: &ResourceType, object: &mut Object) -> Result<(), StoreError> {
+    complete_name(object);
+    check(resource, object)?;
+    if !object.resource_version().is_empty() {
+        return Err(invalid(resource, object.name(), "metadata.resourceVersion must be absent from a new object"));
+    }
+    Ok(())
+}
+
+/// Refuses a key that does not fit the scope of its kind.
+pub fn check_scope(resource: &ResourceType, key: &ObjectKey) -> Result<(), StoreError> {
+    let reason = match (resource.namespaced, key.namespace.as_deref().unwrap_or_default()) {
+        (true, "") => "this kind lives in namespaces, and none was given".to_owned(),
+        (false, namespace) if !namespace.is_empty() => {
+            format!("this kind does not live in namespaces, and `{namespace}` was given")
+        }
+        _ => return Ok(()),
+    };
+    Err(invalid(resource, &key.name, reason))
+}
+
+/// The number of a version to watch from.
+pub fn parse_version(resource: &ResourceType, version: &str) -> Result<u64, StoreError> {
+    let reason = || format!("`{version}` is not a version to watch from; take the one that a list came with");
+    version.parse().map_err(|_| invalid(resource, "", reason()))
 }
 
 /// Refuses an object that the Kubernetes API would refuse, whatever its kind; fills `apiVersion` and `kind`.
@@ -75,8 +107,8 @@ pub fn check(resource: &ResourceType, object: &mut Object) -> Result<(), StoreEr
         return refuse(reason);
     }
     let size_bytes = serde_json::to_vec(&object.0).map_or(usize::MAX, |text| text.len());
-    if size_bytes > limits::OBJECT_BYTES {
-        return refuse(format!("it has {size_bytes} bytes as JSON, and {} are the limit", limits::OBJECT_BYTES));
+    if size_bytes > OBJECT_BYTES {
+        return refuse(format!("it has {size_bytes} bytes as JSON, and {OBJECT_BYTES} are the limit"));
     }
     Ok(())
 }
@@ -159,6 +191,10 @@ fn check_lists(object: &Object) -> Result<(), String> {
         };
         if !list.as_array().is_some_and(|list| list.iter().all(whole)) {
             return Err("each of metadata.ownerReferences must have apiVersion, kind, name and uid".into());
+        }
+        let is_controller = |owner: &&Value| owner.get("controller") == Some(&Value::Bool(true));
+        if list.as_array().is_some_and(|list| list.iter().filter(is_controller).count() > 1) {
+            return Err("of metadata.ownerReferences at most one of them may be the controller".into());
         }
     }
     Ok(())
