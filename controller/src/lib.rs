@@ -1,8 +1,9 @@
-//! Role: reconcilers and HTTP API.
+//! Role: reconcilers, HTTP API, admission webhook.
 //!
 //! Each reconciler observes, lets the planner decide, and acts. Passes are started by events (objects, workloads, agents) and,
 //! as a safety net, by a slow resync; two passes over one object never overlap.
 
+mod admission;
 mod agents;
 mod data_source;
 mod error;
@@ -15,6 +16,7 @@ mod metrics;
 mod node;
 mod queue;
 mod volume;
+pub mod webhook;
 mod world;
 
 use std::collections::HashMap;
