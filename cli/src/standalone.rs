@@ -19,9 +19,9 @@ use api::ErrorKind;
 use clap::{Args, Subcommand};
 use runtime::loopback::Subnet;
 use runtime::metrics::Metrics;
+use runtime::transport::{Listener, Protocol};
 use store::Store;
 use store::embedded::Embedded;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -154,7 +154,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     runtime::files::remove_if_present(&layout.ready())?;
     std::fs::create_dir_all(layout.csi())?;
     let listener = bind(&listen).await?;
-    let address = listener.local_addr()?;
+    let address = listener.address();
     lock.announce(address)?;
     let subnet = Subnet::claim(&layout.data).context("cannot claim loopback addresses")?;
     let embedded = Embedded::open(&layout.store()).map_err(|e| {
@@ -227,7 +227,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     ended
 }
 
-async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
+async fn bind(listen: &str) -> anyhow::Result<Listener> {
     let address: SocketAddr = match listen.parse() {
         Ok(address) => address,
         Err(_) => {
@@ -237,7 +237,7 @@ async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
             );
         }
     };
-    match TcpListener::bind(address).await {
+    match crate::roles::security().listen(address, Protocol::Http1).await {
         Ok(listener) => Ok(listener),
         Err(error) => {
             let message = format!("cannot listen on {address}: {error}; choose another one with --listen");
@@ -246,7 +246,7 @@ async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
     }
 }
 
-async fn http(listener: TcpListener, router: axum::Router, shutdown: CancellationToken) -> anyhow::Result<()> {
+async fn http(listener: Listener, router: axum::Router, shutdown: CancellationToken) -> anyhow::Result<()> {
     axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?;
     Ok(())
 }

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use api::ErrorKind;
 use planner::retry::Retry;
+use runtime::transport::Security;
 use store::Store;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -43,6 +44,8 @@ pub struct Context {
     pub workloads: Arc<dyn Workloads>,
     /// See [`Metrics::register`].
     pub metrics: Metrics,
+    /// How agents are reached.
+    pub security: Security,
 }
 
 /// What reconcilers share beside the [`Context`].
@@ -62,7 +65,7 @@ pub(crate) struct Shared {
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), ControllerError> {
     let tracker = TaskTracker::new();
     let queue = Arc::new(Queue::default());
-    let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone());
+    let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
     let shared = Arc::new(Shared {
         store: context.store,
         workloads: context.workloads,

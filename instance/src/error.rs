@@ -27,6 +27,11 @@ pub enum InstanceError {
     NoPort { node: String, limit: usize },
     #[error("replica `{replica}` cannot run: {reason}")]
     Replica { replica: String, reason: String },
+    #[error(
+        "TLS between engines and replicas is not supported yet: run this node in plain text, \
+         in a network that only its own processes reach"
+    )]
+    PlainOnly,
 }
 
 impl InstanceError {
@@ -38,6 +43,7 @@ impl InstanceError {
             InstanceError::Control { .. } => ErrorKind::Unavailable,
             InstanceError::NoPort { .. } => ErrorKind::Exhausted,
             InstanceError::Replica { .. } => ErrorKind::NotReady,
+            InstanceError::PlainOnly => ErrorKind::Unsupported,
             InstanceError::File { .. }
             | InstanceError::Parse { .. }
             | InstanceError::Start { .. }

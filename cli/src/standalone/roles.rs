@@ -14,6 +14,7 @@ use workloads::Workloads;
 use workloads::local::{Local, LocalConfig};
 
 use super::Layout;
+use crate::roles::security;
 
 /// How long roles may take to finish what they have begun.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
@@ -59,6 +60,7 @@ impl Roles {
             store: store.clone(),
             workloads: workloads.clone(),
             metrics: controller::Metrics::default(),
+            security: security(),
         };
         metrics.register(|registry| reconcilers.metrics.register(registry));
         let shutdown = self.shutdown.clone();
@@ -80,6 +82,7 @@ impl Roles {
                 store: store.clone(),
                 create_disks: true,
                 engines,
+                security: security(),
             };
             let shutdown = self.shutdown.clone();
             self.spawn(&format!("instance {name}"), async move { Ok(instance::run(node, shutdown).await?) });
