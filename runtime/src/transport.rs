@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use api::ErrorKind;
 use hyper_util::rt::TokioIo;
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -99,12 +99,13 @@ impl Security {
             .map_err(|e| unusable(e.into()))?
             .with_client_cert_verifier(clients.map_err(|e| unusable(e.into()))?)
             .with_cert_resolver(Arc::new(identity.clone()));
-        let client = ClientConfig::builder_with_provider(provider())
+        let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|e| unusable(e.into()))?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(servers))
             .with_client_cert_resolver(Arc::new(identity.clone()));
+        client.resumption = Resumption::disabled();
         Ok(Security(Some(Arc::new(Tls { server, client: Arc::new(client) }))))
     }
 

@@ -49,6 +49,9 @@ impl Listener {
             None => Source::Plain(listener),
             Some(mut config) => {
                 config.alpn_protocols = protocol.names();
+                // Each connection shows and checks the certificates of today; ours last long, so that costs little.
+                config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+                config.send_tls13_tickets = 0;
                 let (sender, ready) = mpsc::channel(1);
                 let task = tokio::spawn(shake_hands(listener, TlsAcceptor::from(Arc::new(config)), sender));
                 Source::Tls(ready, task.abort_handle())
