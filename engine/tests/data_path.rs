@@ -463,18 +463,18 @@ fn replicas_that_differ_are_compared_and_repaired() {
 fn what_a_next_engine_must_know_is_noted_before_a_replica_is_opened() {
     let mut volume = Volume::new(2, 64 * MIB);
     volume.config.compare_replicas = true;
-    let [claimed, differ] = ["claimed", "differ"].map(|what| volume.folder().join(format!("engine.sock.{what}")));
+    let [claim, differ] = ["claim", "differ"].map(|what| volume.folder().join(format!("engine.sock.{what}")));
     let noted = Arc::new(Mutex::new(None));
     let seen = noted.clone();
     volume.replicas[0].set_hook(move |request, moment| {
         if matches!(request, Request::Open { .. }) && moment == Moment::Before {
-            *seen.lock().unwrap() = Some((std::fs::read_to_string(&claimed).ok(), differ.exists()));
+            *seen.lock().unwrap() = Some((std::fs::read_to_string(&claim).ok(), differ.exists()));
         }
     });
     volume.start_holder();
     volume.wait_serving();
     // The first generation, and one more should a replica have to be fenced out.
-    assert_eq!(*noted.lock().unwrap(), Some((Some("2".to_owned()), true)));
+    assert_eq!(*noted.lock().unwrap(), Some((Some(r#"{"highest":2,"base":0}"#.to_owned()), true)));
     assert!(volume.shutdown());
 }
 

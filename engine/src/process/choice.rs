@@ -3,7 +3,7 @@
 use api::engine::{GENERATIONS_OF_AN_ATTACHMENT, attachment_of};
 use proto::replica::Record;
 
-pub use super::life::Known;
+pub use super::life::{Claim, Known};
 use crate::core::Set;
 
 /// What a replica said.
@@ -29,8 +29,8 @@ pub struct Situation<'a> {
     pub first_life: bool,
     /// What the last life acknowledged under.
     pub known: Option<&'a Known>,
-    /// The highest generation that an earlier life may have asked any replica to record, whether it ever served or not.
-    pub claimed: u64,
+    /// What earlier lives noted, whether they ever served or not.
+    pub claim: Claim,
     /// What the last life left about differences.
     pub known_to_differ: bool,
 }
@@ -41,12 +41,16 @@ pub struct Choice {
     pub generation: u64,
     pub members: Set,
     pub compare: bool,
+    /// See [`Claim::base`].
+    pub base: u64,
 }
 
 impl Choice {
-    /// The highest generation that this engine can come to: each fence drops a member, and the last one is never fenced.
-    pub fn claims(&self) -> u64 {
-        self.generation + (self.members.len() as u64).saturating_sub(1)
+    /// To be noted before the first replica is asked.
+    pub fn claim(&self) -> Claim {
+        // Each fence drops a member, and the last one is never fenced.
+        let fences = (self.members.len() as u64).saturating_sub(1);
+        Claim { highest: self.generation + fences, base: self.base }
     }
 }
 
@@ -71,6 +75,12 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
         return Err(format!(
             "the newest replica that answers is of generation {generation}, but the volume has reached generation {}: newer writes are on replicas that do not answer",
             situation.config_generation
+        ));
+    }
+    if generation < situation.claim.base {
+        return Err(format!(
+            "the newest replica that answers is of generation {generation}, but this attachment began with replicas of generation {}: newer writes are on replicas that do not answer",
+            situation.claim.base
         ));
     }
     let newest = || answered.iter().map(|r| record(*r)).filter(|record| record.generation == highest);
@@ -101,10 +111,10 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     let goes_on = !situation.first_life && situation.known.is_some();
     // An export tells that only if an engine of this attachment opened it: what another one opened may have been started anew
     // before. 0: nothing was noted.
-    let claimed = situation.claimed.max(situation.known.map_or(0, |known| known.generation));
+    let claimed = situation.claim.highest.max(situation.known.map_or(0, |known| known.generation));
     let is_ours = |r: &usize| {
         let generation = record(*r).generation;
-        attachment_of(generation) == situation.attachment && (situation.claimed == 0 || generation <= claimed)
+        attachment_of(generation) == situation.attachment && (situation.claim.highest == 0 || generation <= claimed)
     };
     let kept = |r: &usize| !goes_on || is_ours(r) && (answer(*r).serves || record(*r).clean);
     let chosen: Vec<usize> = current.into_iter().filter(kept).collect();
@@ -116,15 +126,19 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
         if goes_on { situation.known_to_differ } else { situation.config_compare || ended_uncleanly(&chosen, &record) };
     // Above all that an earlier attachment can come to whose engine still lives somewhere.
     let first = situation.attachment.saturating_mul(GENERATIONS_OF_AN_ATTACHMENT);
+    // What this attachment recorded itself says nothing of it: there `known` tells what was acknowledged.
+    let found = chosen.iter().map(|r| record(*r).generation).min().unwrap_or(0);
+    let is_left = attachment_of(found) < situation.attachment;
     // A request of an earlier life may still be on its way to a replica that does not answer now. Whatever that one records then
     // must be below what is acknowledged without it.
     let choice = Choice {
-        generation: generation.max(situation.claimed).max(first) + 1,
+        generation: generation.max(situation.claim.highest).max(first) + 1,
         members: chosen.iter().fold(Set::EMPTY, |set, replica| set.with(Set::only(*replica))),
         // One cannot differ from itself; the core would say so at once.
         compare: compare && chosen.len() > 1,
+        base: if is_left { situation.claim.base.max(found) } else { situation.claim.base },
     };
-    if attachment_of(choice.claims()) > situation.attachment {
+    if attachment_of(choice.claim().highest) > situation.attachment {
         return Err(format!(
             "attachment {} has used up its generations; detach the volume and attach it again",
             situation.attachment
@@ -157,6 +171,10 @@ mod tests {
         Some(Answer { record: Record { generation, members, clean, ..Record::default() }, serves: !clean })
     }
 
+    fn claimed(highest: u64) -> Claim {
+        Claim { highest, base: 0 }
+    }
+
     fn restarted(answer: Option<Answer>) -> Option<Answer> {
         answer.map(|answer| Answer { serves: false, ..answer })
     }
@@ -173,7 +191,7 @@ mod tests {
             answers: &answers,
             first_life,
             known: known.as_ref(),
-            claimed: 0,
+            claim: Claim::default(),
             known_to_differ: false,
         };
         let text = match choose(&situation) {
@@ -212,7 +230,7 @@ mod tests {
                 answers: &answers,
                 first_life: true,
                 known: None,
-                claimed: 0,
+                claim: Claim::default(),
                 known_to_differ: false,
             })
         };
@@ -241,14 +259,14 @@ mod tests {
             answers: &answers,
             first_life: false,
             known: None,
-            claimed: 1_000_006,
+            claim: claimed(1_000_006),
             known_to_differ: false,
         };
         let refused = choose(&situation).unwrap_err();
         assert!(refused.contains("attachment 2 has taken the volume over from this one (1)"), "{refused}");
         // The newer one's own next engine is none.
         assert_eq!(
-            choose(&Situation { attachment: 2, claimed: 2_000_002, ..situation }).unwrap().generation,
+            choose(&Situation { attachment: 2, claim: claimed(2_000_002), ..situation }).unwrap().generation,
             2_000_003
         );
     }
@@ -256,7 +274,7 @@ mod tests {
     #[test]
     fn an_attachment_keeps_to_its_own_generations() {
         let names = ["a"].map(String::from);
-        let at = |attachment, generation, claimed| {
+        let at = |attachment, generation, highest| {
             let situation = Situation {
                 config_generation: 0,
                 config_compare: false,
@@ -265,7 +283,7 @@ mod tests {
                 answers: &[record(generation, "a", true)],
                 first_life: true,
                 known: None,
-                claimed,
+                claim: claimed(highest),
                 known_to_differ: false,
             };
             choose(&situation).map(|choice| choice.generation)
@@ -324,7 +342,7 @@ mod tests {
             answers: &clean,
             first_life: true,
             known: None,
-            claimed: 0,
+            claim: Claim::default(),
             known_to_differ: false,
         };
         assert!(choose(&first).unwrap().compare);
@@ -339,7 +357,7 @@ mod tests {
             names: &names,
             config_generation: 8,
             attachment: 0,
-            claimed: 0,
+            claim: Claim::default(),
         };
         assert!(choose(&later(true)).unwrap().compare);
         assert!(!choose(&later(false)).unwrap().compare, "the kernel repeats what was in flight");
@@ -347,9 +365,9 @@ mod tests {
 
     #[test]
     fn a_choice_claims_every_generation_that_its_fences_can_reach() {
-        let choice = Choice { generation: 9, members: Set::first(3), compare: false };
-        assert_eq!(choice.claims(), 11);
-        assert_eq!(Choice { members: Set::only(1), ..choice }.claims(), 9);
+        let choice = Choice { generation: 9, members: Set::first(3), compare: false, base: 7 };
+        assert_eq!(choice.claim(), Claim { highest: 11, base: 7 });
+        assert_eq!(Choice { members: Set::only(1), ..choice }.claim().highest, 9);
     }
 
     #[test]
@@ -388,11 +406,48 @@ mod tests {
             answers: &answers,
             first_life: false,
             known: None,
-            claimed: 10,
+            claim: claimed(10),
             known_to_differ: false,
         };
         assert_eq!(choose(&situation).unwrap().generation, 11);
-        assert_eq!(choose(&Situation { claimed: 5, ..situation }).unwrap().generation, 9);
+        assert_eq!(choose(&Situation { claim: claimed(5), ..situation }).unwrap().generation, 9);
+    }
+
+    #[test]
+    fn a_later_life_never_begins_below_what_the_first_one_found() {
+        let names = ["a", "b", "c"].map(String::from);
+        let (before, middle) = (|members| record(1_000_002, members, false), record(2_000_001, "a", false));
+        let choose = |claim: Claim, answers: [Option<Answer>; 3]| {
+            choose(&Situation {
+                config_generation: 1_000_002,
+                config_compare: false,
+                attachment: 3,
+                names: &names,
+                answers: &answers,
+                first_life: claim == Claim::default(),
+                known: None,
+                claim,
+                known_to_differ: false,
+            })
+        };
+        // Only `a` has what the second attachment wrote; then it is away.
+        let first = choose(Claim::default(), [middle.clone(), before("ab"), None]).unwrap();
+        assert_eq!((first.members, first.claim()), (Set::only(0), Claim { highest: 3_000_001, base: 2_000_001 }));
+        let refused = choose(first.claim(), [None, before("ab"), before("ab")]).unwrap_err();
+        assert!(refused.contains("this attachment began with replicas of generation 2000001"), "{refused}");
+        // Opened or not, it is taken when it is back.
+        let opened = record(3_000_001, "a", false);
+        for own in [middle, opened] {
+            let next = choose(first.claim(), [own, before("ab"), None]).unwrap();
+            assert_eq!((next.members, next.base), (Set::only(0), 2_000_001));
+        }
+        // Nothing was acknowledged under what `b` has not recorded, so each of both will do.
+        let half = choose(Claim::default(), [record(2_000_001, "ab", false), before("ab"), None]).unwrap();
+        assert_eq!((half.members, half.base), (Set::first(2), 1_000_002));
+        assert_eq!(choose(half.claim(), [None, before("ab"), None]).unwrap().members, Set::only(1));
+        // What the attachment opened itself raises nothing: it may never have served.
+        let own = choose(half.claim(), [record(3_000_001, "ab", false), None, None]).unwrap();
+        assert_eq!((own.members, own.base), (Set::only(0), 1_000_002));
     }
 
     #[test]
@@ -429,7 +484,7 @@ mod tests {
             answers: &ours,
             first_life: false,
             known: Some(&known),
-            claimed: 9,
+            claim: claimed(9),
             known_to_differ: false,
         };
         assert_eq!(choose(&situation).unwrap().generation, 10);
@@ -439,7 +494,8 @@ mod tests {
         // So is one of another attachment, whatever was noted; its export tells nothing of this attachment's writes.
         let before = [record(2_000_001, "ab", false), record(1_000_009, "ab", false)];
         let own = Known { generation: 2_000_001, members: vec!["a".into(), "b".into()] };
-        let mixed = Situation { attachment: 2, answers: &before, known: Some(&own), claimed: 2_000_002, ..stolen };
+        let mixed =
+            Situation { attachment: 2, answers: &before, known: Some(&own), claim: claimed(2_000_002), ..stolen };
         assert_eq!(choose(&mixed).unwrap().members, Set::only(0));
         // Whoever attaches the volume anew takes it.
         let anew = Situation { first_life: true, known: None, ..stolen };
