@@ -1,6 +1,6 @@
 //! Which replicas an engine begins with, and under which generation: a pure decision.
 
-use api::engine::{GENERATIONS_OF_AN_ATTACHMENT, attachment_of};
+use api::generations::{Entry, GENERATIONS_OF_AN_ATTACHMENT, Newest, attachment_of};
 use proto::replica::Record;
 
 pub use super::life::{Claim, Known};
@@ -64,7 +64,9 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     let answered: Vec<usize> = (0..situation.names.len()).filter(|r| situation.answers[*r].is_some()).collect();
     let answer = |replica: usize| situation.answers[replica].as_ref().expect("it answered");
     let record = |replica: usize| &answer(replica).record;
-    let highest = answered.iter().map(|r| record(*r).generation).max().ok_or("none of them answers")?;
+    let entries: Vec<Entry<'_>> = answered.iter().map(|r| entry(&situation.names[*r], record(*r))).collect();
+    let newest = Newest::of(&entries).ok_or("none of them answers")?;
+    let highest = newest.generation;
     if attachment_of(highest) > situation.attachment {
         return Err(superseded(attachment_of(highest), situation.attachment));
     }
@@ -83,24 +85,18 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
             situation.claim.base
         ));
     }
-    let newest = || answered.iter().map(|r| record(*r)).filter(|record| record.generation == highest);
-    // A member that has not recorded the highest generation shows that nothing was acknowledged under it. What was acknowledged
-    // before is where that one's own record says: its engine may have gone on without others after they were asked.
-    let witnesses = || {
-        let named = |r: &&usize| newest().all(|newest| newest.members.contains(&situation.names[**r]));
-        answered.iter().filter(named).map(|r| record(*r)).filter(|record| record.generation > 0)
-    };
     let is_member = |name: &String| match known {
         Some(known) => known.members.contains(name),
-        // Should records ever contradict each other, only what all of them name is safe.
-        None => newest().all(|record| record.members.contains(name)) && witnesses().all(|r| r.members.contains(name)),
+        None => newest.holds_everything(name),
     };
     // One without a generation is blank: it was made anew after its disk was lost, or never took part.
     let holds_all = |r: &usize| generation == 0 || record(*r).generation > 0 && is_member(&situation.names[*r]);
     let current: Vec<usize> = answered.iter().copied().filter(holds_all).collect();
     if current.is_empty() {
-        let wanted = known.map(|known| &known.members).or_else(|| newest().next().map(|record| &record.members));
-        let wanted = wanted.map(|names| names.join(", ")).unwrap_or_default();
+        let wanted = known.map_or_else(
+            || newest.members.iter().copied().collect::<Vec<_>>().join(", "),
+            |known| known.members.join(", "),
+        );
         return Err(format!(
             "those that answer missed writes; the replicas that hold everything (generation {generation}: {wanted}) do not answer"
         ));
@@ -145,6 +141,10 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
         ));
     }
     Ok(choice)
+}
+
+fn entry<'a>(name: &'a str, record: &'a Record) -> Entry<'a> {
+    Entry { name, generation: record.generation, members: record.members.iter().map(String::as_str).collect() }
 }
 
 /// Why an engine has nothing to say any more.

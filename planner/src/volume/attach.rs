@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::engine::{DesireState, InstanceState, attachment_of};
+use api::engine::{DesireState, InstanceState};
+use api::generations::attachment_of;
 use api::names::condition::{ENGINE_WAITS, READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 

@@ -1,6 +1,6 @@
 //! How an engine begins: ask, choose, open, connect, fence.
 
-use api::engine::attachment_of;
+use api::generations::attachment_of;
 use engine::core::Set;
 use engine::process::beginning::{Beginning, Next, Round, is_rival};
 use engine::process::choice::{Answer, Choice, Claim, Situation, choose};

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::engine::attachment_of;
+use api::generations::attachment_of;
 use engine::core::{Operation, ReplicaState, Set};
 use planner::generations::{Record, Sight, judge};
 
