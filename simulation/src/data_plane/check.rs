@@ -288,9 +288,9 @@ impl World {
     pub(super) fn forgive_losses(&mut self) {
         let members = self.possible_members();
         for r in 0..self.replicas.len() {
-            // One that has failed is never asked again.
-            let is_good = self.controller.replicas[r].spec.failed_at.is_empty();
-            if !is_good || !self.replicas[r].lossy || !self.has_rivals() && !members.contains(&self.replicas[r].name) {
+            // One that has failed is asked again only by the engine of a removed node, which may bring the others to its state.
+            let is_asked = self.controller.replicas[r].spec.failed_at.is_empty() || self.is_rivals_own(r);
+            if !is_asked || !self.replicas[r].lossy || !self.has_rivals() && !members.contains(&self.replicas[r].name) {
                 continue;
             }
             for block in 0..super::BLOCKS {
@@ -304,6 +304,10 @@ impl World {
             }
             self.tally.add("losses that users must expect", 1);
         }
+    }
+
+    fn is_rivals_own(&self, replica: usize) -> bool {
+        self.attachments.iter().any(|a| a.disowned && !a.is_over() && a.config.replicas.contains(&replica))
     }
 
     /// The members of the highest record, and of the highest one that all of its members recorded: a fence that was half done
