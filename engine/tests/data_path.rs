@@ -315,45 +315,6 @@ fn what_dead_engines_left_mounted_is_taken_away() {
 }
 
 /// One line of a control connection.
-fn line(connection: &mut BufReader<UnixStream>) -> String {
-    let mut line = String::new();
-    connection.read_line(&mut line).unwrap();
-    line
-}
-
-#[test]
-fn everybody_who_asks_for_the_end_is_told_and_nobody_else() {
-    let mut volume = Volume::new(1, 64 * MIB);
-    volume.start_holder();
-    volume.wait_serving();
-    let connect = || {
-        let connection = UnixStream::connect(&volume.config.control_socket).unwrap();
-        connection.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        BufReader::new(connection)
-    };
-    let ask = |connection: &mut BufReader<UnixStream>, request: &str| {
-        writeln!(connection.get_mut(), "{{\"request\":\"{request}\"}}").unwrap();
-    };
-    let close = volume.replicas[0].hold(|request| matches!(request, Request::Close { .. }));
-    let (mut first, mut gone) = (connect(), connect());
-    ask(&mut gone, "shutdown");
-    wait_until("it closes its replica", || close.is_reached());
-    drop(gone);
-    ask(&mut first, "status");
-    assert!(line(&mut first).contains("\"reply\":\"status\""));
-    // It gets the place of the one that is gone.
-    let mut other = connect();
-    ask(&mut other, "status");
-    assert!(line(&mut other).contains("\"reply\":\"status\""));
-    ask(&mut first, "shutdown");
-    ask(&mut first, "status");
-    assert!(line(&mut first).contains("\"reply\":\"status\""), "it is not over yet");
-    close.release();
-    assert!(line(&mut first).contains("\"reply\":\"done\""));
-    assert_eq!(line(&mut other), "", "it did not ask for that");
-    assert!(volume.wait_holder(), "{}", volume.log());
-}
-
 #[test]
 fn too_many_control_clients_are_turned_away_and_the_others_served() {
     let mut volume = Volume::new(1, 64 * MIB);
