@@ -435,7 +435,7 @@ fn what_a_next_engine_must_know_is_noted_before_a_replica_is_opened() {
     volume.start_holder();
     volume.wait_serving();
     // The first generation, and one more should a replica have to be fenced out.
-    assert_eq!(*noted.lock().unwrap(), Some((Some(r#"{"highest":2,"base":0}"#.to_owned()), true)));
+    assert_eq!(*noted.lock().unwrap(), Some((Some(r#"{"highest":2,"holders":null}"#.to_owned()), true)));
     assert!(volume.shutdown());
 }
 

@@ -30,7 +30,7 @@ pub struct Situation<'a> {
     /// What the last life acknowledged under.
     pub known: Option<&'a Known>,
     /// What earlier lives noted, whether they ever served or not.
-    pub claim: Claim,
+    pub claim: &'a Claim,
     /// What the last life left about differences.
     pub known_to_differ: bool,
 }
@@ -41,8 +41,8 @@ pub struct Choice {
     pub generation: u64,
     pub members: Set,
     pub compare: bool,
-    /// See [`Claim::base`].
-    pub base: u64,
+    /// See [`Claim::holders`].
+    pub holders: Option<Vec<String>>,
 }
 
 impl Choice {
@@ -50,7 +50,7 @@ impl Choice {
     pub fn claim(&self) -> Claim {
         // Each fence drops a member, and the last one is never fenced.
         let fences = (self.members.len() as u64).saturating_sub(1);
-        Claim { highest: self.generation + fences, base: self.base }
+        Claim { highest: self.generation + fences, holders: self.holders.clone() }
     }
 }
 
@@ -79,24 +79,19 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
             situation.config_generation
         ));
     }
-    if generation < situation.claim.base {
-        return Err(format!(
-            "the newest replica that answers is of generation {generation}, but this attachment began with replicas of generation {}: newer writes are on replicas that do not answer",
-            situation.claim.base
-        ));
-    }
     let is_member = |name: &String| match known {
         Some(known) => known.members.contains(name),
         None => newest.holds_everything(name),
     };
+    // A replica that was found to miss something still does, although this attachment may have raised its record before or since.
+    let noted = situation.claim.holders.as_ref();
+    let is_holder = |name: &&String| is_member(name) && noted.is_none_or(|noted| noted.contains(name));
+    let holders: Vec<String> = situation.names.iter().filter(is_holder).cloned().collect();
     // One without a generation is blank: it was made anew after its disk was lost, or never took part.
-    let holds_all = |r: &usize| generation == 0 || record(*r).generation > 0 && is_member(&situation.names[*r]);
+    let holds_all = |r: &usize| generation == 0 || record(*r).generation > 0 && holders.contains(&situation.names[*r]);
     let current: Vec<usize> = answered.iter().copied().filter(holds_all).collect();
     if current.is_empty() {
-        let wanted = known.map_or_else(
-            || newest.members.iter().copied().collect::<Vec<_>>().join(", "),
-            |known| known.members.join(", "),
-        );
+        let wanted = holders.join(", ");
         return Err(format!(
             "those that answer missed writes; the replicas that hold everything (generation {generation}: {wanted}) do not answer"
         ));
@@ -122,9 +117,6 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
         if goes_on { situation.known_to_differ } else { situation.config_compare || ended_uncleanly(&chosen, &record) };
     // Above all that an earlier attachment can come to whose engine still lives somewhere.
     let first = situation.attachment.saturating_mul(GENERATIONS_OF_AN_ATTACHMENT);
-    // What this attachment recorded itself says nothing of it: there `known` tells what was acknowledged.
-    let found = chosen.iter().map(|r| record(*r).generation).min().unwrap_or(0);
-    let is_left = attachment_of(found) < situation.attachment;
     // A request of an earlier life may still be on its way to a replica that does not answer now. Whatever that one records then
     // must be below what is acknowledged without it.
     let choice = Choice {
@@ -132,7 +124,7 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
         members: chosen.iter().fold(Set::EMPTY, |set, replica| set.with(Set::only(*replica))),
         // One cannot differ from itself; the core would say so at once.
         compare: compare && chosen.len() > 1,
-        base: if is_left { situation.claim.base.max(found) } else { situation.claim.base },
+        holders: (generation > 0).then_some(holders),
     };
     if attachment_of(choice.claim().highest) > situation.attachment {
         return Err(format!(

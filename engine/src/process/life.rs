@@ -21,13 +21,13 @@ pub struct Known {
 }
 
 /// What an engine notes before it asks the first replica to record anything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
     /// The highest generation that an engine of this attachment may have asked a replica to record; 0 before the first.
     pub highest: u64,
-    /// The lowest generation of the replicas that the first engine began with, as an earlier attachment left them: each of them
-    /// held everything, so whatever is below it may miss something. 0 when nothing is known.
-    pub base: u64,
+    /// The replicas that hold everything, as far as any engine of this attachment could tell by the records that it saw, whether
+    /// they answered or not. None as long as no record said anything.
+    pub holders: Option<Vec<String>>,
 }
 
 /// The files of one attachment.
@@ -176,7 +176,7 @@ mod tests {
         files.set_may_differ(true).unwrap();
         assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
         assert_eq!(files.claim().unwrap(), Claim::default());
-        let claim = Claim { highest: 11, base: 7 };
+        let claim = Claim { highest: 11, holders: Some(vec!["r1".into()]) };
         files.set_claim(&claim).unwrap();
         files.set_repeats(false).unwrap();
         files.set_holder_report(Some(&HolderReport { attempts: 2, ..HolderReport::default() }));

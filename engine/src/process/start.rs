@@ -66,6 +66,8 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
     };
     let answers = starting.ask_status();
     let known = life.known().map_err(|error| nobody(format!("what the last engine left cannot be read: {error}")))?;
+    let claim =
+        life.claim().map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?;
     let situation = Situation {
         config_generation: config.generation,
         attachment: config.attachment,
@@ -74,9 +76,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         answers: &answers,
         first_life: lives == 0,
         known: known.as_ref(),
-        claim: life
-            .claim()
-            .map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?,
+        claim: &claim,
         known_to_differ: life.may_differ(),
     };
     let seen: Vec<u64> = answers.iter().map(|a| a.as_ref().map_or(0, |answer| answer.record.generation)).collect();

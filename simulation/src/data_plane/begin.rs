@@ -292,7 +292,7 @@ impl World {
         }
         let attachment = &mut self.attachments[a];
         let (known, differ, lives) = (attachment.known.clone(), attachment.differ, attachment.lives);
-        let (mut claim, mut may_differ) = (attachment.claim, differ);
+        let (mut claim, mut may_differ) = (attachment.claim.clone(), differ);
         let config = attachment.config.clone();
         let start = start_of(attachment);
         let next = match &mut start.beginning {
@@ -305,7 +305,7 @@ impl World {
                     answers: &start.answers,
                     first_life: lives == 0,
                     known: known.as_ref(),
-                    claim,
+                    claim: &claim,
                     known_to_differ: differ,
                 };
                 match choose(&situation) {

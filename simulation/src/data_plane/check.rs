@@ -76,7 +76,7 @@ impl World {
     fn is_hidden_fence(&self, a: usize, missed: &Write, lossy: bool) -> bool {
         let attachment = &self.attachments[a];
         let known = attachment.known.as_ref().map_or(0, |known| known.generation);
-        let told = [attachment.config.generation, known, attachment.heard, attachment.claim.base].into_iter();
+        let told = [attachment.config.generation, known, attachment.heard].into_iter();
         // What a later attachment recorded tells nothing of an earlier one.
         let of = attachment_of(missed.generation);
         let told = told.chain(attachment.answered_generations()).filter(|generation| attachment_of(*generation) <= of);

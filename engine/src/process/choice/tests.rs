@@ -8,7 +8,7 @@ fn record(generation: u64, members: &str, clean: bool) -> Option<Answer> {
 }
 
 fn claimed(highest: u64) -> Claim {
-    Claim { highest, base: 0 }
+    Claim { highest, holders: None }
 }
 
 fn restarted(answer: Option<Answer>) -> Option<Answer> {
@@ -27,7 +27,7 @@ fn check(first_life: bool, config: u64, known: Option<(u64, &str)>, answers: [Op
         answers: &answers,
         first_life,
         known: known.as_ref(),
-        claim: Claim::default(),
+        claim: &Claim::default(),
         known_to_differ: false,
     };
     let text = match choose(&situation) {
@@ -66,7 +66,7 @@ fn records_of_two_attachments_are_never_mixed() {
             answers: &answers,
             first_life: true,
             known: None,
-            claim: Claim::default(),
+            claim: &Claim::default(),
             known_to_differ: false,
         })
     };
@@ -95,14 +95,14 @@ fn an_engine_whose_volume_was_taken_over_by_a_newer_attachment_begins_no_more() 
         answers: &answers,
         first_life: false,
         known: None,
-        claim: claimed(1_000_006),
+        claim: &claimed(1_000_006),
         known_to_differ: false,
     };
     let refused = choose(&situation).unwrap_err();
     assert!(refused.contains("attachment 2 has taken the volume over from this one (1)"), "{refused}");
     // The newer one's own next engine is none.
     assert_eq!(
-        choose(&Situation { attachment: 2, claim: claimed(2_000_002), ..situation }).unwrap().generation,
+        choose(&Situation { attachment: 2, claim: &claimed(2_000_002), ..situation }).unwrap().generation,
         2_000_003
     );
 }
@@ -119,7 +119,7 @@ fn an_attachment_keeps_to_its_own_generations() {
             answers: &[record(generation, "a", true)],
             first_life: true,
             known: None,
-            claim: claimed(highest),
+            claim: &claimed(highest),
             known_to_differ: false,
         };
         choose(&situation).map(|choice| choice.generation)
@@ -172,12 +172,13 @@ fn compares_when_the_controller_or_the_last_life_says_so() {
         answers: &clean,
         first_life: true,
         known: None,
-        claim: Claim::default(),
+        claim: &Claim::default(),
         known_to_differ: false,
     };
     assert!(choose(&first).unwrap().compare);
     assert!(!choose(&Situation { config_compare: false, ..first }).unwrap().compare);
     let unclean = [record(8, "ab", false), record(8, "ab", false)];
+    let claim = Claim::default();
     let later = |known_to_differ: bool| Situation {
         config_compare: !known_to_differ,
         answers: &unclean,
@@ -187,7 +188,7 @@ fn compares_when_the_controller_or_the_last_life_says_so() {
         names: &names,
         config_generation: 8,
         attachment: 0,
-        claim: Claim::default(),
+        claim: &claim,
     };
     assert!(choose(&later(true)).unwrap().compare);
     assert!(!choose(&later(false)).unwrap().compare, "the kernel repeats what was in flight");
@@ -195,8 +196,8 @@ fn compares_when_the_controller_or_the_last_life_says_so() {
 
 #[test]
 fn a_choice_claims_every_generation_that_its_fences_can_reach() {
-    let choice = Choice { generation: 9, members: Set::first(3), compare: false, base: 7 };
-    assert_eq!(choice.claim(), Claim { highest: 11, base: 7 });
+    let choice = Choice { generation: 9, members: Set::first(3), compare: false, holders: None };
+    assert_eq!(choice.claim(), claimed(11));
     assert_eq!(Choice { members: Set::only(1), ..choice }.claim().highest, 9);
 }
 
@@ -230,48 +231,56 @@ fn a_later_life_begins_above_all_that_an_earlier_one_may_have_asked_for() {
         answers: &answers,
         first_life: false,
         known: None,
-        claim: claimed(10),
+        claim: &claimed(10),
         known_to_differ: false,
     };
     assert_eq!(choose(&situation).unwrap().generation, 11);
-    assert_eq!(choose(&Situation { claim: claimed(5), ..situation }).unwrap().generation, 9);
+    assert_eq!(choose(&Situation { claim: &claimed(5), ..situation }).unwrap().generation, 9);
 }
 
 #[test]
-fn a_later_life_never_begins_below_what_the_first_one_found() {
+fn a_later_life_never_begins_with_what_an_earlier_one_found_to_miss_something() {
     let names = ["a", "b", "c"].map(String::from);
     let (before, middle) = (|members| record(1_000_002, members, false), record(2_000_001, "a", false));
-    let choose = |claim: Claim, answers: [Option<Answer>; 3]| {
+    let choose = |claim: &Claim, answers: [Option<Answer>; 3]| {
         choose(&Situation {
             config_generation: 1_000_002,
             config_compare: false,
             attachment: 3,
             names: &names,
             answers: &answers,
-            first_life: claim == Claim::default(),
+            first_life: *claim == Claim::default(),
             known: None,
             claim,
             known_to_differ: false,
         })
     };
+    let holders = |names: &str| Some(names.chars().map(String::from).collect::<Vec<_>>());
     // Only `a` has what the second attachment wrote; then it is away.
-    let first = choose(Claim::default(), [middle.clone(), before("ab"), None]).unwrap();
-    assert_eq!((first.members, first.claim()), (Set::only(0), Claim { highest: 3_000_001, base: 2_000_001 }));
-    let refused = choose(first.claim(), [None, before("ab"), before("ab")]).unwrap_err();
-    assert!(refused.contains("this attachment began with replicas of generation 2000001"), "{refused}");
+    let first = choose(&Claim::default(), [middle.clone(), before("ab"), None]).unwrap();
+    assert_eq!(first.members, Set::only(0));
+    assert_eq!(first.claim(), Claim { highest: 3_000_001, holders: holders("a") });
+    for others in [before("ab"), record(3_000_001, "ab", false)] {
+        // Also when a request of an earlier life of this attachment came so late.
+        let refused = choose(&first.claim(), [None, others.clone(), others]).unwrap_err();
+        assert!(refused.contains("missed writes") && refused.contains(": a) do not answer"), "{refused}");
+    }
     // Opened or not, it is taken when it is back.
     let opened = record(3_000_001, "a", false);
     for own in [middle, opened] {
-        let next = choose(first.claim(), [own, before("ab"), None]).unwrap();
-        assert_eq!((next.members, next.base), (Set::only(0), 2_000_001));
+        let next = choose(&first.claim(), [own, before("ab"), None]).unwrap();
+        assert_eq!((next.members, next.holders), (Set::only(0), holders("a")));
     }
     // Nothing was acknowledged under what `b` has not recorded, so each of both will do.
-    let half = choose(Claim::default(), [record(2_000_001, "ab", false), before("ab"), None]).unwrap();
-    assert_eq!((half.members, half.base), (Set::first(2), 1_000_002));
-    assert_eq!(choose(half.claim(), [None, before("ab"), None]).unwrap().members, Set::only(1));
-    // What the attachment opened itself raises nothing: it may never have served.
-    let own = choose(half.claim(), [record(3_000_001, "ab", false), None, None]).unwrap();
-    assert_eq!((own.members, own.base), (Set::only(0), 1_000_002));
+    let half = choose(&Claim::default(), [record(2_000_001, "ab", false), before("ab"), None]).unwrap();
+    assert_eq!((half.members, half.holders.clone()), (Set::first(2), holders("ab")));
+    assert_eq!(choose(&half.claim(), [None, before("ab"), None]).unwrap().members, Set::only(1));
+    // So will one that did not answer then.
+    let alone = choose(&Claim::default(), [record(2_000_001, "abc", false), None, None]).unwrap();
+    assert_eq!(choose(&alone.claim(), [None, None, before("abc")]).unwrap().members, Set::only(2));
+    // Of blank replicas nothing is known.
+    let blank = choose(&Claim::default(), [None, record(1_000_002, "b", true), None]).unwrap();
+    assert_eq!(blank.holders, holders("b"));
 }
 
 #[test]
@@ -302,7 +311,7 @@ fn a_later_life_never_begins_with_replicas_that_another_engine_opened_meanwhile(
         answers: &ours,
         first_life: false,
         known: Some(&known),
-        claim: claimed(9),
+        claim: &claimed(9),
         known_to_differ: false,
     };
     assert_eq!(choose(&situation).unwrap().generation, 10);
@@ -312,7 +321,7 @@ fn a_later_life_never_begins_with_replicas_that_another_engine_opened_meanwhile(
     // So is one of another attachment, whatever was noted; its export tells nothing of this attachment's writes.
     let before = [record(2_000_001, "ab", false), record(1_000_009, "ab", false)];
     let own = Known { generation: 2_000_001, members: vec!["a".into(), "b".into()] };
-    let mixed = Situation { attachment: 2, answers: &before, known: Some(&own), claim: claimed(2_000_002), ..stolen };
+    let mixed = Situation { attachment: 2, answers: &before, known: Some(&own), claim: &claimed(2_000_002), ..stolen };
     assert_eq!(choose(&mixed).unwrap().members, Set::only(0));
     // Whoever attaches the volume anew takes it.
     let anew = Situation { first_life: true, known: None, ..stolen };
