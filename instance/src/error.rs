@@ -25,6 +25,8 @@ pub enum InstanceError {
     Device { action: String, source: dataplane::DataplaneError },
     #[error("no free port on node {node}; at most {limit} replicas run on a node at a time")]
     NoPort { node: String, limit: usize },
+    #[error("the cluster has no node `{node}`; give --node a name that `kubectl get nodes` shows")]
+    NoMachine { node: String },
     #[error("replica `{replica}` cannot run: {reason}")]
     Replica { replica: String, reason: String },
     #[error(
@@ -44,6 +46,7 @@ impl InstanceError {
             InstanceError::NoPort { .. } => ErrorKind::Exhausted,
             InstanceError::Replica { .. } => ErrorKind::NotReady,
             InstanceError::PlainOnly => ErrorKind::Unsupported,
+            InstanceError::NoMachine { .. } => ErrorKind::NotFound,
             InstanceError::File { .. }
             | InstanceError::Parse { .. }
             | InstanceError::Start { .. }

@@ -38,6 +38,7 @@ pub async fn world() -> World {
         workloads: Arc::new(workloads.clone()),
         metrics: Metrics::default(),
         security: Default::default(),
+        deposed: CancellationToken::new(),
     };
     tokio::spawn(run(context, stop.clone()));
     tokio::spawn(stop.clone().run_until_cancelled_owned(instance::run(store.clone())));
