@@ -95,7 +95,7 @@ async fn client() -> anyhow::Result<Client> {
         );
         Failure::new(ErrorKind::NotReady, message)
     };
-    let client = Client::try_default().await.map_err(|error| no_credentials(sentence(&error)))?;
+    let client = Client::try_default().await.map_err(|error| no_credentials(error.to_string()))?;
     match tokio::time::timeout(FIRST_ANSWER, client.apiserver_version()).await {
         Ok(Ok(version)) => {
             info!(version = version.git_version, "the Kubernetes API answers");

@@ -45,9 +45,13 @@ async fn work(pods: Api<Pod>, is_cut_off: Arc<AtomicBool>) {
     let mut next_address = 0;
     let mut version = "0".to_owned();
     loop {
-        let Ok(events) = pods.watch(&WatchParams::default(), &version).await else {
-            tokio::time::sleep(Duration::from_millis(50)).await; // poll
-            continue;
+        let events = match pods.watch(&WatchParams::default(), &version).await {
+            Ok(events) => events,
+            Err(error) => {
+                eprintln!("the kubelet cannot watch: {error}");
+                tokio::time::sleep(Duration::from_millis(50)).await; // poll
+                continue;
+            }
         };
         let mut events = events.boxed();
         while let Some(Ok(event)) = events.next().await {
@@ -74,10 +78,10 @@ async fn live(pods: Api<Pod>, pod: Pod, number: u8, deleted: CancellationToken, 
     let ip = Ipv4Addr::new(127, 201, (std::process::id() % 256) as u8, number);
     let report = async |status: Value| {
         if !is_cut_off.load(Ordering::Relaxed) {
-            // The pod may be gone.
-            let _ = pods
-                .patch_status(&pod.name_any(), &PatchParams::default(), &Patch::Merge(json!({"status": status})))
-                .await;
+            let patch = Patch::Merge(json!({"status": status}));
+            let told = pods.patch_status(&pod.name_any(), &PatchParams::default(), &patch).await;
+            let is_gone = matches!(&told, Err(kube::Error::Api(status)) if status.code == 404);
+            assert!(told.is_ok() || is_gone, "{told:?}");
         }
     };
     let mut process = command(&container, ip).spawn().unwrap();
