@@ -106,7 +106,7 @@ fn reap(role: u32) -> Option<ExitStatus> {
     // Errors mean that there is no child.
     while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
         if u32::try_from(pid.as_raw_nonzero().get()) == Ok(role) {
-            of_role = Some(ExitStatus::from_raw(status.as_raw() as i32));
+            of_role = Some(ExitStatus::from_raw(status.as_raw()));
         }
     }
     of_role
