@@ -116,6 +116,7 @@ fn config(folder: &Path, store: &Store) -> Config {
         discover: true,
         disk_owner: None,
         engines: EngineOptions::default(),
+        security: Default::default(),
     }
 }
 
