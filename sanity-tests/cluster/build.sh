@@ -61,7 +61,7 @@ kube() {
   for binary in kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl; do
     fresh $binary "$pins $KUBE_FLAGS" || compile $binary "$HERE/k8s" k8s.io/kubernetes/cmd/$binary "$KUBE_FLAGS"
   done
-  for binary in csi-register samplecsi; do
+  for binary in csi-register csi-liveness samplecsi; do
     fresh $binary "$(hash_of "$HERE/k8s")" || compile $binary "$HERE/k8s" ./cmd/$binary "-s -w"
   done
 }

@@ -10,7 +10,8 @@
 #   cluster.sh cut N | mend N          takes a node's network away, and gives it back
 #   cluster.sh on N COMMAND...         in node N's network and mounts
 #   cluster.sh kubelet-stop N | kubelet-start N   the kubelet alone; the pods go on
-#   cluster.sh images                  imports every archive of $CLUSTER_STATE/images on every node
+#   cluster.sh images [ARCHIVE...]     imports every archive of $CLUSTER_STATE/images on every node; these are added to them
+#   cluster.sh sidecar-images          adds the sidecars that deploy/chart names, under their official names, for the next `up`
 #   cluster.sh daemon NAME N COMMAND.. starts COMMAND in node N (0: in none), until `stop NAME` or `down`
 #   cluster.sh sidecars SOCKET | sidecars-down   the CSI sidecars, for a driver's controller socket
 #   cluster.sh register N SOCKET | unregister N  a driver's node socket at node N's kubelet
@@ -96,8 +97,10 @@ wipe)
   down
   rm -rf "$STATE"
   ;;
+sidecar-images) sidecar_images ;;
 images)
   images
+  [ $# = 0 ] || cp "$@" "$STATE/images/"
   for n in $(running_nodes); do import_images "$n"; done
   ;;
 sidecars) sidecars "$1" ;;

@@ -43,6 +43,21 @@ images() {
   for applet in $(busybox --list); do [ "$applet" = busybox ] || links+=(-link "busybox=/bin/$applet"); done
   "$BIN/mkimage" -o "$STATE/images/busybox.tar" -ref "$BUSYBOX" -add "$(command -v busybox)=/bin/busybox" "${links[@]}" -dir /root -cmd sh
 }
+# sidecar_images: the sidecars that deploy/chart names, from the binaries that build.sh makes, under their official names.
+sidecar_images() {
+  local reference name binary archive
+  mkdir -p "$STATE/images"
+  for reference in $(sed -n 's|^ *image: \(registry.k8s.io/sig-storage/.*\)$|\1|p' "$ROOT/deploy/chart/values.yaml"); do
+    name=${reference##*/} name=${name%%:*} archive=$STATE/images/$name.tar
+    case $name in
+    livenessprobe) binary=$BIN/csi-liveness ;;
+    csi-node-driver-registrar) binary=$BIN/csi-register ;;
+    *) binary=$BIN/$name ;;
+    esac
+    [ -x "$binary" ] || die "there is no $binary: run sanity-tests/cluster/build.sh"
+    [ "$archive" -nt "$binary" ] || "$BIN/mkimage" -o "$archive" -ref "$reference" -add "$binary=/$name" -entrypoint "/$name"
+  done
+}
 ctr_of() {
   local n=$1
   shift
