@@ -20,6 +20,12 @@ pub const MANAGER_PORT: u16 = 8000;
 /// Chunk transfer between managers (LF 5.5: the sync server).
 pub const SYNC_PORT: u16 = 8001;
 
+/// Where the directory of its disk is in the container of a manager or a data source (LF 1.7).
+pub const DISK_MOUNT: &str = "/data";
+/// User and group that managers and data sources run as in pods; the instance role gives them what they write.
+/// Below the ids that systemd and Debian hand out, above those of people.
+pub const AGENT_UID: u32 = 57_345;
+
 /// Label keys (LF 1.1, 1.6).
 pub mod label {
     pub const COMPONENT: &str = "longhorn.io/component";
@@ -52,6 +58,8 @@ pub mod condition {
     pub const UPGRADED: &str = "Upgraded";
     /// Node: an engine that dies there is replaced under a mounted filesystem.
     pub const ENGINE_REPLACEMENT: &str = "EngineReplacement";
+    /// Node: it has disks, or what it waits for to get them by itself.
+    pub const DEFAULT_DISKS: &str = "DefaultDisks";
     /// Volume: its detachment or deletion waits for something.
     pub const DETACHED: &str = "Detached";
 

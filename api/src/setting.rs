@@ -76,6 +76,12 @@ fn at_least_one(text: &str) -> bool {
 fn whole_number(text: &str) -> bool {
     text.parse::<u32>().is_ok()
 }
+fn percent(text: &str) -> bool {
+    text.parse::<u8>().is_ok_and(|n| n <= 100)
+}
+fn absolute_path(text: &str) -> bool {
+    text.len() > 1 && text.starts_with('/')
+}
 fn boolean(text: &str) -> bool {
     matches!(text, "true" | "false")
 }
@@ -97,11 +103,18 @@ pub const ALLOW_EMPTY_DISK_SELECTOR: &str = "allow-empty-disk-selector-volume";
 /// Percent of a disk's size that may be promised.
 pub const OVER_PROVISIONING: &str = "storage-over-provisioning-percentage";
 
+/// Whether only nodes with the label `node.longhorn.io/create-default-disk` get disks by themselves.
+pub const CREATE_DEFAULT_DISK_LABELED_NODES: &str = "create-default-disk-labeled-nodes";
+/// The directory of the disk that a node gets by itself.
+pub const DEFAULT_DATA_PATH: &str = "default-data-path";
+/// Percent of that disk that are never promised to anybody.
+pub const DEFAULT_DISK_RESERVED: &str = "storage-reserved-percentage-for-default-disk";
+
 /// Ours: hours after which a copy that nobody verified is read in the background and compared with its manifest; 0: never.
 pub const SCRUB_INTERVAL: &str = "backing-image-scrub-interval";
 
 /// Every setting that this version reads, with Longhorn's defaults.
-pub const KNOWN: [Known; 9] = [
+pub const KNOWN: [Known; 12] = [
     Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
@@ -120,6 +133,9 @@ pub const KNOWN: [Known; 9] = [
     Known { name: ALLOW_EMPTY_NODE_SELECTOR, default: "true", rule: "true or false", check: boolean },
     Known { name: ALLOW_EMPTY_DISK_SELECTOR, default: "true", rule: "true or false", check: boolean },
     Known { name: OVER_PROVISIONING, default: "100", rule: "percent, a whole number, 0 or more", check: whole_number },
+    Known { name: CREATE_DEFAULT_DISK_LABELED_NODES, default: "false", rule: "true or false", check: boolean },
+    Known { name: DEFAULT_DATA_PATH, default: "/var/lib/longhorn", rule: "an absolute path", check: absolute_path },
+    Known { name: DEFAULT_DISK_RESERVED, default: "30", rule: "percent, 0 to 100", check: percent },
     Known { name: SCRUB_INTERVAL, default: "168", rule: "hours, a whole number, 0 or more", check: whole_number },
 ];
 

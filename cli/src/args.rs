@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::client::Client;
 use crate::failure::exit_code;
+use crate::kubernetes::{controller, instance, node, supervisor};
 use crate::{apply, dataplane_roles, delete, get, image, roles, serve, standalone, volume, why};
 
 /// Volumes that start as copy-on-write overlays on backing images.
@@ -39,6 +40,11 @@ enum Command {
     Volume(volume::VolumeCommand),
     Why(why::Why),
     Standalone(standalone::Standalone),
+    Controller(Box<controller::Controller>),
+    Node(node::Node),
+    Instance(instance::Instance),
+    #[command(hide = true)]
+    Supervise(supervisor::Supervise),
     BackingImageManager(roles::ManagerFace),
     DataSource(roles::DataSource),
     #[command(hide = true)]
@@ -86,7 +92,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command, server: Option<&str>) -> anyhow::Result<()> {
     let mut runtime = match &command {
         // It answers a few questions, and there is one for each replica: a thread for each processor would be wasted.
-        Command::Replica(_) => tokio::runtime::Builder::new_current_thread(),
+        Command::Replica(_) | Command::Supervise(_) => tokio::runtime::Builder::new_current_thread(),
         _ => tokio::runtime::Builder::new_multi_thread(),
     };
     let runtime = runtime.enable_all().build().context("cannot start the runtime")?;
@@ -103,6 +109,11 @@ async fn dispatch(command: Command, server: Option<&str>) -> anyhow::Result<()> 
         Command::Volume(command) => volume::run(&client()?, command, &system_namespace()).await,
         Command::Why(why) => why::run(&client()?, why).await,
         Command::Standalone(standalone) => standalone::run(standalone).await,
+        Command::Controller(controller) => controller::run(*controller).await,
+        Command::Node(node) => node::run(node).await,
+        Command::Instance(_) if supervisor::is_wanted() => supervisor::run_self().await,
+        Command::Instance(instance) => instance::run(instance).await,
+        Command::Supervise(supervise) => supervisor::run(supervise).await,
         Command::BackingImageManager(face) => roles::backing_image_manager(face).await,
         Command::DataSource(source) => roles::data_source(source).await,
         Command::Sha512(file) => roles::sha512(&file),

@@ -10,12 +10,10 @@ use anyhow::Context;
 use api::ErrorKind;
 use api::ids::{DiskId, ImageName, ImageUuid, Sha512Digest};
 use api::image::SourceType;
+use api::names::DISK_MOUNT;
 use clap::{Args, Subcommand};
 
 use crate::failure::{Failure, failed};
-
-/// Where a disk is mounted in the pods of Longhorn.
-const DISK_ROOT: &str = "/data";
 
 /// The manager of the image files of one disk, and its client (also as a program called `backing-image-manager`).
 #[derive(Args, Debug)]
@@ -44,7 +42,7 @@ enum ManagerCommand {
         #[arg(long)]
         disk_uuid: Option<DiskId>,
         /// The root of the disk.
-        #[arg(long, default_value = DISK_ROOT)]
+        #[arg(long, default_value = DISK_MOUNT)]
         disk_path: PathBuf,
         /// Accepted as Longhorn's; transfers need no ports of their own here.
         #[arg(long, default_value = "30001-31000")]
@@ -106,7 +104,7 @@ pub struct DataSource {
     #[arg(long, value_parser = pair)]
     credential: Vec<(String, String)>,
     /// The root of the disk.
-    #[arg(long, default_value = DISK_ROOT)]
+    #[arg(long, default_value = DISK_MOUNT)]
     disk_path: PathBuf,
 }
 
@@ -136,7 +134,7 @@ fn source_type(text: &str) -> Result<SourceType, String> {
 }
 
 /// An address to listen on: `10.0.0.1:8000`, or `:8000` for the address of the pod.
-fn listen(text: &str) -> Result<SocketAddr, String> {
+pub fn listen(text: &str) -> Result<SocketAddr, String> {
     if let Some(port) = text.strip_prefix(':') {
         let port = port.parse().map_err(|_| format!("`{text}` has no port number"))?;
         let own = std::env::var("POD_IP").ok().and_then(|ip| ip.parse().ok());

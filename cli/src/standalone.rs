@@ -9,10 +9,8 @@ mod ready;
 mod roles;
 mod stop;
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use api::ErrorKind;
@@ -21,16 +19,16 @@ use runtime::loopback::Subnet;
 use runtime::metrics::Metrics;
 use store::Store;
 use store::embedded::Embedded;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::duration;
+use crate::engines::Engines;
 use crate::failure::{Failure, failed};
 use crate::orchestrator::Orchestrator;
+use crate::running::Roles;
+use crate::web;
 use lock::Lock;
-use roles::Roles;
 
 /// Runs everything on this machine, without Kubernetes.
 #[derive(Args, Debug)]
@@ -71,33 +69,6 @@ pub struct Start {
     namespace: String,
     #[command(flatten)]
     engines: Engines,
-}
-
-/// How engines of attached volumes are kept alive.
-#[derive(Args, Clone, Debug, Default)]
-struct Engines {
-    /// How long I/O waits for a working engine before it fails, e.g. 60s. Applies to volumes that are attached from then on.
-    #[arg(long, env = "BACKING_IMAGE_CSI_ENGINE_LIMIT", value_parser = duration::parse)]
-    engine_limit: Option<Duration>,
-    /// After how long without an answer an engine is killed and replaced, e.g. 10s.
-    #[arg(long, env = "BACKING_IMAGE_CSI_ENGINE_SILENCE_LIMIT", value_parser = duration::parse)]
-    engine_silence_limit: Option<Duration>,
-    /// An engine that dies is not replaced under the users of its volume, as on a kernel before 6.9: their I/O fails at once.
-    #[arg(long, env = "BACKING_IMAGE_CSI_NO_ENGINE_REPLACEMENT")]
-    no_engine_replacement: bool,
-}
-
-impl Engines {
-    fn options(&self) -> instance::EngineOptions {
-        let usual = instance::EngineOptions::default();
-        // Below a second nothing could be told from a busy machine.
-        let least = Duration::from_secs(1);
-        instance::EngineOptions {
-            replace: !self.no_engine_replacement,
-            holder_limit: self.engine_limit.unwrap_or(usual.holder_limit).max(least),
-            silence_limit: self.engine_silence_limit.unwrap_or(usual.silence_limit).max(least),
-        }
-    }
 }
 
 /// Runs `standalone …`.
@@ -153,7 +124,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     let mut lock = Lock::take(&layout.data)?;
     runtime::files::remove_if_present(&layout.ready())?;
     std::fs::create_dir_all(layout.csi())?;
-    let listener = bind(&listen).await?;
+    let listener = web::bind(&listen).await?;
     let address = listener.local_addr()?;
     lock.announce(address)?;
     let subnet = Subnet::claim(&layout.data).context("cannot claim loopback addresses")?;
@@ -170,17 +141,16 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     let metrics = Metrics::default();
     let orchestrator = Orchestrator::new(store.clone(), &driver_name, &layout.data, shutdown.child_token());
     let mut roles = Roles::new(shutdown.clone());
-    let workloads = roles
-        .start(roles::Plan {
-            store: store.clone(),
-            layout: layout.clone(),
-            driver_name,
-            node_names: node_names.clone(),
-            subnet: subnet.clone(),
-            metrics: metrics.clone(),
-            engines: engines.options(),
-        })
-        .await?;
+    let plan = roles::Plan {
+        store: store.clone(),
+        layout: layout.clone(),
+        driver_name,
+        node_names: node_names.clone(),
+        subnet: subnet.clone(),
+        metrics: metrics.clone(),
+        engines: engines.options(),
+    };
+    let workloads = roles::start(&mut roles, plan).await?;
     let state = controller::http::ApiState {
         store,
         metrics,
@@ -191,7 +161,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     let router = controller::http::router(state)
         .merge(crate::orchestrator::router(orchestrator.clone()))
         .merge(stop::router(orchestrator.clone(), stop_sender));
-    roles.spawn("http", http(listener, router, shutdown.clone()));
+    roles.spawn("http", web::serve(listener, router, shutdown.clone()));
     let running = orchestrator.clone();
     roles.spawn("orchestrator", async move {
         running.run().await;
@@ -225,28 +195,4 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     }
     info!("standalone instance ended");
     ended
-}
-
-async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
-    let address: SocketAddr = match listen.parse() {
-        Ok(address) => address,
-        Err(_) => {
-            return failed(
-                ErrorKind::Invalid,
-                format!("`{listen}` is not an address to listen on; write for example 127.0.0.1:9500"),
-            );
-        }
-    };
-    match TcpListener::bind(address).await {
-        Ok(listener) => Ok(listener),
-        Err(error) => {
-            let message = format!("cannot listen on {address}: {error}; choose another one with --listen");
-            Err(Failure::new(ErrorKind::NotReady, message).into())
-        }
-    }
-}
-
-async fn http(listener: TcpListener, router: axum::Router, shutdown: CancellationToken) -> anyhow::Result<()> {
-    axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?;
-    Ok(())
 }

@@ -3,7 +3,9 @@
 use std::collections::{BTreeSet, HashMap};
 
 use api::names::manager_name;
-use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, Node, Replica, Setting, Volume};
+use api::{
+    BackingImage, BackingImageDataSource, BackingImageManager, Engine, ErrorKind, Node, Replica, Setting, Volume,
+};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use serde::de::DeserializeOwned;
@@ -57,7 +59,7 @@ pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
     loop {
         tokio::select! {
             event = events.next() => match event {
-                Some(Ok(event)) => concern(shared, event, &mut known).await?,
+                Some(Ok(event)) => unless_away(concern(shared, event, &mut known).await)?,
                 Some(Err(source)) => return Err(ControllerError::Watch { what: "the store", source }),
                 None => return Ok(()),
             },
@@ -65,9 +67,20 @@ pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
                 Some(image) => shared.queue.add(Kind::DataSource, image),
                 None => shared.queue.add(Kind::Manager, name),
             },
-            _ = resync.tick() => everything(shared).await?,
+            _ = resync.tick() => unless_away(everything(shared).await)?,
         }
         shared.metrics.observe_queue(shared.queue.len());
+    }
+}
+
+/// A store that is away for a while is no reason to end: the resync comes to what was missed.
+fn unless_away(done: Result<(), ControllerError>) -> Result<(), ControllerError> {
+    match done {
+        Err(error) if error.kind() == ErrorKind::Unavailable => {
+            tracing::warn!(error = crate::error::chain(&error), "what changed is looked at later");
+            Ok(())
+        }
+        done => done,
     }
 }
 

@@ -16,8 +16,9 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use runtime::metrics::{self, Metrics};
+use runtime::metrics::{CONTENT_TYPE, Metrics};
 use store::Store;
+use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 
 /// What the API serves from.
@@ -26,7 +27,7 @@ pub struct ApiState {
     pub store: Store,
     pub metrics: Metrics,
     /// Whether everything that this process promises answers; `/readyz`.
-    pub ready: tokio::sync::watch::Receiver<bool>,
+    pub ready: Receiver<bool>,
     /// Whether images may be downloaded from this very machine (the standalone mode, where every node is this machine).
     pub allow_loopback_sources: bool,
     /// Ends open watches, so that a server that waits for its connections can stop.
@@ -35,19 +36,24 @@ pub struct ApiState {
 
 /// The whole API below `/`.
 pub fn router(state: ApiState) -> Router {
+    let probes = probes(state.metrics.clone(), state.ready.clone());
+    Router::new().fallback(rest::serve).with_state(state).merge(probes)
+}
+
+/// What every role serves: whether it lives, whether it is ready, what it counts.
+pub fn probes(metrics: Metrics, ready: Receiver<bool>) -> Router {
+    let alive = || get(async || "ok");
     Router::new()
-        .route("/healthz", get(async || "ok"))
-        .route("/livez", get(async || "ok"))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(render_metrics))
-        .fallback(rest::serve)
-        .with_state(state)
+        .route("/healthz", alive())
+        .route("/livez", alive())
+        .route("/readyz", get(readyz).with_state(ready))
+        .route("/metrics", get(render_metrics).with_state(metrics))
 }
 
-async fn readyz(State(state): State<ApiState>) -> (StatusCode, &'static str) {
-    if *state.ready.borrow() { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting") }
+async fn readyz(State(ready): State<Receiver<bool>>) -> (StatusCode, &'static str) {
+    if *ready.borrow() { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting") }
 }
 
-async fn render_metrics(State(state): State<ApiState>) -> Response {
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], state.metrics.render()).into_response()
+async fn render_metrics(State(metrics): State<Metrics>) -> Response {
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], metrics.render()).into_response()
 }

@@ -9,6 +9,7 @@ mod error;
 mod events;
 pub mod http;
 mod image;
+pub mod leader;
 mod limits;
 mod manager;
 mod metrics;
@@ -41,6 +42,8 @@ pub struct Context {
     pub workloads: Arc<dyn Workloads>,
     /// See [`Metrics::register`].
     pub metrics: Metrics,
+    /// Another controller may be at work from now on: passes stop where they are. Whoever is alone never cancels it.
+    pub deposed: CancellationToken,
 }
 
 /// What reconcilers share beside the [`Context`].
@@ -54,6 +57,7 @@ pub(crate) struct Shared {
     manager_memory: Mutex<HashMap<String, planner::manager::Memory>>,
     /// Unwanted ends of engines by volume.
     volume_restarts: Mutex<HashMap<String, Retry>>,
+    deposed: CancellationToken,
 }
 
 /// Runs all reconcilers until `shutdown`. Ends by itself only with an error.
@@ -69,6 +73,7 @@ pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), Co
         agents,
         manager_memory: Mutex::default(),
         volume_restarts: Mutex::default(),
+        deposed: context.deposed,
     });
     node::create_default_settings(&shared.store).await?;
     let result = tokio::select! {
@@ -91,7 +96,9 @@ async fn work(shared: &Arc<Shared>, tracker: &TaskTracker) {
         let shared = shared.clone();
         tracker.spawn(async move {
             let span = tracing::info_span!("reconcile", kind = key.kind.as_str(), name = %key.name);
-            pass(&shared, &key).instrument(span).await;
+            // As if this process had ended in the middle, which every pass must stand.
+            let deposed = shared.deposed.clone();
+            deposed.run_until_cancelled(pass(&shared, &key).instrument(span)).await;
             drop(slot);
         });
     }

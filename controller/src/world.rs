@@ -101,7 +101,7 @@ pub fn observed(workload: &Workload) -> workload::Workload {
             ready_ports: spec.ready_ports.clone(),
         },
         state: match &workload.state {
-            WorkloadState::Starting => workload::State::Starting,
+            WorkloadState::Starting { message } => workload::State::Starting(message.clone()),
             WorkloadState::Running => workload::State::Running,
             WorkloadState::Failed { message } => workload::State::Failed(message.clone()),
             WorkloadState::Unknown { message } => workload::State::Unknown(message.clone()),

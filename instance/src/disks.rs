@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::InstanceError;
 use crate::role::Config;
+use crate::{discovery, ownership};
 
 /// Longhorn's file at the root of a disk (LF 1.7).
 const CONFIG_FILE: &str = "longhorn-disk.cfg";
@@ -63,14 +64,19 @@ pub fn is_there(path: &Path, uuid: &str) -> Result<(), String> {
 
 /// Reports the disks of this node; makes what is missing where that is allowed.
 pub async fn reconcile(config: &Config, engine_replacement: &Condition) -> Result<Option<Duration>, InstanceError> {
-    let Some(node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };
+    let Some(mut node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };
+    let mut found = None;
+    if config.discover {
+        let (completed, more) = discovery::complete_node(config, node).await?;
+        (node, found) = (completed, Some(more));
+    }
     let old = node.status.clone().unwrap_or_default();
-    let (spec, create) = (node.spec.disks.clone(), config.create_disks);
+    let (spec, rules) = (node.spec.disks.clone(), Rules::of(config));
     let known = old.disk_status.clone();
     let looked = tokio::task::spawn_blocking(move || {
         let look = |(name, disk): (String, DiskSpec)| {
             let uuid = known.get(&name).map(|d| d.disk_uuid.clone()).unwrap_or_default();
-            let seen = look_at(&name, &disk, &uuid, create);
+            let seen = look_at(&name, &disk, &uuid, rules);
             (name, (disk, seen))
         };
         spec.into_iter().map(look).collect::<BTreeMap<_, _>>()
@@ -86,11 +92,16 @@ pub async fn reconcile(config: &Config, engine_replacement: &Condition) -> Resul
     let mut conditions = old.conditions.clone();
     condition::set(&mut conditions, Condition::new(READY, ConditionStatus::True, "Ready", ""), now);
     condition::set(&mut conditions, engine_replacement.clone(), now);
+    let (mut region, mut zone) = (old.region.clone(), old.zone.clone());
+    if let Some(found) = found {
+        (region, zone) = (found.region, found.zone);
+        condition::set(&mut conditions, found.condition, now);
+    }
     let status = NodeStatus {
         conditions,
         disk_status: looked.into_iter().map(report).collect(),
-        region: old.region.clone(),
-        zone: old.zone.clone(),
+        region,
+        zone,
         ip: config.ip.to_string(),
         other: old.other.clone(),
     };
@@ -161,7 +172,23 @@ fn schedulable(disk: &DiskSpec, node_allowed: bool, available: u64) -> Condition
     Condition::new(SCHEDULABLE, ConditionStatus::True, "Schedulable", "")
 }
 
-fn look_at(name: &str, disk: &DiskSpec, known_uuid: &str, create: bool) -> Result<Seen, Unusable> {
+/// How the disks of a node are dealt with.
+#[derive(Clone, Copy, Default)]
+struct Rules {
+    /// Whether an absent directory is made.
+    create: bool,
+    /// Whether a directory may be one of a container, and is none then.
+    mounted: bool,
+    owner: Option<u32>,
+}
+
+impl Rules {
+    fn of(config: &Config) -> Rules {
+        Rules { create: config.create_disks, mounted: config.discover, owner: config.disk_owner }
+    }
+}
+
+fn look_at(name: &str, disk: &DiskSpec, known_uuid: &str, rules: Rules) -> Result<Seen, Unusable> {
     let path = Path::new(&disk.path);
     let cannot = |reason, hint, action: &str, e: io::Error| Unusable {
         reason,
@@ -173,7 +200,7 @@ fn look_at(name: &str, disk: &DiskSpec, known_uuid: &str, create: bool) -> Resul
         return Err(Unusable { reason: "Unsupported", message, hint: "set the disk's type to filesystem" });
     }
     // A disk that was there before and is gone was unmounted or removed: an empty directory must not take its place.
-    if create && known_uuid.is_empty() {
+    if rules.create && known_uuid.is_empty() {
         files::create_dir_durably(path)
             .map_err(|e| cannot("NoDirectory", "make it, or correct the disk's path", "make", e))?;
     }
@@ -185,7 +212,15 @@ fn look_at(name: &str, disk: &DiskSpec, known_uuid: &str, create: bool) -> Resul
             hint: "mount the disk again, or remove it from the node",
         });
     }
+    if rules.mounted && discovery::is_of_container(path) {
+        let message = format!("`{}` is a directory of this container, not of the machine", disk.path);
+        return Err(Unusable { reason: "NotMounted", message, hint: discovery::NOT_MOUNTED_HINT });
+    }
     let uuid = uuid_of(path, name, known_uuid)?;
+    if let Some(owner) = rules.owner {
+        ownership::give(path, owner)
+            .map_err(|e| cannot("NotPrepared", "check the disk", "give the agents their directories on", e))?;
+    }
     let statistics =
         rustix::fs::statvfs(path).map_err(|e| cannot("NoStatistics", "check the disk", "ask the size of", e.into()))?;
     let fs_type = filesystem_name(path);
@@ -262,6 +297,8 @@ fn filesystem_name(path: &Path) -> String {
 mod tests {
     use super::*;
 
+    const MAKE: Rules = Rules { create: true, mounted: false, owner: None };
+
     fn spec(path: &Path) -> DiskSpec {
         DiskSpec { path: path.display().to_string(), ..DiskSpec::default() }
     }
@@ -270,8 +307,8 @@ mod tests {
     fn gives_a_new_disk_a_uuid_and_keeps_it() {
         let folder = tempfile::tempdir().unwrap();
         let disk = spec(&folder.path().join("disk-1"));
-        let first = look_at("disk-1", &disk, "", true).map_err(|u| u.message).unwrap();
-        let again = look_at("disk-1", &disk, &first.uuid, false).map_err(|u| u.message).unwrap();
+        let first = look_at("disk-1", &disk, "", MAKE).map_err(|u| u.message).unwrap();
+        let again = look_at("disk-1", &disk, &first.uuid, Rules::default()).map_err(|u| u.message).unwrap();
         assert_eq!(first.uuid, again.uuid);
         assert!(again.maximum >= again.available && again.available > 0);
         let text = fs::read_to_string(folder.path().join("disk-1/longhorn-disk.cfg")).unwrap();
@@ -285,7 +322,9 @@ mod tests {
     fn says_why_a_disk_cannot_be_used() {
         let folder = tempfile::tempdir().unwrap();
         let disk = spec(&folder.path().join("disk-1"));
-        let reason = |known: &str, create| look_at("disk-1", &disk, known, create).map(|_| ()).map_err(|u| u.reason);
+        let reason = |known: &str, create| {
+            look_at("disk-1", &disk, known, Rules { create, ..Rules::default() }).map(|_| ()).map_err(|u| u.reason)
+        };
         assert_eq!(reason("", false), Err("NoDirectory"));
         assert_eq!(reason("5e1f", true), Err("NoDirectory"), "a disk that was there before is not made anew");
         assert_eq!(reason("", true), Ok(()));

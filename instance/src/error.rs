@@ -25,6 +25,8 @@ pub enum InstanceError {
     Device { action: String, source: dataplane::DataplaneError },
     #[error("no free port on node {node}; at most {limit} replicas run on a node at a time")]
     NoPort { node: String, limit: usize },
+    #[error("the cluster has no node `{node}`; give --node a name that `kubectl get nodes` shows")]
+    NoMachine { node: String },
     #[error("replica `{replica}` cannot run: {reason}")]
     Replica { replica: String, reason: String },
 }
@@ -38,6 +40,7 @@ impl InstanceError {
             InstanceError::Control { .. } => ErrorKind::Unavailable,
             InstanceError::NoPort { .. } => ErrorKind::Exhausted,
             InstanceError::Replica { .. } => ErrorKind::NotReady,
+            InstanceError::NoMachine { .. } => ErrorKind::NotFound,
             InstanceError::File { .. }
             | InstanceError::Parse { .. }
             | InstanceError::Start { .. }

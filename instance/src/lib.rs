@@ -4,6 +4,7 @@
 //! this role and are adopted again by it; it is the only writer of the status of these objects and of its Node.
 
 mod control;
+pub mod discovery;
 mod disks;
 mod engine_decision;
 mod engine_progress;
@@ -12,6 +13,7 @@ mod engines;
 mod error;
 mod kernel;
 mod limits;
+mod ownership;
 mod processes;
 mod replica_decision;
 pub mod replica_process;

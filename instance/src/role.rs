@@ -38,6 +38,10 @@ pub struct Config {
     pub store: Store,
     /// Disk directories are made when absent (standalone mode); otherwise an absent one is reported.
     pub create_disks: bool,
+    /// Whether disks, tags and zone come from the Kubernetes node of the same name ([`crate::discovery`]).
+    pub discover: bool,
+    /// The user and group that agents run as, where it is not ours: they get what they write.
+    pub disk_owner: Option<u32>,
     pub engines: EngineOptions,
 }
 

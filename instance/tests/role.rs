@@ -31,6 +31,8 @@ fn config(store: &Store, folder: &Path) -> Config {
         program: program(),
         store: store.clone(),
         create_disks: true,
+        discover: false,
+        disk_owner: None,
         engines: Default::default(),
     }
 }

@@ -19,6 +19,9 @@ use crate::workload::{State, Wish, Workload};
 const ATTEMPT_CHECKSUM: &str = "expected-checksum";
 const ATTEMPT_DISK: &str = "disk-uuid";
 
+/// The process, to users.
+const PROCESS: &str = "the data source process";
+
 /// What a data source process says of its file (`GET /v1/file`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -93,7 +96,8 @@ pub fn decide(observed: &Observed) -> Decision {
             Condition::new(READY, ConditionStatus::False, "InProgress", format!("{} % prepared", status.progress))
         }
         CopyState::NotStarted | CopyState::Pending | CopyState::Starting => {
-            Condition::new(READY, ConditionStatus::False, "Starting", "the data source process is starting")
+            let state = observed.workload.as_ref().map_or(State::Running, |workload| workload.state.clone());
+            Condition::new(READY, ConditionStatus::False, "Starting", state.starting(PROCESS))
         }
     };
     condition::set(&mut status.conditions, condition, observed.now);
@@ -212,8 +216,11 @@ fn follow(
         }
         (State::Failed(_), _) if was_handed_over(o, status) => (remove, None),
         (State::Failed(why), _) => (remove, Some(fail(o, status, None, why.clone()))),
-        (State::Starting, _) | (State::Running, None) => {
+        (State::Starting(_), _) | (State::Running, None) => {
             status.current_state = CopyState::Starting;
+            if matches!(&workload.state, State::Starting(why) if !why.is_empty()) {
+                status.message = workload.state.starting(PROCESS);
+            }
             (vec![], None)
         }
         (State::Running, Some(Err(why))) => {

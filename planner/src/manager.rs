@@ -238,8 +238,9 @@ fn running<'a>(o: &'a Observed, disk: &Disk, decision: &mut Decision) -> Option<
     }
     match (&workload.state, &o.agent) {
         (State::Unknown(why), _) => silence(&mut decision.status, ManagerState::Unknown, why, o.now),
-        (State::Starting, _) | (State::Running, None) => {
-            silence(&mut decision.status, ManagerState::Starting, "the agent of the disk is starting", o.now);
+        (State::Starting(_), _) | (State::Running, None) => {
+            let why = workload.state.starting("the agent of the disk");
+            silence(&mut decision.status, ManagerState::Starting, &why, o.now);
         }
         (State::Failed(why), _) => {
             decision.actions.push(Action::RemoveWorkload);

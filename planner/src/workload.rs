@@ -16,12 +16,23 @@ pub struct Wish {
 /// How it does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
-    Starting,
+    /// The sentence says what it waits for, where that is known.
+    Starting(String),
     Running,
     /// It ended; the sentence says how.
     Failed(String),
     /// Its node does not answer.
     Unknown(String),
+}
+
+impl State {
+    /// What to say of a process that is not ready, `what` being its name for users.
+    pub fn starting(&self, what: &str) -> String {
+        match self {
+            State::Starting(waits_for) if !waits_for.is_empty() => format!("{what} is starting: {waits_for}"),
+            _ => format!("{what} is starting"),
+        }
+    }
 }
 
 /// A workload that exists.

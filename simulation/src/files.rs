@@ -41,7 +41,7 @@ impl World {
         if self.workloads.contains_key(&wish.name) {
             return;
         }
-        let state = if self.answers(&wish.node) { State::Running } else { State::Starting };
+        let state = if self.answers(&wish.node) { State::Running } else { State::Starting(String::new()) };
         let workload = Workload { wish: wish.clone(), state, ip: format!("ip-{}", wish.name) };
         let disk = disk_of(wish);
         if let Some(disk) = self.disks.get_mut(&disk) {
@@ -64,7 +64,7 @@ impl World {
             if !self.answers(&workload.wish.node) {
                 continue;
             }
-            if workload.state == State::Starting {
+            if matches!(workload.state, State::Starting(_)) {
                 self.workloads.get_mut(&name).expect("it is there").state = State::Running;
             }
             let fails = self.faults && random.random_bool(0.2);

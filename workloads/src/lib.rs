@@ -3,7 +3,9 @@
 //! A workload is one process of a role (a disk's manager, an image's data source) with an address of its own and fixed ports.
 //! It is never restarted by itself: who wants it alive observes and starts it again, with a back-off of its own.
 
+mod changes;
 pub mod local;
+pub mod pods;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -34,8 +36,8 @@ pub struct WorkloadSpec {
 /// How a workload does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WorkloadState {
-    /// Started, not ready yet.
-    Starting,
+    /// Started, not ready yet; the sentence says what it waits for, where that is known.
+    Starting { message: String },
     /// Its ports accept connections.
     Running,
     /// It ended, however; the sentence says how, with the last lines of its log.
@@ -59,6 +61,10 @@ pub enum WorkloadError {
     Different { name: String },
     #[error("workload `{name}` is invalid: {reason}")]
     Invalid { name: String, reason: String },
+    #[error("the Kubernetes API does not allow to {action} workload `{name}`: {reason}")]
+    Forbidden { action: &'static str, name: String, reason: String },
+    #[error("workload `{name}` has not ended after {seconds} s: {reason}")]
+    Stays { name: String, seconds: u64, reason: String },
     #[error("cannot start workload `{name}`")]
     Start { name: String, source: std::io::Error },
     #[error("cannot {action}")]
@@ -73,6 +79,7 @@ impl WorkloadError {
         match self {
             WorkloadError::Different { .. } => ErrorKind::Incompatible,
             WorkloadError::Invalid { .. } => ErrorKind::Invalid,
+            WorkloadError::Forbidden { .. } | WorkloadError::Stays { .. } => ErrorKind::NotReady,
             WorkloadError::Start { .. } | WorkloadError::Io { .. } => ErrorKind::Internal,
             WorkloadError::Unavailable { .. } => ErrorKind::Unavailable,
         }
@@ -98,4 +105,16 @@ pub trait Workloads: Send + Sync + 'static {
 
     /// The name of each workload whose state changed, from now on.
     fn changes(&self) -> BoxStream<'static, String>;
+}
+
+/// The name becomes the name of a directory, or of a pod.
+fn check_spec(spec: &WorkloadSpec) -> Result<(), WorkloadError> {
+    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.');
+    let name = &spec.name;
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    if name.len() <= 253 && first && name.bytes().all(legal) {
+        return Ok(());
+    }
+    let reason = "its name must be 1 to 253 characters of a-z 0-9 - _ . that begin with a letter or digit".to_owned();
+    Err(WorkloadError::Invalid { name: name.clone(), reason })
 }

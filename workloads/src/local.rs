@@ -20,17 +20,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::StreamExt;
-use futures::stream::{self, BoxStream};
+use futures::stream::BoxStream;
 use runtime::process::{Launch, ProcessIdentity};
-use tokio::sync::broadcast;
 use tokio::task::spawn_blocking;
-use tokio_stream::wrappers::BroadcastStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use crate::{Workload, WorkloadError, WorkloadSpec, WorkloadState, Workloads};
+use crate::changes::Changes;
+use crate::{Workload, WorkloadError, WorkloadSpec, WorkloadState, Workloads, check_spec};
 use marked::Marked;
 use record::{Record, Records};
 
@@ -60,7 +58,7 @@ struct Inner {
     names: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
     /// The address after the last one given, so that a freed address rests before it is given again.
     next_address: Mutex<usize>,
-    changes: broadcast::Sender<String>,
+    changes: Changes,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -81,14 +79,13 @@ impl Local {
             Ok((records, adopted, strangers))
         });
         let (records, adopted, strangers) = opened.await.map_err(error)?;
-        let (changes, _) = broadcast::channel(limits::CHANGES);
         let inner = Arc::new(Inner {
             config,
             records,
             entries: Mutex::default(),
             names: Mutex::default(),
             next_address: Mutex::default(),
-            changes,
+            changes: Changes::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         });
@@ -217,7 +214,7 @@ impl Inner {
             }
         };
         info!(workload = spec.name, %ip, "workload started");
-        Ok(self.supervise(record, WorkloadState::Starting, Some(child)))
+        Ok(self.supervise(record, WorkloadState::Starting { message: String::new() }, Some(child)))
     }
 
     /// Writes down that it is to start, starts it, writes down what was started.
@@ -283,13 +280,8 @@ impl Inner {
         removal.await.map_err(io_error(format!("remove the record of workload `{name}`")))?;
         lock(&self.entries).remove(name);
         info!(workload = name, "workload removed");
-        self.announce(name);
+        self.changes.announce(name);
         Ok(())
-    }
-
-    /// Tells listeners that a workload changed.
-    fn announce(&self, name: &str) {
-        let _ = self.changes.send(name.to_owned()); // Nobody may be listening.
     }
 
     async fn bound_logs(&self) {
@@ -304,18 +296,6 @@ impl Inner {
             tokio::time::sleep(limits::LOG_CHECK_INTERVAL).await;
         }
     }
-}
-
-/// The name becomes the name of a directory.
-fn check_spec(spec: &WorkloadSpec) -> Result<(), WorkloadError> {
-    let legal = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.');
-    let name = &spec.name;
-    let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-    if name.len() <= 253 && first && name.bytes().all(legal) {
-        return Ok(());
-    }
-    let reason = "its name must be 1 to 253 characters of a-z 0-9 - _ . that begin with a letter or digit".to_owned();
-    Err(WorkloadError::Invalid { name: name.clone(), reason })
 }
 
 #[async_trait]
@@ -343,13 +323,8 @@ impl Workloads for Local {
 
     fn changes(&self) -> BoxStream<'static, String> {
         let inner = Arc::downgrade(&self.inner);
-        let names = BroadcastStream::new(self.inner.changes.subscribe()).flat_map(move |change| {
-            stream::iter(match change {
-                Ok(name) => vec![name],
-                // Some names are lost, so any workload may have changed.
-                Err(_) => inner.upgrade().map_or(vec![], |inner| lock(&inner.entries).keys().cloned().collect()),
-            })
-        });
-        names.boxed()
+        self.inner
+            .changes
+            .listen(move || inner.upgrade().map_or(vec![], |inner| lock(&inner.entries).keys().cloned().collect()))
     }
 }

@@ -1,63 +1,19 @@
-//! The contract of workloads, run against every implementation; and what only local processes promise.
+//! The contract of workloads, run against local processes (`pods.rs` runs it against pods); and what only local processes promise.
 
+mod program;
 mod suite;
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::{BufRead, BufReader};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use backing_image_workloads::local::{Local, LocalConfig};
 use backing_image_workloads::{WorkloadState, Workloads};
 use runtime::process::ProcessIdentity;
-use suite::{Any, PORT, ask, spec, wait_until_failed, wait_until_running};
-
-/// Not a test of its own: the program that the workloads of these tests run.
-#[test]
-fn plays_a_role() {
-    let Ok(role) = std::env::var("WORKLOADS_TEST_ROLE") else { return };
-    let ip = std::env::args().find_map(|a| a.strip_prefix("listen=").map(str::to_owned)).unwrap();
-    assert_eq!(std::env::var("POD_IP").unwrap(), ip);
-    match role.as_str() {
-        "serve" => serve(&ip),
-        "broken" => {
-            eprintln!("cannot open the disk");
-            std::process::exit(3);
-        }
-        "late" => loop {
-            std::thread::park();
-        },
-        other => panic!("no role {other}"),
-    }
-}
-
-fn serve(ip: &str) {
-    let listener = TcpListener::bind((ip, PORT)).unwrap();
-    let mut children: Vec<Child> = vec![];
-    for stream in listener.incoming() {
-        let mut stream = stream.unwrap();
-        let mut question = String::new();
-        if BufReader::new(&stream).read_line(&mut question).is_err() {
-            continue;
-        }
-        match question.trim() {
-            "ip" => stream.write_all(ip.as_bytes()).unwrap(),
-            "pid" => stream.write_all(std::process::id().to_string().as_bytes()).unwrap(),
-            "child" => {
-                let child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
-                stream.write_all(child.id().to_string().as_bytes()).unwrap();
-                children.push(child);
-            }
-            "exit" => {
-                println!("I end, as I was told");
-                std::process::exit(7);
-            }
-            _ => {}
-        }
-    }
-}
+use suite::{Any, ask, spec, wait_until_failed, wait_until_running};
 
 /// Local workloads in a directory of their own, ended with the test, however it ends.
 struct Fixture {
@@ -125,17 +81,7 @@ macro_rules! contract {
     };
 }
 
-contract! {
-    runs_once_its_ports_accept_connections
-    starts_a_name_once
-    gives_each_an_address_of_its_own
-    notices_the_end_of_a_process_and_says_why
-    notices_a_process_that_never_gets_ready
-    removes_without_a_trace
-    removes_one_that_just_starts
-    tells_listeners_of_every_change
-    refuses_a_name_that_is_no_name
-}
+suite::promises!(contract);
 
 #[tokio::test]
 async fn adopts_what_runs_and_tells_what_ended_meanwhile() {

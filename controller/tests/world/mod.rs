@@ -33,7 +33,12 @@ pub async fn world() -> World {
     }
     let workloads = FakeWorkloads::new();
     let stop = CancellationToken::new();
-    let context = Context { store: store.clone(), workloads: Arc::new(workloads.clone()), metrics: Metrics::default() };
+    let context = Context {
+        store: store.clone(),
+        workloads: Arc::new(workloads.clone()),
+        metrics: Metrics::default(),
+        deposed: CancellationToken::new(),
+    };
     tokio::spawn(run(context, stop.clone()));
     tokio::spawn(stop.clone().run_until_cancelled_owned(instance::run(store.clone())));
     World { store, workloads, _stop: stop.drop_guard() }

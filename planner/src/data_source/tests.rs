@@ -340,3 +340,16 @@ fn a_whole_file_is_prepared_again_only_when_no_agent_has_it() {
     o.source.status.as_mut().unwrap().current_state = CopyState::Starting;
     assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
 }
+
+#[test]
+fn says_what_a_process_waits_for_that_does_not_start() {
+    let mut o = observed();
+    running(&mut o, State::Starting("no such image".into()), None);
+    let status = decide(&o).status;
+    assert_eq!(status.message, "the data source process is starting: no such image");
+    assert_eq!(condition::find(&status.conditions, READY).unwrap().message, status.message);
+    // What was told of an earlier attempt stays until there is something new.
+    o.source.status = Some(BackingImageDataSourceStatus { message: "connection refused".into(), ..Default::default() });
+    running(&mut o, State::Starting(String::new()), None);
+    assert_eq!(decide(&o).status.message, "connection refused");
+}

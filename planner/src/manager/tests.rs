@@ -80,7 +80,8 @@ fn world(text: &str) -> Observed {
             "process" => {
                 let state = match value {
                     "running" => State::Running,
-                    "starting" => State::Starting,
+                    "starting" => State::Starting(String::new()),
+                    "pulling" => State::Starting("no such image".into()),
                     _ => State::Failed("killed by signal 9".into()),
                 };
                 o.workload = Some(Workload { wish: wish("bim-d", &disk(Health::Ready)), state, ip: "1.1.1.1".into() });
@@ -218,6 +219,14 @@ fn gets_further_copies_from_every_ready_peer() {
     check("wanted; held; process=running; peers", expect!["sync from 2.2.2.2:8000,3.3.3.3:8000 | Running "]);
     check("wanted; held; process=running; file=in-progress; peers", expect!["nothing | Running in-progress"]);
     check("wanted; held; process=running; file=ready; peers", expect!["nothing | Running ready"]);
+}
+
+#[test]
+fn says_what_a_process_waits_for_that_does_not_start() {
+    check(
+        "wanted; held=ready; process=pulling",
+        expect!["nothing | Starting unknown the agent of the disk is starting: no such image"],
+    );
 }
 
 #[test]

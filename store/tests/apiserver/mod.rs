@@ -1,14 +1,15 @@
 //! A real API server for the tests of one program: `sanity-tests/cluster/apiserver.sh`, which ends when the program does.
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+#[path = "../../../sanity-tests/cluster/apiserver.rs"]
+mod program;
+
+use std::path::Path;
 use std::time::Duration;
 
 use backing_image_store::kubernetes::Kubernetes;
 use backing_image_store::{Object, ObjectKey, ObjectStore, Preconditions, ResourceType, Selector};
 use futures::StreamExt;
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use program::ApiServer;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -17,12 +18,7 @@ use crate::suite::{at, gadgets, kind, object, set, widgets};
 /// The one server; whoever has it has the cluster for himself.
 static SERVER: Mutex<Option<Server>> = Mutex::const_new(None);
 
-pub struct Server {
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
-    folder: PathBuf,
-    _script: Child,
-}
+pub struct Server(ApiServer);
 
 /// The server, empty; `None` where there is none and none is demanded.
 pub async fn take() -> Option<MutexGuard<'static, Option<Server>>> {
@@ -45,45 +41,20 @@ fn test_kinds() -> Vec<ResourceType> {
 
 impl Server {
     async fn begin() -> Option<Server> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let mut script = Command::new(root.join("sanity-tests/cluster/apiserver.sh"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("bash is there");
-        let (commands, answers) = (script.stdin.take().unwrap(), script.stdout.take().unwrap());
-        let mut server = Server { commands, answers: BufReader::new(answers), folder: PathBuf::new(), _script: script };
-        let Some(ready) = server.answer() else {
-            let missing = "there is no kube-apiserver to test with: run sanity-tests/cluster/build.sh kube (its words stand above)";
-            assert!(std::env::var_os("REQUIRE_REAL").is_none(), "{missing}");
-            // Past the test harness, which keeps to itself what a test prints that passes.
-            std::io::stderr().write_all(format!("SKIPPED, nothing was tested: {missing}\n").as_bytes()).unwrap();
-            return None;
-        };
-        server.folder = ready.strip_prefix("ready ").expect("it says where").into();
-        let store = server.store("admin").await;
-        install_kinds(&store, root).await;
+        let mut server = Server(ApiServer::begin()?);
+        install_kinds(&server.store("admin").await, program::root()).await;
         server.ask("collect");
         Some(server)
     }
 
-    fn answer(&mut self) -> Option<String> {
-        let mut line = String::new();
-        let read = self.answers.read_line(&mut line).unwrap();
-        (read > 0).then(|| line.trim().to_owned())
-    }
-
     /// One of the script's commands.
     pub fn ask(&mut self, command: &str) -> String {
-        writeln!(self.commands, "{command}").unwrap();
-        self.answer().expect("the script goes on")
+        self.0.ask(command)
     }
 
     /// The store as that user sees it, with connections of its own.
     pub async fn store(&self, user: &str) -> Kubernetes {
-        let file = Kubeconfig::read_from(self.folder.join(format!("{user}.kubeconfig"))).unwrap();
-        let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
-        Kubernetes::new(kube::Client::try_from(config).unwrap())
+        Kubernetes::new(self.0.client(user).await)
     }
 }
 

@@ -31,6 +31,3 @@ pub const LOG_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Bytes at the end of the log in which a failure looks for its last words.
 pub const MESSAGE_BYTES: u64 = 2048;
-
-/// State changes that a slow listener may be behind; beyond that it is told the name of every workload.
-pub const CHANGES: usize = 256;

@@ -31,7 +31,7 @@ impl Collector for States {
         let mut counts = [("starting", 0), ("running", 0), ("failed", 0), ("unknown", 0)];
         for entry in lock(&inner.entries).values() {
             let index = match entry.state {
-                WorkloadState::Starting => 0,
+                WorkloadState::Starting { .. } => 0,
                 WorkloadState::Running => 1,
                 WorkloadState::Failed { .. } => 2,
                 WorkloadState::Unknown { .. } => 3,

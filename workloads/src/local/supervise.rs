@@ -31,7 +31,7 @@ impl Inner {
         let entry = Entry { record: record.clone(), state };
         let workload = entry.workload();
         lock(&self.entries).insert(name.clone(), entry);
-        self.announce(&name);
+        self.changes.announce(&name);
         if let Some(process) = record.process.clone().filter(|_| !ended) {
             let inner = self.clone();
             self.spawn(async move { inner.watch(record, process, child, running).await });
@@ -50,7 +50,7 @@ impl Inner {
         let state = match &record.failure {
             Some(message) => WorkloadState::Failed { message: message.clone() },
             None if ready::is_ready(IpAddr::V4(record.ip), &record.spec.ready_ports).await => WorkloadState::Running,
-            None => WorkloadState::Starting,
+            None => WorkloadState::Starting { message: String::new() },
         };
         info!(workload = record.spec.name, ip = %record.ip, alive, "workload adopted");
         self.supervise(record, state, None);
@@ -133,7 +133,7 @@ impl Inner {
         } else {
             return;
         }
-        self.announce(&record.spec.name);
+        self.changes.announce(&record.spec.name);
     }
 }
 

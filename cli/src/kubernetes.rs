@@ -1,0 +1,123 @@
+//! The roles as pods of a Kubernetes cluster: `controller`, `node`, `instance`.
+//!
+//! Objects live in the Kubernetes API, reached with the credentials of the pod (or KUBECONFIG). Each role serves its probes and
+//! metrics, ends in order by SIGTERM, and ends with an error when a part of it ends by surprise: Kubernetes starts it again.
+
+pub mod controller;
+pub mod instance;
+pub mod node;
+pub mod supervisor;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::controller::http::probes;
+use anyhow::Context;
+use api::ErrorKind;
+use api::error::sentence;
+use clap::Args;
+use kube::Client;
+use runtime::metrics::Metrics;
+use store::Store;
+use store::kubernetes::Kubernetes;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::failure::{Failure, failed};
+use crate::running::Roles;
+use crate::web;
+
+/// How long the Kubernetes API may take to answer at the start; afterwards every call is repeated.
+const FIRST_ANSWER: Duration = Duration::from_secs(20);
+
+/// Which cluster, and what our objects are called there.
+#[derive(Args, Clone, Debug)]
+pub struct Cluster {
+    /// The CSI driver's name: the provisioner of StorageClasses.
+    #[arg(long, env = "BACKING_IMAGE_CSI_DRIVER_NAME", default_value = api::names::DEFAULT_DRIVER_NAME)]
+    pub driver_name: String,
+    /// The namespace of our own objects and pods.
+    #[arg(long, env = "POD_NAMESPACE", default_value = api::names::DEFAULT_NAMESPACE)]
+    pub namespace: String,
+}
+
+/// A role that is about to run: what every one of them has.
+pub struct Start {
+    pub client: Client,
+    pub store: Store,
+    pub metrics: Metrics,
+    pub roles: Roles,
+    pub ready: watch::Sender<bool>,
+    signals: CancellationToken,
+}
+
+impl Start {
+    /// Logs, signals, the cluster, and a listener for probes.
+    ///
+    /// # Errors
+    /// When there are no credentials, the API does not answer, or does not know our kinds.
+    pub async fn begin(role: &str, cluster: &Cluster, listen: SocketAddr) -> anyhow::Result<Start> {
+        crate::roles::start_logs(false);
+        let signals = runtime::shutdown::on_signal().context("cannot listen for signals")?;
+        let listener = web::bind(&listen.to_string()).await?;
+        let (ready, is_ready) = watch::channel(false);
+        let metrics = Metrics::default();
+        let mut roles = Roles::new(CancellationToken::new());
+        let router = probes(metrics.clone(), is_ready);
+        roles.spawn("http", web::serve(listener, router, roles.shutdown()));
+        let client = client().await?;
+        let store = Store::new(Arc::new(Kubernetes::new(client.clone())), &cluster.namespace);
+        info!(role, %listen, namespace = cluster.namespace, driver = cluster.driver_name, "role started");
+        Ok(Start { client, store, metrics, roles, ready, signals })
+    }
+
+    /// Runs what was spawned until a signal.
+    pub async fn run(mut self) -> anyhow::Result<()> {
+        let ended = tokio::select! {
+            ended = self.roles.unexpected_end() => ended,
+            () = self.signals.cancelled() => Ok(()),
+        };
+        self.ready.send_replace(false);
+        self.roles.shutdown().cancel();
+        self.roles.drain().await;
+        info!("role ended");
+        ended
+    }
+}
+
+/// A client with the credentials of this pod, or those of KUBECONFIG.
+async fn client() -> anyhow::Result<Client> {
+    let no_credentials = |reason: String| {
+        let message = format!(
+            "there are no credentials for a Kubernetes cluster: run in a pod with a service account, or set KUBECONFIG ({reason})"
+        );
+        Failure::new(ErrorKind::NotReady, message)
+    };
+    let client = Client::try_default().await.map_err(|error| no_credentials(sentence(&error)))?;
+    match tokio::time::timeout(FIRST_ANSWER, client.apiserver_version()).await {
+        Ok(Ok(version)) => {
+            info!(version = version.git_version, "the Kubernetes API answers");
+            Ok(client)
+        }
+        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => {
+            failed(ErrorKind::NotReady, format!("the Kubernetes API refuses these credentials: {}", status.message))
+        }
+        Ok(Err(error)) => {
+            failed(ErrorKind::Unavailable, format!("the Kubernetes API does not answer: {}", sentence(&error)))
+        }
+        Err(_) => {
+            let seconds = FIRST_ANSWER.as_secs();
+            failed(ErrorKind::Unavailable, format!("the Kubernetes API does not answer within {seconds} s"))
+        }
+    }
+}
+
+/// The first use of the store tells whether our kinds are installed and may be used.
+pub fn checked<T>(role: &str, result: Result<T, store::StoreError>) -> anyhow::Result<T> {
+    result.map_err(|error| {
+        let message = format!("the {role} cannot work: {}", sentence(&error));
+        Failure::new(error.kind(), message).into()
+    })
+}

@@ -1,0 +1,40 @@
+//! `node`: the CSI node service of one node, as a pod of a DaemonSet.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use api::Volume;
+use clap::Args;
+use store::Selector;
+
+use super::{Cluster, Start, checked};
+use crate::probe;
+use crate::roles::listen;
+
+/// Serves the CSI node service of one node of a Kubernetes cluster.
+#[derive(Args, Debug)]
+pub struct Node {
+    #[command(flatten)]
+    cluster: Cluster,
+    /// The name of this node in the cluster.
+    #[arg(long, env = "NODE_NAME")]
+    node: String,
+    /// Where the kubelet finds the CSI services.
+    #[arg(long, default_value = "/csi/csi.sock")]
+    csi_socket: PathBuf,
+    /// Where to serve probes and metrics; without a host part the address in POD_IP, else every address.
+    #[arg(long, default_value = ":9501", value_parser = listen)]
+    listen: SocketAddr,
+}
+
+/// Runs `node`.
+pub async fn run(Node { cluster, node, csi_socket, listen }: Node) -> anyhow::Result<()> {
+    let mut start = Start::begin("node", &cluster, listen).await?;
+    checked("node", start.store.list::<Volume>(&Selector::label("longhorn.io/none", "none")).await)?;
+    let services = csi::NodeConfig::new(start.store.clone(), &cluster.driver_name, &node, &csi_socket);
+    let shutdown = start.roles.shutdown();
+    start.roles.spawn("csi-node", async move { Ok(csi::serve_node(services, shutdown).await?) });
+    let (ready, shutdown) = (start.ready.clone(), start.roles.shutdown());
+    start.roles.spawn("ready", probe::report(csi_socket, ready, shutdown));
+    start.run().await
+}

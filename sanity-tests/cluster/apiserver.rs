@@ -1,0 +1,68 @@
+//! A real API server for the Rust tests of one program: `apiserver.sh` beside this file, which ends when the program does.
+//!
+//! A test includes it by `#[path]`; its crate needs `kube` as a (development) dependency.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use kube::config::{KubeConfigOptions, Kubeconfig};
+
+pub struct ApiServer {
+    commands: ChildStdin,
+    answers: BufReader<ChildStdout>,
+    folder: PathBuf,
+    _script: Child,
+}
+
+/// The top of the repository.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+#[allow(dead_code, reason = "each test program uses its part")]
+impl ApiServer {
+    /// Starts it; `None` where its programs are not built and nobody demands them.
+    pub fn begin() -> Option<ApiServer> {
+        let mut script = Command::new(root().join("sanity-tests/cluster/apiserver.sh"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("bash is there");
+        let (commands, answers) = (script.stdin.take().unwrap(), BufReader::new(script.stdout.take().unwrap()));
+        let mut server = ApiServer { commands, answers, folder: PathBuf::new(), _script: script };
+        let Some(ready) = server.answer() else {
+            let missing = "there is no kube-apiserver to test with: run sanity-tests/cluster/build.sh kube (its words stand above)";
+            assert!(std::env::var_os("REQUIRE_REAL").is_none(), "{missing}");
+            // Past the test harness, which keeps to itself what a test prints that passes.
+            std::io::stderr().write_all(format!("SKIPPED, nothing was tested: {missing}\n").as_bytes()).unwrap();
+            return None;
+        };
+        server.folder = ready.strip_prefix("ready ").expect("it says where").into();
+        Some(server)
+    }
+
+    fn answer(&mut self) -> Option<String> {
+        let mut line = String::new();
+        let read = self.answers.read_line(&mut line).unwrap();
+        (read > 0).then(|| line.trim().to_owned())
+    }
+
+    /// One of the script's commands.
+    pub fn ask(&mut self, command: &str) -> String {
+        writeln!(self.commands, "{command}").unwrap();
+        self.answer().expect("the script goes on")
+    }
+
+    /// The credentials of a user: `admin`, or `stranger`, who may do nothing.
+    pub fn kubeconfig(&self, user: &str) -> PathBuf {
+        self.folder.join(format!("{user}.kubeconfig"))
+    }
+
+    /// A client of that user, with connections of its own.
+    pub async fn client(&self, user: &str) -> kube::Client {
+        let file = Kubeconfig::read_from(self.kubeconfig(user)).unwrap();
+        let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
+        kube::Client::try_from(config).unwrap()
+    }
+}
