@@ -41,6 +41,6 @@ if [ ! -d "$root" ] || [ -n "$(find "$root" -maxdepth 0 -mtime "+${MAX_AGE_DAYS:
   mv "$root.new" "$root"
 fi
 # Symbols are for people who debug; the release profile says what it keeps.
-"$mkimage" -o "$archive" -ref "$reference" -user 65532 -entrypoint /usr/local/bin/backing-image-csi \
+"$mkimage" -o "$archive" -ref "$reference" -user 57345 -entrypoint /usr/local/bin/backing-image-csi \
   -add "$root=/" -add "$binary=/usr/local/bin/backing-image-csi"
 echo "image: $archive, $(($(stat -c %s "$archive") >> 20)) MiB, $reference"

@@ -16,7 +16,7 @@ die() { echo "rootfs.sh: $*" >&2; exit 1; }
 
 # What roles start (dataplane/src), and what a person needs who looks for something in a container.
 PROGRAMS=(qemu-storage-daemon qemu-img mkfs.ext4 mke2fs e2fsck resize2fs dumpe2fs mkfs.xfs xfs_growfs xfs_repair
-  blkid losetup blockdev lsblk findmnt mount umount bash ls cat cp mv rm df du stat env id sleep sha512sum tail)
+  blkid losetup blockdev lsblk findmnt mount umount bash ls cat cp mv rm df du stat env id sleep sha512sum head tail)
 # What they load by name.
 LIBRARIES=(libjemalloc.so.2)
 # Files that are no programs; a folder is taken whole.
@@ -101,7 +101,7 @@ cp "$WORK/versions" "$ROOT/usr/share/backing-image-csi/packages"
 # The package would do this when it is installed.
 find usr/share/ca-certificates -name '*.crt' | sort | xargs cat >"$ROOT/etc/ssl/certs/ca-certificates.crt"
 rm -rf "$ROOT/usr/share/ca-certificates"
-printf 'root:x:0:0:root:/root:/bin/sh\nbacking-image-csi:x:65532:65532:roles that need no privileges:/:/usr/sbin/nologin\n' >"$ROOT/etc/passwd"
-printf 'root:x:0:\nbacking-image-csi:x:65532:\n' >"$ROOT/etc/group"
+printf 'root:x:0:0:root:/root:/bin/sh\nbacking-image-csi:x:57345:57345:roles that need no privileges:/:/usr/sbin/nologin\n' >"$ROOT/etc/passwd"
+printf 'root:x:0:\nbacking-image-csi:x:57345:\n' >"$ROOT/etc/group"
 printf 'hosts: files dns\n' >"$ROOT/etc/nsswitch.conf"
 echo "rootfs: $(du -sm "$ROOT" | cut -f1) MiB, of $(wc -l <"$WORK/versions") packages"

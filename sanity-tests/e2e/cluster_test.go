@@ -97,7 +97,11 @@ func (c *cluster) up() error {
 		return err
 	}
 	times.begin("driver")
-	if err := c.script("kubectl", "apply", "-f", filepath.Join(c.root, "deploy/manifests")); err != nil {
+	manifests, err := c.manifests()
+	if err != nil {
+		return err
+	}
+	if err := c.script("kubectl", "apply", "-f", manifests); err != nil {
 		return err
 	}
 	return until("the driver to be ready", 3*time.Minute, c.driverReady)
@@ -118,6 +122,30 @@ func (c *cluster) manifestImage() (string, error) {
 		}
 	}
 	return "", fmt.Errorf("deploy/manifests name no image of the driver")
+}
+
+// manifests is the folder to install from: deploy/manifests, or with HELM_ARGS ("--set webhook.enabled=false") the chart rendered so.
+func (c *cluster) manifests() (string, error) {
+	folder := filepath.Join(c.root, "deploy/manifests")
+	args := strings.Fields(os.Getenv("HELM_ARGS"))
+	if len(args) == 0 {
+		return folder, nil
+	}
+	cache := os.Getenv("CLUSTER_CACHE")
+	if cache == "" {
+		cache = filepath.Join(c.root, "target/cluster")
+	}
+	args = append([]string{"template", "backing-image-csi", filepath.Join(c.root, "deploy/chart"),
+		"--namespace", system, "--kube-version", "v1.34.4", "--set", "createNamespace=true", "--include-crds"}, args...)
+	text, err := exec.Command(filepath.Join(cache, "bin/helm"), args...).Output()
+	if err != nil {
+		return "", fmt.Errorf("helm %s: %w", strings.Join(args, " "), err)
+	}
+	folder = filepath.Join(c.state, "manifests")
+	if err := os.MkdirAll(folder, 0o755); err != nil {
+		return "", err
+	}
+	return folder, os.WriteFile(filepath.Join(folder, "driver.yaml"), text, 0o644)
 }
 
 func (c *cluster) connect() (err error) {
