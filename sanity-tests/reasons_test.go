@@ -146,6 +146,10 @@ func silence(i *instance, kind string, o waiting) string {
 		return "no condition has a reason and a message: " + seen
 	}
 	told := []string{reason.Message[1:]}
+	if _, copied, found := strings.Cut(reason.Message, " %: "); kind == "replica" && found && reason.Reason == "WaitForBackingImage" {
+		// The copy says it itself.
+		told = []string{"the copy of image", copied[1:]}
+	}
 	if reason.Status == "True" {
 		// A volume that is degraded, and works: why tells it replica by replica.
 		told = append(replicaNames.FindAllString(reason.Message, -1), "degraded")

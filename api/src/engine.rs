@@ -10,17 +10,6 @@ use crate::image::DataEngine;
 use crate::quantity::SizeBytes;
 use crate::{Condition, Unknown};
 
-/// How many generations an attachment has for itself; far more than its engines and their fences can use up.
-///
-/// They begin at the attachment's number times this, so whatever a later attachment records is above all that an earlier one
-/// can still come to, also when nobody knows that the earlier one lives (`ARCHITECTURE.md`, "Generations").
-pub const GENERATIONS_OF_AN_ATTACHMENT: u64 = 1_000_000;
-
-/// The attachment that a generation belongs to; 0: before attachments were counted.
-pub fn attachment_of(generation: u64) -> u64 {
-    generation / GENERATIONS_OF_AN_ATTACHMENT
-}
-
 /// State of an engine or replica process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]

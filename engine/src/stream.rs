@@ -158,4 +158,17 @@ mod tests {
         }
         assert_eq!(stream.read_line(deadline).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
+
+    #[test]
+    fn half_a_reply_is_waited_for_until_the_deadline() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(b"half").unwrap();
+        let (told, waits) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let deadline = Instant::now() + Duration::from_millis(100);
+            told.send(Stream::Unix(near).read_line(deadline).map_err(|error| error.kind()))
+        });
+        let read = waits.recv_timeout(Duration::from_secs(20)).expect("it ends by itself");
+        assert!(matches!(read, Err(io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)), "{read:?}");
+    }
 }

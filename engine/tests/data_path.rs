@@ -315,45 +315,6 @@ fn what_dead_engines_left_mounted_is_taken_away() {
 }
 
 /// One line of a control connection.
-fn line(connection: &mut BufReader<UnixStream>) -> String {
-    let mut line = String::new();
-    connection.read_line(&mut line).unwrap();
-    line
-}
-
-#[test]
-fn everybody_who_asks_for_the_end_is_told_and_nobody_else() {
-    let mut volume = Volume::new(1, 64 * MIB);
-    volume.start_holder();
-    volume.wait_serving();
-    let connect = || {
-        let connection = UnixStream::connect(&volume.config.control_socket).unwrap();
-        connection.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        BufReader::new(connection)
-    };
-    let ask = |connection: &mut BufReader<UnixStream>, request: &str| {
-        writeln!(connection.get_mut(), "{{\"request\":\"{request}\"}}").unwrap();
-    };
-    let close = volume.replicas[0].hold(|request| matches!(request, Request::Close { .. }));
-    let (mut first, mut gone) = (connect(), connect());
-    ask(&mut gone, "shutdown");
-    wait_until("it closes its replica", || close.is_reached());
-    drop(gone);
-    ask(&mut first, "status");
-    assert!(line(&mut first).contains("\"reply\":\"status\""));
-    // It gets the place of the one that is gone.
-    let mut other = connect();
-    ask(&mut other, "status");
-    assert!(line(&mut other).contains("\"reply\":\"status\""));
-    ask(&mut first, "shutdown");
-    ask(&mut first, "status");
-    assert!(line(&mut first).contains("\"reply\":\"status\""), "it is not over yet");
-    close.release();
-    assert!(line(&mut first).contains("\"reply\":\"done\""));
-    assert_eq!(line(&mut other), "", "it did not ask for that");
-    assert!(volume.wait_holder(), "{}", volume.log());
-}
-
 #[test]
 fn too_many_control_clients_are_turned_away_and_the_others_served() {
     let mut volume = Volume::new(1, 64 * MIB);
@@ -463,18 +424,18 @@ fn replicas_that_differ_are_compared_and_repaired() {
 fn what_a_next_engine_must_know_is_noted_before_a_replica_is_opened() {
     let mut volume = Volume::new(2, 64 * MIB);
     volume.config.compare_replicas = true;
-    let [claimed, differ] = ["claimed", "differ"].map(|what| volume.folder().join(format!("engine.sock.{what}")));
+    let [claim, differ] = ["claim", "differ"].map(|what| volume.folder().join(format!("engine.sock.{what}")));
     let noted = Arc::new(Mutex::new(None));
     let seen = noted.clone();
     volume.replicas[0].set_hook(move |request, moment| {
         if matches!(request, Request::Open { .. }) && moment == Moment::Before {
-            *seen.lock().unwrap() = Some((std::fs::read_to_string(&claimed).ok(), differ.exists()));
+            *seen.lock().unwrap() = Some((std::fs::read_to_string(&claim).ok(), differ.exists()));
         }
     });
     volume.start_holder();
     volume.wait_serving();
     // The first generation, and one more should a replica have to be fenced out.
-    assert_eq!(*noted.lock().unwrap(), Some((Some("2".to_owned()), true)));
+    assert_eq!(*noted.lock().unwrap(), Some((Some(r#"{"highest":2,"holders":null}"#.to_owned()), true)));
     assert!(volume.shutdown());
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use engine::control_client;
 use proto::engine::{HolderReport, ReplicaState};
-use proto::replica::Request;
+use proto::replica::{Record, Request};
 use rustix::process::Signal;
 use support::{MIB, Moment, VERIFY, Volume, children, fio, fio_on, is_alive, kill, run, sh, signal, wait_until};
 
@@ -186,6 +186,30 @@ fn an_engine_that_is_killed_at_any_step_of_its_start_is_replaced() {
     assert!(volume.replicas.iter().all(|replica| replica.record().clean));
     volume.assert_equal(0, 1);
     volume.assert_equal(0, 2);
+}
+
+#[test]
+fn no_engine_goes_on_without_what_the_first_one_of_its_attachment_found() {
+    let mut volume = Volume::new(2, 64 * MIB);
+    (volume.config.attachment, volume.config.generation) = (3, 1_000_002);
+    (volume.config.replica_timeout_ms, volume.config.holder_limit_ms) = (1_000, 3_000);
+    let left = |generation, members: &[&str]| {
+        let members = members.iter().copied().map(String::from).collect();
+        move |record: &mut Record| (record.generation, record.members) = (generation, members)
+    };
+    // The second attachment went on with r1 alone; nobody but r1 knows.
+    volume.replicas[0].set_record(left(2_000_001, &["r1"]));
+    volume.replicas[1].set_record(left(1_000_002, &["r1", "r2"]));
+    let open = volume.replicas[0].hold(|request| matches!(request, Request::Open { .. }));
+    volume.start_holder();
+    wait_until("r1 is asked", || open.is_reached());
+    volume.replicas[0].kill();
+    kill_for_good(volume.engines()[0]);
+    open.release();
+    assert!(!volume.wait_holder());
+    let said = report(&volume).unwrap().problem;
+    assert!(said.contains("those that answer missed writes") && said.contains(": r1) do not answer"), "{said}");
+    assert_eq!(volume.replicas[1].record().generation, 1_000_002);
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use api::generations::{Entry, Newest};
+
 /// What is known of one replica.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sight {
@@ -53,11 +55,10 @@ pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
             }
         }
     }
-    let highest = seen.values().map(|r| r.generation).max().unwrap_or(0);
+    let entries: Vec<Entry<'_>> = seen.iter().map(|(name, record)| entry(name, record)).collect();
+    let Some(newest) = Newest::of(&entries) else { return judgement };
+    let highest = newest.generation;
     judgement.highest = highest;
-    if seen.is_empty() {
-        return judgement;
-    }
     if highest < reached {
         // Rule 4: a lone stale replica, or several.
         judgement.refused = Some(format!(
@@ -70,22 +71,12 @@ pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
         judgement.current = seen.keys().map(|n| (*n).to_owned()).collect();
         return judgement;
     }
-    let newest = seen.values().filter(|r| r.generation == highest);
-    // Members agree; should they ever not, only what all records name is safe.
-    let members: BTreeSet<String> =
-        newest.map(|r| r.members.clone()).reduce(|a, b| a.intersection(&b).cloned().collect()).unwrap_or_default();
-    // A member that has not recorded this generation shows that nothing was acknowledged under it. Its own record says on whom the
-    // engine before went on: perhaps without others, after they were asked.
-    let witnesses: Vec<&Record> =
-        seen.iter().filter(|(name, r)| members.contains(**name) && r.generation > 0).map(|(_, r)| *r).collect();
-    let left_out = |name: &str| witnesses.iter().find(|r| !r.members.contains(name));
     for (name, record) in &seen {
-        if members.contains(*name) && left_out(name).is_none() {
+        if newest.holds_everything(name) {
             // Also one that has not recorded this generation yet (rule 3).
             judgement.current.insert((*name).to_owned());
         } else {
-            let why = if let Some(other) = left_out(name).filter(|_| members.contains(*name)) {
-                let went_on = other.generation;
+            let why = if let Some(went_on) = newest.left_out_at(name).filter(|_| newest.members.contains(name)) {
                 format!(
                     "others went on without it at generation {went_on}, before anything began at generation {highest}"
                 )
@@ -105,6 +96,10 @@ pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
     let settled = |name: &String| seen.get(name.as_str()).is_some_and(|r| r.generation == highest && r.clean);
     judgement.compare = judgement.current.len() > 1 && !judgement.current.iter().all(settled);
     judgement
+}
+
+fn entry<'a>(name: &'a str, record: &'a Record) -> Entry<'a> {
+    Entry { name, generation: record.generation, members: record.members.iter().map(String::as_str).collect() }
 }
 
 #[cfg(test)]

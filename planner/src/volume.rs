@@ -200,11 +200,14 @@ impl Pass<'_> {
         }
     }
 
-    /// Rule 4 of the generations: what the engine reached is never forgotten.
+    /// Rule 4 of the generations: what the engine or a replica reached is never forgotten, also when that one failed; unless a
+    /// user says so, who sets `failedAt` without a reason to salvage what others hold.
     fn record_generation(&mut self) {
-        let reached = self.o.engine.as_ref().and_then(|e| e.status.as_ref()).map_or(0, |s| s.generation);
+        let counts = |r: &&Replica| r.spec.failed_at.is_empty() || !r.spec.failed_reason.is_empty();
+        let recorded = self.o.replicas.iter().filter(counts).filter_map(|r| r.status.as_ref()).map(|s| s.generation);
+        let reached = self.o.engine.as_ref().and_then(|e| e.status.as_ref()).map(|s| s.generation);
         if let Some(engine) = &mut self.engine {
-            engine.generation = engine.generation.max(reached);
+            engine.generation = recorded.chain(reached).fold(engine.generation, u64::max);
         }
     }
 

@@ -95,13 +95,24 @@ impl Story<'_> {
     fn problems(&mut self, conditions: &[Condition]) {
         for condition in conditions.iter().filter(|c| is_problem(c)) {
             // Several conditions, of several objects, may have one cause.
-            if condition.message.is_empty() || !self.is_told(&condition.message) {
-                let text = self.sentence(condition);
+            let text = if condition.message.is_empty() || !self.is_told(&condition.message) {
+                self.sentence(condition)
+            } else {
+                self.what_follows(condition)
+            };
+            if !text.is_empty() {
                 self.say(text);
-            } else if !condition.hint.is_empty() && !self.is_told(&condition.hint) {
-                self.say(format!("You can: {}", sentence_stop(&condition.hint)));
             }
         }
+    }
+
+    /// When something that is told already is tried again, and what can be done, unless that is told too.
+    fn what_follows(&self, condition: &Condition) -> String {
+        let next = self.next_attempt(&condition.next_retry_time);
+        let hint = sentence_stop(&condition.hint);
+        let hint = if condition.hint.is_empty() { String::new() } else { format!("You can: {hint}") };
+        let parts = [next.trim(), &hint].map(str::to_owned);
+        parts.into_iter().filter(|part| !part.is_empty() && !self.is_told(part)).collect::<Vec<_>>().join(" ")
     }
 
     /// Whether a message stands in a sentence already, there perhaps with a small first letter.

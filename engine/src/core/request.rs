@@ -239,6 +239,7 @@ impl Core {
         }
         if self.members.is_empty() {
             if self.fault.as_ref().is_none_or(|fault| fault.expired) {
+                self.note_lost_changes([id]);
                 self.finish(id, Err(Failure::Io));
             }
             return;
@@ -283,9 +284,9 @@ impl Core {
             return self.finish(id, Ok(()));
         }
         if failed == self.members {
-            let (failure, start, end) = (slot.failure, slot.piece_start, slot.piece_start + slot.piece_length);
+            let (failure, start, end) = (slot.failure, slot.piece_start, slot.end);
             if start < end && self.members.len() > 1 {
-                // Some may have stored a part of it.
+                // Some may have stored a part of it; also of what was not sent, when this repeats what an earlier engine had sent.
                 self.compare_range(start, end);
             }
             return self.finish(id, Err(failure));
@@ -315,15 +316,21 @@ impl Core {
         self.start_waiting();
     }
 
-    /// Fails everything that is there, when no replica is left.
+    /// These fail for want of replicas.
     ///
-    /// Its user does not repeat what failed, and each replica may have stored it or not. Those that were only silent may be members
-    /// again in a next life.
-    pub(super) fn fail_everything(&mut self) {
-        self.held.clear();
-        if self.active.iter().any(|id| self.slots[*id].changes_bytes()) {
+    /// Their user does not repeat them, and each replica may have stored a change or not, if not from this engine then from an
+    /// earlier one. Replicas that were only silent may be members again in a next life.
+    fn note_lost_changes(&mut self, requests: impl IntoIterator<Item = usize>) {
+        if requests.into_iter().any(|id| self.slots[id].changes_bytes()) {
             self.outputs.push(Output::MayDiffer);
         }
+    }
+
+    /// Fails everything that is there, when no replica is left.
+    pub(super) fn fail_everything(&mut self) {
+        self.held.clear();
+        let all: Vec<usize> = self.active.iter().chain(&self.waiting).copied().collect();
+        self.note_lost_changes(all);
         for id in std::mem::take(&mut self.waiting) {
             self.active.push(id);
         }

@@ -409,6 +409,22 @@ fn what_failed_for_want_of_replicas_may_be_on_some_of_them() {
 }
 
 #[test]
+fn what_waited_or_came_when_no_replica_was_left_may_be_on_some_of_them() {
+    // An earlier engine may have sent it.
+    let mut story = story(2, false);
+    story.tell(Event::Pause);
+    story.tell(Event::write(1, 0, 4096, 9));
+    story.tell(lost(0));
+    story.tell(lost(1));
+    let outputs = story.wait(Duration::from_secs(30));
+    assert_eq!(completed(&outputs), [(1, Err(Failure::Io))]);
+    assert!(outputs.contains(&Output::MayDiffer));
+    story.tell(Event::Resume);
+    assert!(story.tell(Event::write(2, 0, 4096, 9)).contains(&Output::MayDiffer));
+    assert!(!story.tell(Event::read(3, 0, 4096, 9)).contains(&Output::MayDiffer));
+}
+
+#[test]
 fn a_fence_is_over_with_its_last_member() {
     let mut story = story(2, false);
     let write = sent(&story.tell(Event::write(1, 0, 4096, 9)));

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     fn begin(members: usize) -> Beginning {
-        Beginning::new(Choice { generation: 5, members: Set::first(members), compare: true })
+        Beginning::new(Choice { generation: 5, members: Set::first(members), compare: true, holders: None })
     }
 
     #[test]
@@ -95,7 +95,7 @@ mod tests {
         assert_eq!(beginning.round(), Round::Open { generation: 5, members: Set::first(2) });
         let connect = Round::Connect { members: Set::first(2) };
         assert_eq!(beginning.next(Set::first(2), false), Next::Ask(connect));
-        let choice = Choice { generation: 5, members: Set::first(2), compare: true };
+        let choice = Choice { generation: 5, members: Set::first(2), compare: true, holders: None };
         assert_eq!(beginning.next(Set::first(2), false), Next::Serve(choice));
     }
 
@@ -106,7 +106,7 @@ mod tests {
         let fence = |generation, members| Next::Ask(Round::Fence { generation, members: Set::first(members) });
         assert_eq!(beginning.next(Set::first(2), false), fence(6, 2));
         assert_eq!(beginning.next(Set::first(1), false), fence(7, 1));
-        let alone = Choice { generation: 7, members: Set::first(1), compare: false };
+        let alone = Choice { generation: 7, members: Set::first(1), compare: false, holders: None };
         assert_eq!(beginning.next(Set::first(1), false), Next::Serve(alone));
     }
 

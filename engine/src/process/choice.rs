@@ -1,9 +1,9 @@
 //! Which replicas an engine begins with, and under which generation: a pure decision.
 
-use api::engine::{GENERATIONS_OF_AN_ATTACHMENT, attachment_of};
+use api::generations::{Entry, GENERATIONS_OF_AN_ATTACHMENT, Newest, attachment_of};
 use proto::replica::Record;
 
-pub use super::life::Known;
+pub use super::life::{Claim, Known};
 use crate::core::Set;
 
 /// What a replica said.
@@ -29,8 +29,8 @@ pub struct Situation<'a> {
     pub first_life: bool,
     /// What the last life acknowledged under.
     pub known: Option<&'a Known>,
-    /// The highest generation that an earlier life may have asked any replica to record, whether it ever served or not.
-    pub claimed: u64,
+    /// What earlier lives noted, whether they ever served or not.
+    pub claim: &'a Claim,
     /// What the last life left about differences.
     pub known_to_differ: bool,
 }
@@ -41,12 +41,16 @@ pub struct Choice {
     pub generation: u64,
     pub members: Set,
     pub compare: bool,
+    /// See [`Claim::holders`].
+    pub holders: Option<Vec<String>>,
 }
 
 impl Choice {
-    /// The highest generation that this engine can come to: each fence drops a member, and the last one is never fenced.
-    pub fn claims(&self) -> u64 {
-        self.generation + (self.members.len() as u64).saturating_sub(1)
+    /// To be noted before the first replica is asked.
+    pub fn claim(&self) -> Claim {
+        // Each fence drops a member, and the last one is never fenced.
+        let fences = (self.members.len() as u64).saturating_sub(1);
+        Claim { highest: self.generation + fences, holders: self.holders.clone() }
     }
 }
 
@@ -60,7 +64,9 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     let answered: Vec<usize> = (0..situation.names.len()).filter(|r| situation.answers[*r].is_some()).collect();
     let answer = |replica: usize| situation.answers[replica].as_ref().expect("it answered");
     let record = |replica: usize| &answer(replica).record;
-    let highest = answered.iter().map(|r| record(*r).generation).max().ok_or("none of them answers")?;
+    let entries: Vec<Entry<'_>> = answered.iter().map(|r| entry(&situation.names[*r], record(*r))).collect();
+    let newest = Newest::of(&entries).ok_or("none of them answers")?;
+    let highest = newest.generation;
     if attachment_of(highest) > situation.attachment {
         return Err(superseded(attachment_of(highest), situation.attachment));
     }
@@ -73,24 +79,19 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
             situation.config_generation
         ));
     }
-    let newest = || answered.iter().map(|r| record(*r)).filter(|record| record.generation == highest);
-    // A member that has not recorded the highest generation shows that nothing was acknowledged under it. What was acknowledged
-    // before is where that one's own record says: its engine may have gone on without others after they were asked.
-    let witnesses = || {
-        let named = |r: &&usize| newest().all(|newest| newest.members.contains(&situation.names[**r]));
-        answered.iter().filter(named).map(|r| record(*r)).filter(|record| record.generation > 0)
-    };
     let is_member = |name: &String| match known {
         Some(known) => known.members.contains(name),
-        // Should records ever contradict each other, only what all of them name is safe.
-        None => newest().all(|record| record.members.contains(name)) && witnesses().all(|r| r.members.contains(name)),
+        None => newest.holds_everything(name),
     };
+    // A replica that was found to miss something still does, although this attachment may have raised its record before or since.
+    let noted = situation.claim.holders.as_ref();
+    let is_holder = |name: &&String| is_member(name) && noted.is_none_or(|noted| noted.contains(name));
+    let holders: Vec<String> = situation.names.iter().filter(is_holder).cloned().collect();
     // One without a generation is blank: it was made anew after its disk was lost, or never took part.
-    let holds_all = |r: &usize| generation == 0 || record(*r).generation > 0 && is_member(&situation.names[*r]);
+    let holds_all = |r: &usize| generation == 0 || record(*r).generation > 0 && holders.contains(&situation.names[*r]);
     let current: Vec<usize> = answered.iter().copied().filter(holds_all).collect();
     if current.is_empty() {
-        let wanted = known.map(|known| &known.members).or_else(|| newest().next().map(|record| &record.members));
-        let wanted = wanted.map(|names| names.join(", ")).unwrap_or_default();
+        let wanted = holders.join(", ");
         return Err(format!(
             "those that answer missed writes; the replicas that hold everything (generation {generation}: {wanted}) do not answer"
         ));
@@ -101,10 +102,10 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     let goes_on = !situation.first_life && situation.known.is_some();
     // An export tells that only if an engine of this attachment opened it: what another one opened may have been started anew
     // before. 0: nothing was noted.
-    let claimed = situation.claimed.max(situation.known.map_or(0, |known| known.generation));
+    let claimed = situation.claim.highest.max(situation.known.map_or(0, |known| known.generation));
     let is_ours = |r: &usize| {
         let generation = record(*r).generation;
-        attachment_of(generation) == situation.attachment && (situation.claimed == 0 || generation <= claimed)
+        attachment_of(generation) == situation.attachment && (situation.claim.highest == 0 || generation <= claimed)
     };
     let kept = |r: &usize| !goes_on || is_ours(r) && (answer(*r).serves || record(*r).clean);
     let chosen: Vec<usize> = current.into_iter().filter(kept).collect();
@@ -119,18 +120,23 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     // A request of an earlier life may still be on its way to a replica that does not answer now. Whatever that one records then
     // must be below what is acknowledged without it.
     let choice = Choice {
-        generation: generation.max(situation.claimed).max(first) + 1,
+        generation: generation.max(situation.claim.highest).max(first) + 1,
         members: chosen.iter().fold(Set::EMPTY, |set, replica| set.with(Set::only(*replica))),
         // One cannot differ from itself; the core would say so at once.
         compare: compare && chosen.len() > 1,
+        holders: (generation > 0).then_some(holders),
     };
-    if attachment_of(choice.claims()) > situation.attachment {
+    if attachment_of(choice.claim().highest) > situation.attachment {
         return Err(format!(
             "attachment {} has used up its generations; detach the volume and attach it again",
             situation.attachment
         ));
     }
     Ok(choice)
+}
+
+fn entry<'a>(name: &'a str, record: &'a Record) -> Entry<'a> {
+    Entry { name, generation: record.generation, members: record.members.iter().map(String::as_str).collect() }
 }
 
 /// Why an engine has nothing to say any more.
@@ -149,300 +155,4 @@ fn ended_uncleanly<'a>(chosen: &[usize], record: &impl Fn(usize) -> &'a Record) 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn record(generation: u64, members: &str, clean: bool) -> Option<Answer> {
-        let members = members.chars().map(String::from).collect();
-        Some(Answer { record: Record { generation, members, clean, ..Record::default() }, serves: !clean })
-    }
-
-    fn restarted(answer: Option<Answer>) -> Option<Answer> {
-        answer.map(|answer| Answer { serves: false, ..answer })
-    }
-
-    fn check(first_life: bool, config: u64, known: Option<(u64, &str)>, answers: [Option<Answer>; 3], expected: &str) {
-        let names = ["a", "b", "c"].map(String::from);
-        let known = known
-            .map(|(generation, members)| Known { generation, members: members.chars().map(String::from).collect() });
-        let situation = Situation {
-            config_generation: config,
-            attachment: 0,
-            config_compare: false,
-            names: &names,
-            answers: &answers,
-            first_life,
-            known: known.as_ref(),
-            claimed: 0,
-            known_to_differ: false,
-        };
-        let text = match choose(&situation) {
-            Ok(choice) => {
-                let members: String = choice.members.iter().map(|replica| names[replica].as_str()).collect();
-                format!("{members} {}{}", choice.generation, if choice.compare { " compare" } else { "" })
-            }
-            Err(sentence) => sentence,
-        };
-        let is_right =
-            if text.ends_with("compare") || expected.len() < 8 { text == expected } else { text.starts_with(expected) };
-        assert!(is_right, "{text} is not {expected}");
-    }
-
-    #[test]
-    fn a_first_life_takes_the_members_of_the_highest_record() {
-        check(true, 0, None, [record(0, "", true), record(0, "", true), record(0, "", true)], "abc 1");
-        check(true, 8, None, [record(8, "abc", true), record(8, "abc", true), record(8, "abc", true)], "abc 9");
-        check(true, 8, None, [record(8, "abc", true), None, record(8, "abc", false)], "ac 9");
-        check(true, 8, None, [None, None, None], "none of them answers");
-        check(true, 8, None, [record(8, "ac", true), record(7, "abc", true), record(8, "ac", true)], "ac 9");
-        check(true, 8, None, [record(8, "ab", true), record(8, "bc", true), record(8, "bc", true)], "b 9");
-    }
-
-    #[test]
-    fn records_of_two_attachments_are_never_mixed() {
-        let first = |generation: u64, members| record(1_000_000 + generation, members, false);
-        let second = |generation: u64, members| record(2_000_000 + generation, members, false);
-        let names = ["a", "b", "c"].map(String::from);
-        let choose_third = |answers: [Option<Answer>; 3]| {
-            choose(&Situation {
-                config_generation: 1_000_005,
-                config_compare: false,
-                attachment: 3,
-                names: &names,
-                answers: &answers,
-                first_life: true,
-                known: None,
-                claimed: 0,
-                known_to_differ: false,
-            })
-        };
-        let members = |answers| choose_third(answers).map(|choice| choice.members);
-        // The second one opened `a` while the first one dropped it and went on with `b` and `c`.
-        let (b, c) = (first(6, "bc"), first(6, "bc"));
-        assert_eq!(members([second(1, "abc"), b.clone(), c.clone()]), Ok(Set::only(1).with(Set::only(2))));
-        assert_eq!(members([second(1, "abc"), b, second(1, "abc")]), Ok(Set::only(1).with(Set::only(2))));
-        // Each went on with one of them: nobody can tell which is right, but that both hold everything is wrong.
-        assert_eq!(members([second(1, "ab"), first(6, "b"), first(7, "c")]), Ok(Set::only(1)));
-        assert!(members([second(2, "a"), first(6, "b"), first(7, "c")]) == Ok(Set::only(0)));
-        // Nothing was done without `a`.
-        let choice = choose_third([second(1, "abc"), first(5, "abc"), None]).unwrap();
-        assert_eq!((choice.members, choice.compare, choice.generation), (Set::first(2), true, 3_000_001));
-    }
-
-    #[test]
-    fn an_engine_whose_volume_was_taken_over_by_a_newer_attachment_begins_no_more() {
-        let (names, answers) =
-            (["a", "b"].map(String::from), [record(2_000_001, "a", false), record(1_000_005, "ab", false)]);
-        let situation = Situation {
-            config_generation: 0,
-            config_compare: false,
-            attachment: 1,
-            names: &names,
-            answers: &answers,
-            first_life: false,
-            known: None,
-            claimed: 1_000_006,
-            known_to_differ: false,
-        };
-        let refused = choose(&situation).unwrap_err();
-        assert!(refused.contains("attachment 2 has taken the volume over from this one (1)"), "{refused}");
-        // The newer one's own next engine is none.
-        assert_eq!(
-            choose(&Situation { attachment: 2, claimed: 2_000_002, ..situation }).unwrap().generation,
-            2_000_003
-        );
-    }
-
-    #[test]
-    fn an_attachment_keeps_to_its_own_generations() {
-        let names = ["a"].map(String::from);
-        let at = |attachment, generation, claimed| {
-            let situation = Situation {
-                config_generation: 0,
-                config_compare: false,
-                attachment,
-                names: &names,
-                answers: &[record(generation, "a", true)],
-                first_life: true,
-                known: None,
-                claimed,
-                known_to_differ: false,
-            };
-            choose(&situation).map(|choice| choice.generation)
-        };
-        // Of a replica that was written before attachments were counted, of one before, and of its own.
-        assert_eq!((at(4, 7, 0), at(4, 3_000_009, 0)), (Ok(4_000_001), Ok(4_000_001)));
-        assert_eq!((at(4, 4_000_001, 0), at(4, 3_000_009, 4_000_005)), (Ok(4_000_002), Ok(4_000_006)));
-        assert!(at(4, 4_999_999, 0).unwrap_err().contains("used up its generations"));
-    }
-
-    #[test]
-    fn a_blank_replica_beside_a_written_one_is_never_a_member() {
-        check(true, 8, None, [record(8, "abc", true), record(0, "", true), record(8, "abc", true)], "ac 9");
-        check(true, 0, None, [record(1, "abc", false), record(1, "abc", false), record(0, "", true)], "ab 2 compare");
-        check(true, 0, None, [record(0, "", true), record(1, "c", false), None], "those that answer missed writes");
-    }
-
-    #[test]
-    fn a_record_below_the_controllers_is_refused() {
-        check(
-            true,
-            8,
-            None,
-            [None, record(7, "abc", false), None],
-            "the newest replica that answers is of generation 7",
-        );
-        check(true, 8, None, [record(0, "", true), None, None], "the newest replica that answers is of generation 0");
-    }
-
-    #[test]
-    fn a_first_life_compares_after_an_unclean_end() {
-        check(true, 8, None, [record(8, "abc", false), record(8, "abc", false), None], "ab 9 compare");
-        check(true, 8, None, [record(8, "ab", false), record(7, "abc", false), None], "ab 9 compare");
-        check(true, 8, None, [record(8, "abc", false), None, None], "a 9");
-        // One that did not record the highest generation was not there at its end.
-        check(true, 8, None, [record(8, "ab", true), record(7, "abc", false), None], "ab 9 compare");
-        let ended = restarted(record(8, "abc", false));
-        check(true, 8, None, [ended.clone(), ended, record(8, "abc", false)], "abc 9 compare");
-    }
-
-    #[test]
-    fn a_first_life_does_not_go_on_from_what_an_earlier_attachment_left() {
-        let anew = restarted(record(8, "abc", false));
-        check(true, 8, Some((8, "abc")), [anew.clone(), anew.clone(), anew], "abc 9 compare");
-    }
-
-    #[test]
-    fn compares_when_the_controller_or_the_last_life_says_so() {
-        let (names, clean) = (["a", "b"].map(String::from), [record(8, "ab", true), record(8, "ab", true)]);
-        let known = Known { generation: 8, members: names.to_vec() };
-        let first = Situation {
-            config_generation: 8,
-            attachment: 0,
-            config_compare: true,
-            names: &names,
-            answers: &clean,
-            first_life: true,
-            known: None,
-            claimed: 0,
-            known_to_differ: false,
-        };
-        assert!(choose(&first).unwrap().compare);
-        assert!(!choose(&Situation { config_compare: false, ..first }).unwrap().compare);
-        let unclean = [record(8, "ab", false), record(8, "ab", false)];
-        let later = |known_to_differ: bool| Situation {
-            config_compare: !known_to_differ,
-            answers: &unclean,
-            first_life: false,
-            known: Some(&known),
-            known_to_differ,
-            names: &names,
-            config_generation: 8,
-            attachment: 0,
-            claimed: 0,
-        };
-        assert!(choose(&later(true)).unwrap().compare);
-        assert!(!choose(&later(false)).unwrap().compare, "the kernel repeats what was in flight");
-    }
-
-    #[test]
-    fn a_choice_claims_every_generation_that_its_fences_can_reach() {
-        let choice = Choice { generation: 9, members: Set::first(3), compare: false };
-        assert_eq!(choice.claims(), 11);
-        assert_eq!(Choice { members: Set::only(1), ..choice }.claims(), 9);
-    }
-
-    #[test]
-    fn a_record_above_the_controllers_decides() {
-        check(
-            true,
-            7,
-            None,
-            [record(9, "ab", false), record(9, "ab", false), record(7, "abc", false)],
-            "ab 10 compare",
-        );
-        check(true, 7, None, [record(9, "b", false), None, record(7, "abc", false)], "those that answer missed writes");
-    }
-
-    #[test]
-    fn a_later_life_takes_the_members_of_the_highest_record() {
-        check(
-            false,
-            8,
-            Some((8, "abc")),
-            [record(8, "abc", false), record(9, "bc", false), record(8, "abc", false)],
-            "bc 10",
-        );
-        check(false, 8, Some((9, "bc")), [record(8, "abc", false), record(9, "bc", false), None], "b 10");
-        check(false, 0, None, [record(0, "", true), record(0, "", true), None], "ab 1");
-    }
-
-    #[test]
-    fn a_later_life_begins_above_all_that_an_earlier_one_may_have_asked_for() {
-        let (names, answers) = (["a", "b"].map(String::from), [record(8, "ab", false), None]);
-        let situation = Situation {
-            config_generation: 8,
-            attachment: 0,
-            config_compare: false,
-            names: &names,
-            answers: &answers,
-            first_life: false,
-            known: None,
-            claimed: 10,
-            known_to_differ: false,
-        };
-        assert_eq!(choose(&situation).unwrap().generation, 11);
-        assert_eq!(choose(&Situation { claimed: 5, ..situation }).unwrap().generation, 9);
-    }
-
-    #[test]
-    fn a_later_life_never_begins_with_replicas_that_were_dropped_before() {
-        // `b` and `c` went on without `a`; only `a` is left, and its record does not know.
-        check(false, 8, Some((9, "bc")), [record(8, "abc", false), None, None], "those that answer missed writes");
-    }
-
-    #[test]
-    fn a_later_life_never_begins_with_replicas_that_were_started_anew() {
-        let (kept, anew) = (record(8, "abc", false), restarted(record(8, "abc", false)));
-        check(false, 8, Some((8, "abc")), [kept.clone(), anew.clone(), kept], "ac 9");
-        check(
-            false,
-            8,
-            Some((8, "abc")),
-            [anew.clone(), anew.clone(), anew],
-            "those that answer were all started anew,",
-        );
-        // The last life was about to end cleanly.
-        check(false, 8, Some((8, "abc")), [record(8, "abc", true), record(8, "abc", false), None], "ab 9");
-    }
-
-    #[test]
-    fn a_later_life_never_begins_with_replicas_that_another_engine_opened_meanwhile() {
-        let known = Known { generation: 8, members: vec!["a".into(), "b".into()] };
-        let names = ["a", "b"].map(String::from);
-        let (ours, theirs) = ([record(9, "a", false), None], [record(10, "a", false), None]);
-        let situation = Situation {
-            config_generation: 8,
-            attachment: 0,
-            config_compare: false,
-            names: &names,
-            answers: &ours,
-            first_life: false,
-            known: Some(&known),
-            claimed: 9,
-            known_to_differ: false,
-        };
-        assert_eq!(choose(&situation).unwrap().generation, 10);
-        let stolen = Situation { answers: &theirs, ..situation };
-        let refused = choose(&stolen).unwrap_err();
-        assert!(refused.contains("opened by another engine"), "{refused}");
-        // So is one of another attachment, whatever was noted; its export tells nothing of this attachment's writes.
-        let before = [record(2_000_001, "ab", false), record(1_000_009, "ab", false)];
-        let own = Known { generation: 2_000_001, members: vec!["a".into(), "b".into()] };
-        let mixed = Situation { attachment: 2, answers: &before, known: Some(&own), claimed: 2_000_002, ..stolen };
-        assert_eq!(choose(&mixed).unwrap().members, Set::only(0));
-        // Whoever attaches the volume anew takes it.
-        let anew = Situation { first_life: true, known: None, ..stolen };
-        assert_eq!(choose(&anew).unwrap().members, Set::only(0));
-    }
-}
+mod tests;

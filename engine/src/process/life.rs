@@ -20,11 +20,21 @@ pub struct Known {
     pub members: Vec<String>,
 }
 
+/// What an engine notes before it asks the first replica to record anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The highest generation that an engine of this attachment may have asked a replica to record; 0 before the first.
+    pub highest: u64,
+    /// The replicas that hold everything, as far as any engine of this attachment could tell by the records that it saw, whether
+    /// they answered or not. None as long as no record said anything.
+    pub holders: Option<Vec<String>>,
+}
+
 /// The files of one attachment.
 #[derive(Clone, Debug)]
 pub struct LifeFiles {
     known: PathBuf,
-    claimed: PathBuf,
+    claim: PathBuf,
     differ: PathBuf,
     failure: PathBuf,
     repeats: PathBuf,
@@ -57,7 +67,7 @@ impl LifeFiles {
     pub fn of(control_socket: &Path) -> LifeFiles {
         LifeFiles {
             known: beside(control_socket, ".generation"),
-            claimed: beside(control_socket, ".claimed"),
+            claim: beside(control_socket, ".claim"),
             differ: beside(control_socket, ".differ"),
             failure: beside(control_socket, ".failure"),
             repeats: beside(control_socket, ".repeats"),
@@ -68,7 +78,7 @@ impl LifeFiles {
 
     /// Forgets an earlier attachment.
     pub fn forget(&self) -> io::Result<()> {
-        for path in [&self.known, &self.claimed, &self.differ, &self.failure, &self.repeats, &self.holder] {
+        for path in [&self.known, &self.claim, &self.differ, &self.failure, &self.repeats, &self.holder] {
             runtime::files::remove_if_present(path)?;
         }
         Ok(())
@@ -105,14 +115,12 @@ impl LifeFiles {
         };
     }
 
-    /// The highest generation that an engine of this attachment may have asked a replica to record; 0 before the first.
-    pub fn claimed(&self) -> io::Result<u64> {
-        Ok(read(&self.claimed)?.unwrap_or(0))
+    pub fn claim(&self) -> io::Result<Claim> {
+        Ok(read(&self.claim)?.unwrap_or_default())
     }
 
-    /// Written before a replica is asked for the first of the generations up to this one.
-    pub fn set_claimed(&self, generation: u64) -> io::Result<()> {
-        replace(&self.claimed, &generation)
+    pub fn set_claim(&self, claim: &Claim) -> io::Result<()> {
+        replace(&self.claim, claim)
     }
 
     /// Whether replicas may differ in a way that repeating unanswered requests does not heal.
@@ -167,17 +175,18 @@ mod tests {
         files.set_known(&known).unwrap();
         files.set_may_differ(true).unwrap();
         assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
-        assert_eq!(files.claimed().unwrap(), 0);
-        files.set_claimed(11).unwrap();
+        assert_eq!(files.claim().unwrap(), Claim::default());
+        let claim = Claim { highest: 11, holders: Some(vec!["r1".into()]) };
+        files.set_claim(&claim).unwrap();
         files.set_repeats(false).unwrap();
         files.set_holder_report(Some(&HolderReport { attempts: 2, ..HolderReport::default() }));
         let next = LifeFiles::of(&folder.path().join("engine.sock"));
         assert_eq!((next.known().unwrap(), next.may_differ()), (Some(known), true));
         assert_eq!((next.repeats().unwrap(), next.holder_report().unwrap().unwrap().attempts), (Some(false), 2));
-        assert_eq!(next.claimed().unwrap(), 11);
+        assert_eq!(next.claim().unwrap(), claim);
         next.forget().unwrap();
         assert_eq!((files.repeats().unwrap(), files.holder_report().unwrap()), (None, None));
-        assert_eq!(files.claimed().unwrap(), 0);
+        assert_eq!(files.claim().unwrap(), Claim::default());
         assert_eq!((files.known().unwrap(), files.may_differ()), (None, false));
     }
 

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use api::engine::attachment_of;
+use api::generations::attachment_of;
 use proto::replica::Request;
 
 use super::choice::superseded;

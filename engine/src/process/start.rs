@@ -66,6 +66,8 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
     };
     let answers = starting.ask_status();
     let known = life.known().map_err(|error| nobody(format!("what the last engine left cannot be read: {error}")))?;
+    let claim =
+        life.claim().map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?;
     let situation = Situation {
         config_generation: config.generation,
         attachment: config.attachment,
@@ -74,9 +76,7 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
         answers: &answers,
         first_life: lives == 0,
         known: known.as_ref(),
-        claimed: life
-            .claimed()
-            .map_err(|error| nobody(format!("what the last engine asked for cannot be read: {error}")))?,
+        claim: &claim,
         known_to_differ: life.may_differ(),
     };
     let seen: Vec<u64> = answers.iter().map(|a| a.as_ref().map_or(0, |answer| answer.record.generation)).collect();
@@ -84,15 +84,15 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
     for replica in (0..names.len()).filter(|replica| !choice.members.contains(*replica)) {
         starting.errors[replica].get_or_insert("it is not a member of the latest generation; it missed writes".into());
     }
-    let Choice { generation, members, compare } = choice;
+    let Choice { generation, members, compare, .. } = choice;
     info!(volume = %config.volume, generation, members = ?starting.named(members), compare, "members chosen");
     // Before anything that a next life would see of this one: what it does not find noted here it takes for equal, or for free.
-    let noted = life.set_claimed(choice.claims());
+    let noted = life.set_claim(&choice.claim());
     let noted = noted.and_then(|()| if compare { life.set_may_differ(true) } else { Ok(()) });
     noted.map_err(|error| nobody(format!("what a next engine has to know cannot be noted: {error}")))?;
     let mut beginning = Beginning::new(choice);
     let (mut exports, mut data) = (Vec::new(), Vec::new());
-    let Choice { generation, members: remaining, compare } = loop {
+    let Choice { generation, members: remaining, compare, .. } = loop {
         let mut rival = false;
         let answered = match beginning.round() {
             Round::Open { generation, members } => {

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::engine::{DesireState, InstanceState, attachment_of};
+use api::engine::{DesireState, InstanceState};
+use api::generations::attachment_of;
 use api::names::condition::{ENGINE_WAITS, READY, WAIT_FOR_BACKING_IMAGE};
 use api::{Condition, ConditionStatus, Replica, condition};
 
@@ -283,7 +284,7 @@ impl Pass<'_> {
         if let Some(why) = &judgement.refused {
             let unseen = judgement.unknown.iter().map(|(n, why)| format!("{n}: {why}")).collect::<Vec<_>>().join("; ");
             let message = if unseen.is_empty() { why.clone() } else { format!("{why} ({unseen})") };
-            let hint = "bring the missing replicas back, or lower generation in the Engine's spec and status and set failedAt of those that are lost, to salvage what is there";
+            let hint = "bring the missing replicas back; or, to salvage what is there, set failedAt and clear failedReason of those that are lost, then lower generation in the Engine's spec and status";
             self.wait_for(Condition::new(READY, ConditionStatus::False, "StaleReplica", message).with_hint(hint));
             return;
         }

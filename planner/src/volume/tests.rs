@@ -112,10 +112,12 @@ fn add_replica(o: &mut Observed, text: &str) {
     let mut replica = Replica::new(name, ReplicaSpec::default());
     replica.spec.node_id = format!("n{n}");
     replica.spec.disk_id = format!("d{n}");
-    if rest == "failed" {
+    if let Some(generation) = rest.strip_prefix("failed") {
         replica.spec.failed_at = "2025-01-01T00:00:00Z".into();
         replica.spec.failed_reason = "gone".into();
-        replica.status = Some(ReplicaStatus { current_state: InstanceState::Stopped, ..Default::default() });
+        let generation = generation.strip_prefix(':').map_or(0, |g| g.parse().unwrap());
+        replica.status =
+            Some(ReplicaStatus { current_state: InstanceState::Stopped, generation, ..Default::default() });
     } else {
         let (state, record) = rest.split_once(':').unwrap();
         let (generation, members) = record.split_once('{').unwrap_or((record, "}clean"));
@@ -264,6 +266,22 @@ fn refuses_a_lone_stale_replica() {
             "Attaching Faulted StaleReplica: the newest replica in sight is of generation 4, but the volume has reached generation 5: newer writes are on replicas that are not in sight"
         ],
     );
+}
+
+#[test]
+fn what_a_failed_replica_reached_counts_until_the_user_says_that_it_is_lost() {
+    // It went on alone, and failed before anybody heard how far it had come.
+    let text = "on=n1; recorded=4; engine=stopped:4@n1; r1=running:4{r1,r2}clean r2=failed:5 r3=failed";
+    check(
+        text,
+        expect![[r#"
+            engine Stopped at n1 with  above 5
+            Attaching Faulted StaleReplica: the newest replica in sight is of generation 4, but the volume has reached generation 5: newer writes are on replicas that are not in sight"#]],
+    );
+    let mut salvaged = world(text);
+    salvaged.replicas[1].spec.failed_reason.clear();
+    let starts = |a: &Action| matches!(a, Action::SetEngineSpec(s) if s.desire_state == DesireState::Running);
+    assert!(decide(&salvaged).actions.iter().any(starts));
 }
 
 #[test]
@@ -447,8 +465,8 @@ fn a_silent_replica_is_waited_for_and_what_was_read_of_it_counts() {
     check(
         &format!("on=n1; silent=n3; since=n3; engine=stopped:3@n2; {replicas} r3=running:4{{r3}}"),
         expect![[r#"
-        engine Stopped at n2 with  above 3
-        Attaching Faulted StaleReplica: the newest replica in sight is of generation 3, but the volume has reached generation 4: newer writes are on replicas that are not in sight (r3: node n3 does not answer)"#]],
+            engine Stopped at n2 with  above 4
+            Attaching Faulted StaleReplica: the newest replica in sight is of generation 3, but the volume has reached generation 4: newer writes are on replicas that are not in sight (r3: node n3 does not answer)"#]],
     );
 }
 

@@ -193,6 +193,25 @@ fn a_hint_is_told_although_its_reason_was() {
 }
 
 #[test]
+fn the_next_attempt_is_told_although_its_reason_was() {
+    let killed = "it was killed by signal 9";
+    let mut image = BackingImage::new("ubuntu", Default::default());
+    let copy = DiskFileStatus { state: CopyState::Unknown, message: killed.into(), ..Default::default() };
+    image.status.get_or_insert_default().disk_file_status_map.insert("d1".into(), copy);
+    let mut manager = BackingImageManager::new("bim-d1", Default::default());
+    manager.spec.disk_uuid = "d1".into();
+    let status = manager.status.get_or_insert_default();
+    status.current_state = api::manager::ManagerState::Error;
+    let mut condition = Condition::new(types::READY, ConditionStatus::False, "Ended", killed);
+    condition.next_retry_time = "2026-01-01T00:10:08Z".into();
+    status.conditions.push(condition);
+    let world = World { images: vec![image], managers: vec![manager], ..Default::default() };
+    let story = render(&explain(&world, &Subject::Image("ubuntu".into()), now()).unwrap());
+    assert_eq!(story.to_lowercase().matches(killed).count(), 1, "{story}");
+    assert!(story.contains("Next attempt in 8s."), "{story}");
+}
+
+#[test]
 fn a_download_between_two_attempts_is_told_once() {
     let problem = "cannot download `http://x/y`: cannot connect: Connection refused (os error 111)";
     let next = "2026-01-01T00:10:08Z";

@@ -1,9 +1,9 @@
 //! How an engine begins: ask, choose, open, connect, fence.
 
-use api::engine::attachment_of;
+use api::generations::attachment_of;
 use engine::core::Set;
 use engine::process::beginning::{Beginning, Next, Round, is_rival};
-use engine::process::choice::{Answer, Choice, Situation, choose};
+use engine::process::choice::{Answer, Choice, Claim, Situation, choose};
 use proto::replica::{Record, Reply, Request};
 
 use super::holder::Attachment;
@@ -94,7 +94,7 @@ impl World {
         let attachment = &mut self.attachments[a];
         let count = attachment.config.replicas.len();
         if attachment.lives == 0 {
-            (attachment.known, attachment.claimed, attachment.differ) = (None, 0, false);
+            (attachment.known, attachment.claim, attachment.differ) = (None, Claim::default(), false);
         }
         let start = Start {
             round: 1,
@@ -177,10 +177,10 @@ impl World {
         self.at(at, Happening::ControlAnswer { life, round, replica, incarnation, reply });
     }
 
-    /// A record was replaced: nobody else tells of it any more, except whoever replaced it.
+    /// A record was replaced by a later attachment: nobody else tells of it any more, except whoever replaced it.
     fn note_overwritten(&mut self, life: u32, replica: usize, before: u64) {
-        let is_raised = self.replicas[replica].record.generation > before;
-        if is_raised && self.of_life(life).is_some_and(|a| !self.attachments[a].disowned) {
+        let is_replaced = attachment_of(self.replicas[replica].record.generation) > attachment_of(before);
+        if is_replaced && self.of_life(life).is_some_and(|a| !self.attachments[a].disowned) {
             let overwritten = self.overwritten.entry(attachment_of(before)).or_default();
             *overwritten = (*overwritten).max(before);
         }
@@ -292,7 +292,7 @@ impl World {
         }
         let attachment = &mut self.attachments[a];
         let (known, differ, lives) = (attachment.known.clone(), attachment.differ, attachment.lives);
-        let (mut claimed, mut may_differ) = (attachment.claimed, differ);
+        let (mut claim, mut may_differ) = (attachment.claim.clone(), differ);
         let config = attachment.config.clone();
         let start = start_of(attachment);
         let next = match &mut start.beginning {
@@ -305,12 +305,12 @@ impl World {
                     answers: &start.answers,
                     first_life: lives == 0,
                     known: known.as_ref(),
-                    claimed,
+                    claim: &claim,
                     known_to_differ: differ,
                 };
                 match choose(&situation) {
                     Ok(choice) => {
-                        claimed = choice.claims();
+                        claim = choice.claim();
                         may_differ |= choice.compare;
                         let beginning = Beginning::new(choice);
                         let round = beginning.round();
@@ -322,7 +322,7 @@ impl World {
             }
             Some(beginning) => beginning.next(start.answered, start.rival),
         };
-        (attachment.claimed, attachment.differ) = (claimed, may_differ);
+        (attachment.claim, attachment.differ) = (claim, may_differ);
         match next {
             Next::Ask(round) => self.ask(a, round),
             Next::Serve(choice) => self.serve(a, choice),

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::engine::attachment_of;
+use api::generations::attachment_of;
 use engine::core::{Operation, ReplicaState, Set};
 use planner::generations::{Record, Sight, judge};
 
@@ -286,16 +286,11 @@ impl World {
 
     /// The device is gone and with it the users that rely on what was not flushed: what a member lost then may be gone.
     pub(super) fn forgive_losses(&mut self) {
-        let highest = self.replicas.iter().map(|r| r.record.generation).max().unwrap_or(0);
-        let newest: Vec<Vec<String>> =
-            self.replicas.iter().filter(|r| r.record.generation == highest).map(|r| r.record.members.clone()).collect();
+        let members = self.possible_members();
         for r in 0..self.replicas.len() {
-            // One that has failed is never asked again.
-            let is_good = self.controller.replicas[r].spec.failed_at.is_empty();
-            if !is_good
-                || !self.replicas[r].lossy
-                || !self.has_rivals() && !newest.iter().any(|members| members.contains(&self.replicas[r].name))
-            {
+            // One that has failed is asked again only by the engine of a removed node, which may bring the others to its state.
+            let is_asked = self.controller.replicas[r].spec.failed_at.is_empty() || self.is_rivals_own(r);
+            if !is_asked || !self.replicas[r].lossy || !self.has_rivals() && !members.contains(&self.replicas[r].name) {
                 continue;
             }
             for block in 0..super::BLOCKS {
@@ -309,6 +304,23 @@ impl World {
             }
             self.tally.add("losses that users must expect", 1);
         }
+    }
+
+    fn is_rivals_own(&self, replica: usize) -> bool {
+        self.attachments.iter().any(|a| a.disowned && !a.is_over() && a.config.replicas.contains(&replica))
+    }
+
+    /// The members of the highest record, and of the highest one that all of its members recorded: a fence that was half done
+    /// may be known to nobody who is left.
+    fn possible_members(&self) -> BTreeSet<String> {
+        let generation_of = |name: &String| {
+            self.replicas.iter().find(|r| r.name == *name).map_or(0, |replica| replica.record.generation)
+        };
+        let is_recorded = |r: &&Replica| r.record.members.iter().all(|name| generation_of(name) >= r.record.generation);
+        let highest = self.replicas.iter().map(|r| r.record.generation).max();
+        let recorded = self.replicas.iter().filter(is_recorded).map(|r| r.record.generation).max();
+        let newest = self.replicas.iter().filter(|r| [highest, recorded].contains(&Some(r.record.generation)));
+        newest.flat_map(|r| r.record.members.iter().cloned()).collect()
     }
 
     /// The volume is faulted: a replica still has everything.

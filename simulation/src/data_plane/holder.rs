@@ -1,7 +1,7 @@
 //! The holder of an attachment: it keeps the mount, and starts the next engine when one dies.
 
 use engine::core::ReplicaState;
-use engine::process::choice::Known;
+use engine::process::choice::{Claim, Known};
 
 use super::begin::{Life, Stage};
 use super::serve::Serving;
@@ -37,7 +37,7 @@ pub struct Attachment {
     pub without_engine: u64,
     quick_deaths: u32,
     pub known: Option<Known>,
-    pub claimed: u64,
+    pub claim: Claim,
     /// The highest generation that the controller had seen in the store when it was started.
     pub heard: u64,
     pub differ: bool,
@@ -75,7 +75,7 @@ impl Attachment {
             without_engine: now,
             quick_deaths: 0,
             known: None,
-            claimed: 0,
+            claim: Claim::default(),
             heard: 0,
             differ: false,
             recorded: 0,

@@ -1,6 +1,6 @@
 //! How an engine notices that replicas are lost, and what it asks before it goes on without them.
 
-use api::engine::attachment_of;
+use api::generations::attachment_of;
 use engine::core::{Event, Set};
 use engine::process::choice::superseded;
 use proto::replica::Request;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use api::engine::attachment_of;
+use api::generations::attachment_of;
 use engine::core::{BufferId, Event, Failure, Operation, Payload, Set, Submission};
 
 use super::{BLOCK, BLOCKS, Happening, MILLI, SECOND, World};

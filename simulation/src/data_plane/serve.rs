@@ -44,7 +44,7 @@ pub struct Serving {
 
 impl World {
     pub(super) fn begin_to_serve(&mut self, a: usize, choice: Choice, links: Vec<Option<u32>>) {
-        let Choice { generation, members, compare } = choice;
+        let Choice { generation, members, compare, .. } = choice;
         let (id, first_life) =
             (self.attachments[a].life.as_ref().expect("it begins").id, self.attachments[a].lives == 0);
         if self.check_start(a, generation, members, compare) {

@@ -75,6 +75,18 @@ fn compare_to_the_end(story: &mut Story, outputs: Vec<Output>) -> Vec<(u64, u64)
 }
 
 #[test]
+fn the_rest_of_a_zero_that_failed_is_compared_too() {
+    let mut story = story(2, false);
+    let pieces = sent(&story.tell(zero(1, 0, 512 * MIB)));
+    assert_eq!(pieces[0].length as u64, 256 * MIB);
+    story.reply(pieces[0], Some(Failure::NoSpace));
+    let outputs = story.reply(pieces[1], Some(Failure::NoSpace));
+    let compared = compare_to_the_end(&mut story, outputs);
+    // The caller repeated it, and an earlier engine had got further.
+    assert_eq!(compared.last().map(|range| range.1), Some(512 * MIB));
+}
+
+#[test]
 fn another_one_is_pinned_only_when_the_pinned_one_is_lost() {
     let mut story = story_that_reads_from(Some(2), 3, true);
     let read = sent(&story.tell(Event::read(1, 500 * MIB, 4096, 9)));
