@@ -14,7 +14,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// tagged gives every node and disk the tags that the documents' YAML asks for.
+// tagged gives every node and disk the tags that the documents' YAML asks for, and lets all of the disk be used: 30 % of this
+// machine's filesystem may be more than is free on it.
 func tagged(t *testing.T) {
 	t.Helper()
 	for n := 1; n <= nodes; n++ {
@@ -24,7 +25,7 @@ func tagged(t *testing.T) {
 		disks, _, _ := unstructured.NestedMap(node.Object, "spec", "disks")
 		var patch []string
 		for disk := range disks {
-			patch = append(patch, fmt.Sprintf(`%q: {"tags": ["disk1"]}`, disk))
+			patch = append(patch, fmt.Sprintf(`%q: {"tags": ["disk1"], "storageReserved": 0}`, disk))
 		}
 		text := fmt.Sprintf(`{"spec": {"tags": ["node1"], "disks": {%s}}}`, strings.Join(patch, ","))
 		resource, err := c.resource("nodes.longhorn.io")
