@@ -206,7 +206,9 @@ func rolledOut(d *appsv1.Deployment) bool {
 }
 
 // script runs cluster.sh.
-func (c *cluster) script(args ...string) error { return c.run("sanity-tests/cluster/cluster.sh", args...) }
+func (c *cluster) script(args ...string) error {
+	return c.run("sanity-tests/cluster/cluster.sh", args...)
+}
 
 func (c *cluster) run(program string, args ...string) error {
 	command := exec.Command(filepath.Join(c.root, program), args...)

@@ -16,6 +16,8 @@ import (
 // image is a raw file with an ext4 filesystem, in which stand hello.txt and some more bytes.
 type image struct {
 	path, url, checksum string
+	// How many the BackingImage and the class ask for; they must not differ.
+	copies int
 }
 
 const hello = "hello from the image"
@@ -45,7 +47,7 @@ func newImage(t *testing.T, sizeMiB int) image {
 	server := &http.Server{Handler: http.FileServer(http.Dir(folder))}
 	go func() { _ = server.Serve(listener) }()
 	t.Cleanup(func() { server.Close() })
-	return image{path: path, url: fmt.Sprintf("http://%s/image.raw", listener.Addr()), checksum: hex.EncodeToString(sum[:])}
+	return image{path: path, url: fmt.Sprintf("http://%s/image.raw", listener.Addr()), checksum: hex.EncodeToString(sum[:]), copies: 1}
 }
 
 func must(t *testing.T, err error) {
@@ -56,7 +58,7 @@ func must(t *testing.T, err error) {
 }
 
 // manifest is the BackingImage of the second document.
-func (i image) manifest(name string, copies int) string {
+func (i image) manifest(name string) string {
 	return fmt.Sprintf(`apiVersion: longhorn.io/v1beta2
 kind: BackingImage
 metadata:
@@ -73,7 +75,7 @@ spec:
   sourceParameters:
     url: %s
   checksum: %s
-`, name, copies, i.url, i.checksum)
+`, name, i.copies, i.url, i.checksum)
 }
 
 // class is the StorageClass of the second document. Another checksum or binding mode may stand in it.
@@ -100,11 +102,11 @@ parameters:
   backingImageDataSourceType: "download"
   backingImageDataSourceParameters: '{"url": "%s"}'
   backingImageChecksum: "%s"
-  backingImageMinNumberOfCopies: "1"
+  backingImageMinNumberOfCopies: "%d"
   backingImageNodeSelector: "node1"
   backingImageDiskSelector: "disk1"
   dataEngine: "v1"
-`, name, mode, replicas, image, i.url, checksum)
+`, name, mode, replicas, image, i.url, checksum, i.copies)
 }
 
 // claimOf is a PersistentVolumeClaim; mode is Filesystem or Block.

@@ -77,7 +77,9 @@ func (t *timetable) print() {
 	fmt.Printf("== where the time went\n%s\n", strings.Join(t.rows, "\n"))
 }
 
-func row(name string, took time.Duration) string { return fmt.Sprintf("%8.1f s  %s", took.Seconds(), name) }
+func row(name string, took time.Duration) string {
+	return fmt.Sprintf("%8.1f s  %s", took.Seconds(), name)
+}
 
 // flow begins a test: its own namespace-wide mess is looked at when it ends, and its time is noted.
 func flow(t *testing.T) {
