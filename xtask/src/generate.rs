@@ -30,7 +30,8 @@ pub fn run(check: bool) -> anyhow::Result<()> {
         if check {
             stale.push(format!("deploy/manifests ({reason})"));
         } else {
-            let status = Command::new("deploy/render.sh").current_dir(root).status().context("cannot start render.sh")?;
+            let status =
+                Command::new("deploy/render.sh").current_dir(root).status().context("cannot start render.sh")?;
             if !status.success() {
                 bail!("deploy/render.sh ended with {status}");
             }
