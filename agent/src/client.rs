@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient;
 use proto::bimrpc::{BackingImageResponse, DeleteRequest, GetRequest};
+use runtime::transport::Security;
 use serde::Serialize;
 use tonic::transport::{Channel, Endpoint};
 
@@ -64,8 +65,8 @@ impl From<BackingImageResponse> for BackingImage {
 }
 
 /// All copies of a manager, by name.
-pub async fn list(url: &str) -> Result<BTreeMap<String, BackingImage>, AgentError> {
-    let response = connect(url).await?.list(()).await.map_err(|e| refused(url, e))?;
+pub async fn list(url: &str, security: &Security) -> Result<BTreeMap<String, BackingImage>, AgentError> {
+    let response = connect(url, security).await?.list(()).await.map_err(|e| refused(url, e))?;
     Ok(response.into_inner().backing_images.into_iter().map(|(name, copy)| (name, copy.into())).collect())
 }
 
@@ -73,16 +74,16 @@ pub async fn list(url: &str) -> Result<BTreeMap<String, BackingImage>, AgentErro
 ///
 /// # Errors
 /// `NotFound` when the manager does not know it.
-pub async fn get(url: &str, name: &str, uuid: &str) -> Result<BackingImage, AgentError> {
+pub async fn get(url: &str, name: &str, uuid: &str, security: &Security) -> Result<BackingImage, AgentError> {
     let request = GetRequest { name: name.into(), uuid: uuid.into() };
-    let response = connect(url).await?.get(request).await.map_err(|e| refused(url, e))?;
+    let response = connect(url, security).await?.get(request).await.map_err(|e| refused(url, e))?;
     Ok(response.into_inner().into())
 }
 
 /// Removes a copy; fine when there is none.
-pub async fn delete(url: &str, name: &str, uuid: &str) -> Result<(), AgentError> {
+pub async fn delete(url: &str, name: &str, uuid: &str, security: &Security) -> Result<(), AgentError> {
     let request = DeleteRequest { name: name.into(), uuid: uuid.into() };
-    connect(url).await?.delete(request).await.map_err(|e| refused(url, e))?;
+    connect(url, security).await?.delete(request).await.map_err(|e| refused(url, e))?;
     Ok(())
 }
 
@@ -97,12 +98,13 @@ pub fn to_json(value: &impl Serialize) -> String {
     text.replace('<', "\\u003c").replace('>', "\\u003e").replace('&', "\\u0026")
 }
 
-async fn connect(url: &str) -> Result<BackingImageManagerServiceClient<Channel>, AgentError> {
+async fn connect(url: &str, security: &Security) -> Result<BackingImageManagerServiceClient<Channel>, AgentError> {
     let endpoint = Endpoint::from_shared(format!("http://{url}")).map_err(|e| AgentError::Invalid {
         message: format!("`{url}` is not the address of a manager, give `host:8000`: {}", chain(&e)),
     })?;
-    let channel = endpoint.connect_timeout(CALL_TIMEOUT).timeout(CALL_TIMEOUT).connect().await.map_err(|e| {
-        AgentError::Unavailable { message: format!("cannot connect to the manager at `{url}`: {}", chain(&e)) }
+    let endpoint = endpoint.connect_timeout(CALL_TIMEOUT).timeout(CALL_TIMEOUT);
+    let channel = security.connect(&endpoint).await.map_err(|e| AgentError::Unavailable {
+        message: format!("cannot connect to the manager at `{url}`: {}", chain(&e)),
     })?;
     Ok(BackingImageManagerServiceClient::new(channel))
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use api::ids::{ImageName, ImageUuid, Sha512Digest};
 use api::image::{CopyState, SourceType};
-use tokio::net::TcpListener;
+use runtime::transport::{Protocol, Security};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +54,8 @@ pub struct Config {
     pub checksum: Option<Sha512Digest>,
     /// Pauses and limits; [`Patience::default`] outside of tests.
     pub patience: Patience,
+    /// How it listens.
+    pub security: Security,
 }
 
 /// Works until `shutdown`. A failed preparation does not end it: the reason stays to be read over HTTP.
@@ -62,7 +64,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let own = disk.clone();
     let disk_uuid = blocking(move || own.read_uuid()).await?;
     let key = ImageKey { name: config.name.clone(), uuid: config.uuid.clone() };
-    let listener = TcpListener::bind(config.listen)
+    let listener = config
+        .security
+        .listen(config.listen, Protocol::Http1)
         .await
         .map_err(|source| AgentError::Listen { address: config.listen, source })?;
     let files = disk.source(&key);

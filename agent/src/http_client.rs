@@ -2,13 +2,20 @@
 
 use reqwest::{Client, ClientBuilder, redirect};
 
+use runtime::transport::Security;
+
 use crate::error::{AgentError, chain};
 use crate::limits;
 use crate::source_url::SourceUrl;
 
-/// A client for our own roles: plaintext, straight, whatever proxy or certificates the environment has.
-pub(crate) fn internal() -> ClientBuilder {
-    Client::builder().no_proxy().redirect(redirect::Policy::none()).tls_certs_only([])
+/// A client for our own roles: straight, whatever proxy or certificates the environment has.
+pub(crate) fn internal(security: &Security) -> ClientBuilder {
+    let builder = Client::builder().no_proxy().redirect(redirect::Policy::none());
+    match security.client_config() {
+        Some(config) => builder.tls_backend_preconfigured(config),
+        // Without the empty list no client can be built on a machine that has no certificates.
+        None => builder.tls_certs_only([]),
+    }
 }
 
 /// A client for an image source: no limit in time, a bounded number of redirects, only to http and https.

@@ -10,8 +10,7 @@ use std::time::Duration;
 
 use api::ids::DiskId;
 use proto::bimrpc::backing_image_manager_service_server::BackingImageManagerServiceServer;
-use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use runtime::transport::{Listener, Protocol, Security};
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{AgentError, blocking};
@@ -40,6 +39,8 @@ pub struct Config {
     pub idle_timeout: Duration,
     /// How often to look whether files were changed from outside.
     pub recheck_interval: Duration,
+    /// How it listens and connects.
+    pub security: Security,
 }
 
 impl Config {
@@ -51,6 +52,7 @@ impl Config {
             disk_uuid: None,
             idle_timeout: IDLE_TIMEOUT,
             recheck_interval: RECHECK_INTERVAL,
+            security: Security::default(),
         }
     }
 }
@@ -68,11 +70,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         return Err(AgentError::DiskConfig { path: config.disk_path, problem });
     }
     let data_address = SocketAddr::new(config.listen.ip(), config.listen.port().wrapping_add(1));
-    let listener = listen(config.listen).await?;
-    let data_listener = listen(data_address).await?;
+    let listener = listen(&config.security, config.listen, Protocol::Grpc).await?;
+    let data_listener = listen(&config.security, data_address, Protocol::Http1).await?;
 
     let tasks = shutdown.child_token();
-    let registry = Arc::new(Registry::new(disk, disk_uuid.clone(), config.idle_timeout, tasks.clone()));
+    let registry =
+        Arc::new(Registry::new(disk, disk_uuid.clone(), config.idle_timeout, config.security.clone(), tasks.clone()));
     registry.adopt_all().await?;
     registry.clone().spawn_background(config.recheck_interval);
     tracing::info!(disk = %disk_uuid, address = %config.listen, "manager started");
@@ -81,7 +84,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let grpc = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .add_service(service)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(listener.into_stream(), shutdown.clone().cancelled_owned());
     let data = serve::serve(data_listener, registry.clone(), shutdown.clone());
     let serving = async {
         let (grpc, data) = tokio::join!(grpc, data);
@@ -98,8 +101,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     served
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, AgentError> {
-    TcpListener::bind(address).await.map_err(|source| AgentError::Listen { address, source })
+async fn listen(security: &Security, address: SocketAddr, protocol: Protocol) -> Result<Listener, AgentError> {
+    security.listen(address, protocol).await.map_err(|source| AgentError::Listen { address, source })
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use reqwest::{Client, Response, StatusCode};
+use runtime::transport::Security;
 use tokio::time::timeout;
 
 use crate::error::{AgentError, chain};
@@ -26,6 +27,7 @@ pub struct Peer {
     /// Its gRPC address, by which it is known.
     address: SocketAddr,
     client: Client,
+    security: Security,
     idle_timeout: Duration,
 }
 
@@ -47,8 +49,8 @@ pub enum PeerError {
 
 impl Peer {
     /// The peers of a list like `10.0.0.1:8000,10.0.0.2:8000`, each once.
-    pub fn parse_list(list: &str, idle_timeout: Duration) -> Result<Vec<Peer>, AgentError> {
-        let client = http_client::internal()
+    pub fn parse_list(list: &str, idle_timeout: Duration, security: &Security) -> Result<Vec<Peer>, AgentError> {
+        let client = http_client::internal(security)
             .connect_timeout(CONNECT_TIMEOUT.min(idle_timeout))
             .build()
             .map_err(|e| AgentError::Unavailable { message: chain(&e) })?;
@@ -63,7 +65,7 @@ impl Peer {
                 return Err(AgentError::Invalid { message: format!("`{text}` has no port after it for data") });
             }
             if peers.iter().all(|peer| peer.address != address) {
-                peers.push(Peer { address, client: client.clone(), idle_timeout });
+                peers.push(Peer { address, client: client.clone(), security: security.clone(), idle_timeout });
             }
         }
         if peers.is_empty() {
@@ -86,7 +88,7 @@ impl Peer {
 
     /// The manifest of a copy.
     pub async fn manifest(&self, key: &ImageKey) -> Result<Manifest, PeerError> {
-        let url = format!("http://{}/v1/copies/{key}/manifest", self.data_address());
+        let url = format!("{}://{}/v1/copies/{key}/manifest", self.security.scheme(), self.data_address());
         let mut response = self.send(self.client.get(url)).await?;
         let mut bytes = BytesMut::new();
         while let Some(part) = self.read(&mut response).await? {
@@ -100,7 +102,7 @@ impl Peer {
 
     /// A connection for the bytes of copies.
     pub(crate) async fn connect(&self) -> Result<Connection, PeerError> {
-        Connection::open(self.data_address(), self.idle_timeout).await
+        Connection::open(self.data_address(), self.idle_timeout, &self.security).await
     }
 
     async fn read(&self, response: &mut Response) -> Result<Option<bytes::Bytes>, PeerError> {
@@ -133,7 +135,7 @@ mod tests {
     #[test]
     fn a_list_of_peers_names_each_once_and_at_least_one() {
         let limit = Duration::from_secs(9);
-        let parse = |list: &str| Peer::parse_list(list, limit).map_err(|error| error.to_string());
+        let parse = |list: &str| Peer::parse_list(list, limit, &Security::default()).map_err(|error| error.to_string());
         let peers = parse("127.0.0.1:8000, 127.0.0.2:8000,127.0.0.1:8000,").unwrap();
         let addresses: Vec<String> = peers.iter().map(|peer| peer.address().to_string()).collect();
         assert_eq!(addresses, ["127.0.0.1:8000", "127.0.0.2:8000"]);
@@ -166,7 +168,8 @@ mod tests {
             }
             std::future::pending::<()>().await;
         });
-        let peer = &Peer::parse_list(&address.to_string(), Duration::from_millis(500)).unwrap()[0];
+        let peer =
+            &Peer::parse_list(&address.to_string(), Duration::from_millis(500), &Security::default()).unwrap()[0];
         let key = "parrot-0a1b2c3d".parse().unwrap();
         let asked = timeout(Duration::from_secs(60), peer.manifest(&key));
         let error = asked.await.expect("it is not waited for ever").unwrap_err();

@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::{self, TryStreamExt};
 use reqwest::{Client, Method};
+use runtime::transport::Security;
 use tokio::time::{Instant, sleep};
 
 use crate::error::{AgentError, blocking, chain};
@@ -34,7 +35,17 @@ enum Part {
 }
 
 /// Sends a whole copy.
-pub(crate) async fn send(files: &FileSet, to: &str, idle_timeout: Duration) -> Result<(), AgentError> {
+pub(crate) async fn send(
+    files: &FileSet,
+    to: &str,
+    idle_timeout: Duration,
+    security: &Security,
+) -> Result<(), AgentError> {
+    if !security.is_plain() {
+        let message =
+            format!("`{to}` is a receiver of Longhorn's, which takes no TLS; sync by a manager of ours instead");
+        return Err(AgentError::Unsupported { message });
+    }
     let (path, manifest_path) = (files.file.clone(), files.manifest.clone());
     let (file, manifest) = blocking(move || {
         let file = File::open(&path).map_err(AgentError::io("open", &path))?;
@@ -43,7 +54,7 @@ pub(crate) async fn send(files: &FileSet, to: &str, idle_timeout: Duration) -> R
         Ok((Arc::new(file), manifest))
     })
     .await?;
-    let client = http_client::internal()
+    let client = http_client::internal(security)
         .timeout(idle_timeout)
         .build()
         .map_err(|e| AgentError::Unavailable { message: chain(&e) })?;

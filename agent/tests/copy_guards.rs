@@ -245,8 +245,8 @@ async fn a_copy_whose_peers_say_nothing_is_deleted_at_once() {
     manager.sync(spec(), &[peer]).await.unwrap();
     manager.reaches("starting").await;
     let url = manager.address.to_string();
-    client::delete(&url, "parrot", UUID).await.unwrap();
-    assert!(client::list(&url).await.unwrap().is_empty());
+    client::delete(&url, "parrot", UUID, &Default::default()).await.unwrap();
+    assert!(client::list(&url, &Default::default()).await.unwrap().is_empty());
 }
 
 /// A part that a killed sync left is kept only where it is right.

@@ -233,16 +233,16 @@ async fn the_command_line_prints_longhorns_json() {
     let (disk, bytes) = (TestDisk::new(), image());
     let manager = RunningManager::start(&disk).await;
     let url = manager.address.to_string();
-    assert_eq!(client::to_json(&client::list(&url).await.unwrap()), "{}");
+    assert_eq!(client::to_json(&client::list(&url, &Default::default()).await.unwrap()), "{}");
     prepare(&disk, &manager, &bytes).await;
-    let copy = client::get(&url, "parrot", UUID).await.unwrap();
+    let copy = client::get(&url, "parrot", UUID, &Default::default()).await.unwrap();
     assert_eq!((copy.size, copy.status.state.as_str()), (bytes.len() as i64, "ready"));
-    let list = client::to_json(&client::list(&url).await.unwrap());
+    let list = client::to_json(&client::list(&url, &Default::default()).await.unwrap());
     assert!(list.starts_with("{\n\t\"parrot\": {\n\t\t\"name\": \"parrot\",\n\t\t\"uuid\": \"0a1b2c3d\""), "{list}");
-    client::delete(&url, "parrot", UUID).await.unwrap();
-    let error = client::get(&url, "parrot", UUID).await.unwrap_err();
+    client::delete(&url, "parrot", UUID, &Default::default()).await.unwrap();
+    let error = client::get(&url, "parrot", UUID, &Default::default()).await.unwrap_err();
     assert_eq!(error.kind(), api::ErrorKind::NotFound);
-    let error = client::list(&address(8000).to_string()).await.unwrap_err();
+    let error = client::list(&address(8000).to_string(), &Default::default()).await.unwrap_err();
     assert_eq!(error.kind(), api::ErrorKind::Unavailable);
 }
 
@@ -258,7 +258,7 @@ async fn two_images_of_one_name_are_both_listed() {
     change_config(&files, |config| config.uuid = "ffffffff".into());
     change_manifest(&files, |manifest| manifest.uuid = other.uuid);
     let manager = RunningManager::start(&disk).await;
-    let list = client::list(&manager.address.to_string()).await.unwrap();
+    let list = client::list(&manager.address.to_string(), &Default::default()).await.unwrap();
     let mut uuids: Vec<&str> = list.values().map(|copy| copy.uuid.as_str()).collect();
     uuids.sort();
     assert_eq!(uuids, [UUID, "ffffffff"]);

@@ -89,7 +89,7 @@ async fn a_prepared_copy_is_safe_when_it_is_ready_and_gone_when_it_is_deleted() 
     let prepared = journal.now();
     manager.fetch(spec(), &data_source.address.to_string()).await.unwrap();
     let ready = journal.now();
-    client::delete(&manager.address.to_string(), "parrot", UUID).await.unwrap();
+    client::delete(&manager.address.to_string(), "parrot", UUID, &Default::default()).await.unwrap();
     let deleted = journal.now();
     assert!(0 < prepared && prepared < ready && ready < deleted, "{prepared} {ready} {deleted}");
 
@@ -175,6 +175,6 @@ async fn what_was_prepared_for_an_image_that_is_deleted_does_not_come_back() {
     assert_eq!(data_source.end().await.state, CopyState::ReadyForTransfer);
     let journal = forgetful::watch(disk.path());
     assert_eq!(after(&journal, journal.now()).temporary_files().len(), 3);
-    client::delete(&manager.address.to_string(), "parrot", UUID).await.unwrap();
+    client::delete(&manager.address.to_string(), "parrot", UUID, &Default::default()).await.unwrap();
     assert!(is_empty(&after(&journal, journal.now()).disk().tmp_dir()));
 }

@@ -239,9 +239,9 @@ async fn delete_stops_a_running_sync_and_leaves_nothing() {
     target.sync(spec(), &[silent.address]).await.unwrap();
     wait_until("data is asked for", async || !silent.ranges().is_empty()).await;
     let url = target.address.to_string();
-    backing_image_agent::client::delete(&url, "parrot", UUID).await.unwrap();
+    backing_image_agent::client::delete(&url, "parrot", UUID, &Default::default()).await.unwrap();
     assert!(!target_disk.disk().image_dir(&key()).exists());
-    assert!(backing_image_agent::client::list(&url).await.unwrap().is_empty());
+    assert!(backing_image_agent::client::list(&url, &Default::default()).await.unwrap().is_empty());
 }
 
 /// No thread may wait for a peer after its sync has ended: the limit for silence is far beyond that of the test.
@@ -253,7 +253,9 @@ async fn a_sync_that_is_stopped_hangs_up() {
     let target = RunningManager::start_with(&target_disk, address(8000), Duration::from_secs(3600)).await;
     target.sync(spec(), &[silent.address]).await.unwrap();
     wait_until("both streams ask", async || silent.ranges().len() == 2).await;
-    backing_image_agent::client::delete(&target.address.to_string(), "parrot", UUID).await.unwrap();
+    backing_image_agent::client::delete(&target.address.to_string(), "parrot", UUID, &Default::default())
+        .await
+        .unwrap();
     wait_until("both streams hang up", async || silent.hung_up.load(Ordering::SeqCst) == 2).await;
 }
 
@@ -270,7 +272,9 @@ async fn a_repair_that_is_stopped_hangs_up() {
     target.reaches("failed").await;
     target.sync(spec(), &[silent.address]).await.unwrap();
     wait_until("the chunk is asked for", async || silent.ranges() == ["bytes=2097152-3145727"]).await;
-    backing_image_agent::client::delete(&target.address.to_string(), "parrot", UUID).await.unwrap();
+    backing_image_agent::client::delete(&target.address.to_string(), "parrot", UUID, &Default::default())
+        .await
+        .unwrap();
     wait_until("it hangs up", async || silent.hung_up.load(Ordering::SeqCst) == 1).await;
 }
 

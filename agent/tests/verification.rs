@@ -118,7 +118,7 @@ async fn nobody_waits_for_a_slow_reading() {
     wait_until("the fast one is done", async || !manager.get().await.verified_at.is_empty()).await;
     verify(&manager, "", 1).await.unwrap();
     let url = manager.address.to_string();
-    backing_image_agent::client::delete(&url, "parrot", UUID).await.unwrap();
+    backing_image_agent::client::delete(&url, "parrot", UUID, &Default::default()).await.unwrap();
     assert!(!disk.disk().image_dir(&key()).exists());
 }
 
@@ -134,7 +134,7 @@ async fn what_cannot_be_verified_is_refused_with_its_kind() {
     manager.reaches("failed").await;
     let status = refusal("", 0).await;
     assert_eq!((status.code(), named(&status).as_str()), (Code::FailedPrecondition, "NotReady"));
-    backing_image_agent::client::delete(&other.address.to_string(), "parrot", UUID).await.unwrap();
+    backing_image_agent::client::delete(&other.address.to_string(), "parrot", UUID, &Default::default()).await.unwrap();
     let status = verify(&other, "", 0).await.unwrap_err();
     assert_eq!((status.code(), named(&status).as_str()), (Code::NotFound, "NotFound"));
 }

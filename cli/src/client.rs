@@ -51,7 +51,9 @@ impl Client {
         }
         // The instance is on this machine; a proxy of the environment is for image sources.
         let mut builder = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).no_proxy();
-        if server.starts_with("http://") {
+        if let Some(config) = crate::roles::security().client_config() {
+            builder = builder.tls_backend_preconfigured(config);
+        } else if server.starts_with("http://") {
             // On a machine without CA certificates no client could be built otherwise.
             builder = builder.tls_certs_only([]);
         }

@@ -12,6 +12,7 @@ use api::ids::{DiskId, ImageName, ImageUuid, Sha512Digest};
 use api::image::SourceType;
 use api::names::DISK_MOUNT;
 use clap::{Args, Subcommand};
+use runtime::transport::Security;
 
 use crate::failure::{Failure, failed};
 
@@ -155,6 +156,11 @@ pub fn sha512(Sha512 { file }: &Sha512) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How processes of ours listen and connect. The one place that decides it: mutual TLS comes with certificates for every role.
+pub fn security() -> Security {
+    Security::default()
+}
+
 /// Starts logging for a role.
 pub fn start_logs(debug: bool) {
     let filter = if debug { "info,backing_image=debug" } else { "info" };
@@ -167,7 +173,7 @@ pub async fn backing_image_manager(ManagerFace { debug, url, command }: ManagerF
     match command {
         ManagerCommand::Daemon { listen, sync_listen: _, disk_uuid, disk_path, port_range: _ } => {
             start_logs(debug);
-            let config = manager::Config { disk_uuid, ..manager::Config::new(listen, disk_path) };
+            let config = manager::Config { disk_uuid, security: security(), ..manager::Config::new(listen, disk_path) };
             let shutdown = runtime::shutdown::on_signal().context("cannot listen for signals")?;
             manager::run(config, shutdown).await.map_err(agent_failure)
         }
@@ -178,11 +184,15 @@ pub async fn backing_image_manager(ManagerFace { debug, url, command }: ManagerF
 
 async fn file(url: &str, command: FileCommand) -> anyhow::Result<()> {
     match command {
-        FileCommand::List => println!("{}", client::to_json(&client::list(url).await.map_err(agent_failure)?)),
-        FileCommand::Get { name, uuid } => {
-            println!("{}", client::to_json(&client::get(url, &name, &uuid).await.map_err(agent_failure)?));
+        FileCommand::List => {
+            println!("{}", client::to_json(&client::list(url, &security()).await.map_err(agent_failure)?))
         }
-        FileCommand::Delete { name, uuid } => client::delete(url, &name, &uuid).await.map_err(agent_failure)?,
+        FileCommand::Get { name, uuid } => {
+            println!("{}", client::to_json(&client::get(url, &name, &uuid, &security()).await.map_err(agent_failure)?));
+        }
+        FileCommand::Delete { name, uuid } => {
+            client::delete(url, &name, &uuid, &security()).await.map_err(agent_failure)?
+        }
     }
     Ok(())
 }
@@ -204,6 +214,7 @@ pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
         parameters: BTreeMap::from_iter(parameters),
         checksum: checksum.and_then(|c| c.0),
         patience: Patience::default(),
+        security: security(),
     };
     let shutdown = runtime::shutdown::on_signal().context("cannot listen for signals")?;
     data_source::run(config, shutdown).await.map_err(agent_failure)

@@ -125,7 +125,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     runtime::files::remove_if_present(&layout.ready())?;
     std::fs::create_dir_all(layout.csi())?;
     let listener = web::bind(&listen).await?;
-    let address = listener.local_addr()?;
+    let address = listener.address();
     lock.announce(address)?;
     let subnet = Subnet::claim(&layout.data).context("cannot claim loopback addresses")?;
     let embedded = Embedded::open(&layout.store()).map_err(|e| {

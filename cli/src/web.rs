@@ -3,13 +3,14 @@
 use std::net::SocketAddr;
 
 use api::ErrorKind;
-use tokio::net::TcpListener;
+use runtime::transport::{Listener, Protocol};
 use tokio_util::sync::CancellationToken;
 
 use crate::failure::{Failure, failed};
+use crate::roles::security;
 
 /// Listens there.
-pub async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
+pub async fn bind(listen: &str) -> anyhow::Result<Listener> {
     let address: SocketAddr = match listen.parse() {
         Ok(address) => address,
         Err(_) => {
@@ -19,7 +20,7 @@ pub async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
             );
         }
     };
-    match TcpListener::bind(address).await {
+    match security().listen(address, Protocol::Http1).await {
         Ok(listener) => Ok(listener),
         Err(error) => {
             let message = format!("cannot listen on {address}: {error}; choose another one with --listen");
@@ -29,7 +30,7 @@ pub async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
 }
 
 /// Serves until the request to end.
-pub async fn serve(listener: TcpListener, router: axum::Router, shutdown: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(listener: Listener, router: axum::Router, shutdown: CancellationToken) -> anyhow::Result<()> {
     axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned()).await?;
     Ok(())
 }

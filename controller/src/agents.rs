@@ -12,6 +12,7 @@ use planner::data_source::Report;
 use planner::manager::{Agent, FileWish};
 use proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient;
 use proto::bimrpc::{BackingImageResponse, BackingImageSpec, DeleteRequest, FetchRequest, SyncRequest, VerifyRequest};
+use runtime::transport::Security;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,6 +34,7 @@ pub struct Agents {
     /// Who is followed at which address.
     followed: Arc<Mutex<HashMap<Key, (String, CancellationToken)>>>,
     http: reqwest::Client,
+    security: Security,
 }
 
 /// `GET /v1/file` of a data source, the part that matters here.
@@ -49,12 +51,16 @@ struct FileStatus {
 }
 
 impl Agents {
-    pub fn new(queue: Arc<Queue>, tracker: TaskTracker, shutdown: CancellationToken) -> Agents {
-        // Agents are addressed directly and in plain text, whatever proxy the environment names for downloads. Without the
-        // empty list of certificates no client can be built on a machine that has none.
-        let builder = reqwest::Client::builder().no_proxy().tls_certs_only([]);
+    pub fn new(queue: Arc<Queue>, tracker: TaskTracker, shutdown: CancellationToken, security: Security) -> Agents {
+        // Agents are addressed directly, whatever proxy the environment names for downloads. Without the empty list of
+        // certificates no plain client can be built on a machine that has none.
+        let builder = reqwest::Client::builder().no_proxy();
+        let builder = match security.client_config() {
+            Some(config) => builder.tls_backend_preconfigured(config),
+            None => builder.tls_certs_only([]),
+        };
         let http = builder.connect_timeout(CONNECT_TIMEOUT).build().unwrap_or_default();
-        Agents { queue, tracker, shutdown, channels: Mutex::default(), followed: Arc::default(), http }
+        Agents { queue, tracker, shutdown, channels: Mutex::default(), followed: Arc::default(), http, security }
     }
 
     fn client(&self, ip: &str) -> Result<Client, ReconcileError> {
@@ -62,7 +68,7 @@ impl Agents {
         if let Some(channel) = channels.get(ip) {
             return Ok(Client::new(channel.clone()));
         }
-        let channel = endpoint(ip)?.connect_lazy();
+        let channel = self.security.connect_lazily(&endpoint(ip)?);
         channels.insert(ip.to_owned(), channel.clone());
         Ok(Client::new(channel))
     }
@@ -116,7 +122,7 @@ impl Agents {
 
     /// What a data source says of its file; `Err` with the reason when it does not answer.
     pub async fn report(&self, ip: &str) -> Result<Report, String> {
-        let ask = self.http.get(file_url(ip)).timeout(READ_TIMEOUT).send();
+        let ask = self.http.get(file_url(&self.security, ip)).timeout(READ_TIMEOUT).send();
         let status = match ask.await.and_then(reqwest::Response::error_for_status) {
             Ok(response) => response.json::<FileStatus>().await,
             Err(error) => Err(error),
@@ -147,11 +153,12 @@ impl Agents {
             followed.insert(key.clone(), (ip.to_owned(), token.clone()));
         }
         let (queue, followed, ip, http) = (self.queue.clone(), self.followed.clone(), ip.to_owned(), self.http.clone());
+        let security = self.security.clone();
         self.tracker.spawn(async move {
             let news = async {
                 match kind {
-                    Kind::Manager => follow_agent(&ip, &queue, &key).await,
-                    _ => follow_source(&http, &ip, &queue, &key).await,
+                    Kind::Manager => follow_agent(&security, &ip, &queue, &key).await,
+                    _ => follow_source(&http, &file_url(&security, &ip), &queue, &key).await,
                 }
             };
             let ended = token.run_until_cancelled(news).await;
@@ -232,14 +239,14 @@ fn file_info(file: BackingImageResponse) -> FileInfo {
     }
 }
 
-fn file_url(ip: &str) -> String {
-    format!("http://{ip}:{MANAGER_PORT}/v1/file")
+fn file_url(security: &Security, ip: &str) -> String {
+    format!("{}://{ip}:{MANAGER_PORT}/v1/file", security.scheme())
 }
 
 /// Each message means that something changed. Ends when the agent does.
-async fn follow_agent(ip: &str, queue: &Queue, key: &Key) {
+async fn follow_agent(security: &Security, ip: &str, queue: &Queue, key: &Key) {
     let Ok(endpoint) = endpoint(ip) else { return };
-    let Ok(channel) = endpoint.connect().await else { return };
+    let Ok(channel) = security.connect(&endpoint).await else { return };
     let Ok(stream) = Client::new(channel).watch(()).await else { return };
     let mut stream = stream.into_inner();
     // What changed between the last pass and now.
@@ -250,8 +257,8 @@ async fn follow_agent(ip: &str, queue: &Queue, key: &Key) {
 }
 
 /// Each line is a new status; its content is read afresh by the pass.
-async fn follow_source(http: &reqwest::Client, ip: &str, queue: &Queue, key: &Key) {
-    let Ok(response) = http.get(file_url(ip)).query(&[("watch", "true")]).send().await else { return };
+async fn follow_source(http: &reqwest::Client, url: &str, queue: &Queue, key: &Key) {
+    let Ok(response) = http.get(url).query(&[("watch", "true")]).send().await else { return };
     if !response.status().is_success() {
         return;
     }

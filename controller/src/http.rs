@@ -1,9 +1,8 @@
 //! HTTP API: the objects of the store as a Kubernetes API server would serve them, and the probes.
 //!
 //! Paths, verbs, list and watch forms and `Status` errors are those of Kubernetes, so that its clients work. Every kind that is
-//! served stands in [`registry`]; what is refused on the way in is decided in [`admission`].
+//! served stands in [`registry`]; what is refused on the way in is decided in [`crate::admission`].
 
-pub mod admission;
 mod discovery;
 pub mod failure;
 mod path;
@@ -21,6 +20,8 @@ use store::Store;
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
 
+use crate::admission::Admission;
+
 /// What the API serves from.
 #[derive(Clone)]
 pub struct ApiState {
@@ -32,6 +33,12 @@ pub struct ApiState {
     pub allow_loopback_sources: bool,
     /// Ends open watches, so that a server that waits for its connections can stop.
     pub shutdown: CancellationToken,
+}
+
+impl ApiState {
+    fn admission(&self) -> Admission {
+        Admission { store: self.store.clone(), allow_loopback_sources: self.allow_loopback_sources }
+    }
 }
 
 /// The whole API below `/`.

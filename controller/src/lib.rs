@@ -1,8 +1,9 @@
-//! Role: reconcilers and HTTP API.
+//! Role: reconcilers, HTTP API, admission webhook.
 //!
 //! Each reconciler observes, lets the planner decide, and acts. Passes are started by events (objects, workloads, agents) and,
 //! as a safety net, by a slow resync; two passes over one object never overlap.
 
+mod admission;
 mod agents;
 mod data_source;
 mod error;
@@ -16,6 +17,7 @@ mod metrics;
 mod node;
 mod queue;
 mod volume;
+pub mod webhook;
 mod world;
 
 use std::collections::HashMap;
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use api::ErrorKind;
 use planner::retry::Retry;
+use runtime::transport::Security;
 use store::Store;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -42,6 +45,8 @@ pub struct Context {
     pub workloads: Arc<dyn Workloads>,
     /// See [`Metrics::register`].
     pub metrics: Metrics,
+    /// How agents are reached.
+    pub security: Security,
     /// Another controller may be at work from now on: passes stop where they are. Whoever is alone never cancels it.
     pub deposed: CancellationToken,
 }
@@ -64,7 +69,7 @@ pub(crate) struct Shared {
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), ControllerError> {
     let tracker = TaskTracker::new();
     let queue = Arc::new(Queue::default());
-    let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone());
+    let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
     let shared = Arc::new(Shared {
         store: context.store,
         workloads: context.workloads,

@@ -31,3 +31,21 @@ pub const FIRST_RETRY: Duration = Duration::from_millis(50);
 
 /// The longest line that a data source may send.
 pub const MAX_LINE_BYTES: usize = 1 << 20;
+
+/// How long a certificate of the webhook lasts.
+pub const CERTIFICATE_DAYS: u32 = 90;
+
+/// The next one is made this long before: a month in which a cluster whose controller is away keeps working.
+pub const RENEW_DAYS: u32 = 30;
+
+/// How soon another replica serves the next certificate, and how soon a configuration that was written anew knows us again.
+pub const CERTIFICATE_RECHECK: Duration = Duration::from_secs(15);
+
+/// Each failed attempt means that another replica wrote, and there are two.
+pub const CERTIFICATE_ATTEMPTS: u32 = 8;
+
+/// An API server waits ten seconds (our configurations); it gets a sentence before that.
+pub const REVIEW_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// Two objects of the most that etcd takes (1.5 MiB), written as JSON with what Kubernetes adds.
+pub const MAX_REVIEW_BYTES: usize = 8 << 20;

@@ -23,12 +23,19 @@ struct KindLabel {
     kind: &'static str,
 }
 
-/// The metrics of the reconcilers. Cheap to clone.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReviewLabels {
+    operation: &'static str,
+    outcome: &'static str,
+}
+
+/// The metrics of the reconcilers and the webhook. Cheap to clone.
 #[derive(Clone)]
 pub struct Metrics {
     passes: Family<PassLabels, Counter<u64, AtomicU64>>,
     durations: Family<KindLabel, Histogram>,
     waiting: Gauge,
+    reviews: Family<ReviewLabels, Counter<u64, AtomicU64>>,
 }
 
 impl Default for Metrics {
@@ -38,6 +45,7 @@ impl Default for Metrics {
             // 1 ms to 16 s: a pass is a few store calls, at worst a slow agent.
             durations: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 15))),
             waiting: Gauge::default(),
+            reviews: Family::default(),
         }
     }
 }
@@ -48,12 +56,24 @@ impl Metrics {
         registry.register("reconcile_passes", "Passes over objects by kind and outcome", self.passes.clone());
         registry.register("reconcile_pass_seconds", "Duration of passes by kind", self.durations.clone());
         registry.register("reconcile_queue_length", "Objects that wait for a pass", self.waiting.clone());
+        registry.register("webhook_reviews", "Answers of the webhook by operation and outcome", self.reviews.clone());
     }
 
     pub(crate) fn observe_pass(&self, kind: Kind, took: Duration, ok: bool) {
         let labels = PassLabels { kind: kind.as_str(), outcome: if ok { "ok" } else { "failed" } };
         self.passes.get_or_create(&labels).inc();
         self.durations.get_or_create(&KindLabel { kind: kind.as_str() }).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn observe_review(&self, operation: &str, allowed: bool) {
+        let operation = match operation {
+            "CREATE" => "create",
+            "UPDATE" => "update",
+            "DELETE" => "delete",
+            _ => "other",
+        };
+        let outcome = if allowed { "allowed" } else { "refused" };
+        self.reviews.get_or_create(&ReviewLabels { operation, outcome }).inc();
     }
 
     pub(crate) fn observe_queue(&self, length: usize) {

@@ -29,6 +29,11 @@ pub enum InstanceError {
     NoMachine { node: String },
     #[error("replica `{replica}` cannot run: {reason}")]
     Replica { replica: String, reason: String },
+    #[error(
+        "TLS between engines and replicas is not supported yet: run this node in plain text, \
+         in a network that only its own processes reach"
+    )]
+    PlainOnly,
 }
 
 impl InstanceError {
@@ -40,6 +45,7 @@ impl InstanceError {
             InstanceError::Control { .. } => ErrorKind::Unavailable,
             InstanceError::NoPort { .. } => ErrorKind::Exhausted,
             InstanceError::Replica { .. } => ErrorKind::NotReady,
+            InstanceError::PlainOnly => ErrorKind::Unsupported,
             InstanceError::NoMachine { .. } => ErrorKind::NotFound,
             InstanceError::File { .. }
             | InstanceError::Parse { .. }

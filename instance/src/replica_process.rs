@@ -13,6 +13,7 @@ use api::ErrorKind;
 use dataplane::DataplaneError;
 use dataplane::storage_daemon::{self, Base, BaseFormat, StorageDaemon};
 use proto::replica::file;
+use runtime::transport::{Protocol, Security};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -69,6 +70,10 @@ pub enum ReplicaError {
     Daemon { replica: String, source: DataplaneError },
     #[error("{message}")]
     DaemonEnded { message: String },
+    #[error(
+        "TLS is not supported yet for replica `{replica}`: its engine speaks in plain text; run both without certificates"
+    )]
+    PlainOnly { replica: String },
 }
 
 impl ReplicaError {
@@ -81,6 +86,7 @@ impl ReplicaError {
             ReplicaError::InUse { .. } => ErrorKind::NotReady,
             ReplicaError::Mismatch { .. } => ErrorKind::Corrupt,
             ReplicaError::Daemon { source, .. } => source.kind(),
+            ReplicaError::PlainOnly { .. } => ErrorKind::Unsupported,
         }
     }
 
@@ -90,7 +96,14 @@ impl ReplicaError {
 }
 
 /// Serves a replica until `shutdown` (everything is flushed then) or until its daemon dies (an error).
-pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ReplicaError> {
+///
+/// # Errors
+/// Also `Unsupported` when `security` asks for TLS: the control protocol could do it, but the engine's own sockets and
+/// `qemu-storage-daemon` cannot yet (docs/decisions/0011-transport.md).
+pub async fn run(config: Config, security: Security, shutdown: CancellationToken) -> Result<(), ReplicaError> {
+    if !security.is_plain() {
+        return Err(ReplicaError::PlainOnly { replica: config.replica });
+    }
     let lock = directory::claim(&config.directory).await?;
     let record = directory::open_record(&config)?;
     let inherited = lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;
@@ -109,17 +122,23 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Repl
     })
     .await
     .map_err(failed)?;
-    let outcome = serve(&config, Replica::new(config.directory.clone(), record, daemon), shutdown).await;
+    let outcome = serve(&config, &security, Replica::new(config.directory.clone(), record, daemon), shutdown).await;
     drop(lock);
     outcome
 }
 
-async fn serve(config: &Config, replica: Replica, shutdown: CancellationToken) -> Result<(), ReplicaError> {
+async fn serve(
+    config: &Config,
+    security: &Security,
+    replica: Replica,
+    shutdown: CancellationToken,
+) -> Result<(), ReplicaError> {
     let tasks = TaskTracker::new();
     let stop = shutdown.child_token();
     let control_address = SocketAddr::new(config.listen.ip(), config.listen.port() + 1);
     let listen = async {
-        let tcp = tokio::net::TcpListener::bind(control_address)
+        let tcp = security
+            .listen(control_address, Protocol::Lines)
             .await
             .map_err(|e| ReplicaError::io(format!("listen on {control_address}"), e))?;
         let path = config.directory.join(file::CONTROL_SOCKET);

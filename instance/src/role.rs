@@ -14,6 +14,7 @@ use futures::stream::BoxStream;
 use jiff::Timestamp;
 use runtime::process::ProcessIdentity;
 use runtime::queue::Queue;
+use runtime::transport::Security;
 use store::{Selector, Store, StoreError, TypedEvent};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -43,6 +44,8 @@ pub struct Config {
     /// The user and group that agents run as, where it is not ours: they get what they write.
     pub disk_owner: Option<u32>,
     pub engines: EngineOptions,
+    /// How its replicas listen and its engines connect: in plain only, for now.
+    pub security: Security,
 }
 
 /// How engines are kept alive.
@@ -130,7 +133,13 @@ impl Role {
 }
 
 /// Runs the role until it is cancelled. Processes stay.
+///
+/// # Errors
+/// `Unsupported` when its configuration asks for TLS (docs/decisions/0011-transport.md).
 pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), InstanceError> {
+    if !config.security.is_plain() {
+        return Err(InstanceError::PlainOnly);
+    }
     let open = |kind: &str| {
         let path = config.directory.join(kind);
         Processes::open(path.clone()).map_err(|source| InstanceError::File { action: "open", path, source })

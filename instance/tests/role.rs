@@ -34,6 +34,7 @@ fn config(store: &Store, folder: &Path) -> Config {
         discover: false,
         disk_owner: None,
         engines: Default::default(),
+        security: Default::default(),
     }
 }
 
@@ -199,4 +200,31 @@ async fn a_report_takes_over_the_generation_that_an_engine_left_and_never_lowers
         role.await.unwrap().unwrap();
         std::fs::remove_dir_all(left.parent().unwrap()).unwrap_or_default();
     }
+}
+
+#[tokio::test]
+async fn a_node_that_shall_speak_tls_says_that_it_cannot_yet() {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let name = vec![runtime::transport::PEER_NAME.to_owned()];
+    let chain = rcgen::CertificateParams::new(name).unwrap().self_signed(&key).unwrap().pem();
+    let identity = runtime::transport::Identity::from_pem(&chain, &key.serialize_pem()).unwrap();
+    let security = runtime::transport::Security::mutual(&chain, &identity).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let config = Config { security: security.clone(), ..config(&store, folder.path()) };
+    let error = run(config, CancellationToken::new()).await.unwrap_err();
+    assert_eq!(error.kind(), api::ErrorKind::Unsupported);
+    assert!(error.to_string().contains("not supported yet"), "{error}");
+    let replica = backing_image_instance::replica_process::Config {
+        directory: folder.path().join("replica"),
+        volume: "vol".into(),
+        replica: NAME.into(),
+        size_bytes: 1 << 20,
+        image: None,
+        listen: ([127, 0, 0, 1], 0).into(),
+    };
+    let stop = CancellationToken::new();
+    let error = backing_image_instance::replica_process::run(replica, security, stop).await.unwrap_err();
+    assert_eq!(error.kind(), api::ErrorKind::Unsupported);
+    assert!(!folder.path().join("replica").exists(), "nothing was begun");
 }

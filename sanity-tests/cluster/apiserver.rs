@@ -61,8 +61,20 @@ impl ApiServer {
 
     /// A client of that user, with connections of its own.
     pub async fn client(&self, user: &str) -> kube::Client {
-        let file = Kubeconfig::read_from(self.kubeconfig(user)).unwrap();
-        let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
-        kube::Client::try_from(config).unwrap()
+        connect(Kubeconfig::read_from(self.kubeconfig(user)).unwrap()).await
     }
+
+    /// A client of somebody of that name who belongs to these groups and may do everything.
+    pub async fn client_of(&self, name: &str, groups: &[&str]) -> kube::Client {
+        let mut file = Kubeconfig::read_from(self.kubeconfig("admin")).unwrap();
+        let info = file.auth_infos[0].auth_info.as_mut().unwrap();
+        info.impersonate = Some(name.to_owned());
+        info.impersonate_groups = Some(["system:masters"].iter().chain(groups).map(|g| (*g).to_owned()).collect());
+        connect(file).await
+    }
+}
+
+async fn connect(file: Kubeconfig) -> kube::Client {
+    let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
+    kube::Client::try_from(config).unwrap()
 }

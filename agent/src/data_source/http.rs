@@ -12,9 +12,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use futures::stream::{self, Stream, StreamExt};
+use runtime::transport::Listener;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -39,7 +39,7 @@ struct ActionQuery {
 }
 
 pub(super) async fn serve(
-    listener: TcpListener,
+    listener: Listener,
     status: Arc<watch::Sender<FileStatus>>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use api::ids::Sha512Digest;
 use api::image::CopyState;
 use proto::bimrpc::BackingImageSpec;
+use runtime::transport::Security;
 
 use super::registry::{Copy, Registry};
 use crate::config_file::FileConfig;
@@ -65,7 +66,7 @@ impl Wanted {
 impl Registry {
     /// Starts to receive a copy, unless it is there or on its way.
     pub async fn sync(self: &Arc<Self>, wanted: Wanted, from: &str) -> Result<Copy, AgentError> {
-        let peers = Peer::parse_list(from, self.idle_timeout)?;
+        let peers = Peer::parse_list(from, self.idle_timeout, &self.security)?;
         let key = wanted.key.clone();
         let _turn = self.lock(&key).await;
         if let Some(copy) = self.get(&key) {
@@ -177,7 +178,7 @@ impl Registry {
             Ok(manifest.map(|manifest| (config.unwrap_or_default(), manifest)))
         })
         .await?;
-        let status = ask_data_source(data_source, reqwest::Method::GET, "").await?;
+        let status = ask_data_source(data_source, reqwest::Method::GET, "", &self.security).await?;
         if status.uuid != key.uuid.as_str() {
             let message =
                 format!("the data source at `{data_source}` works on uuid `{}`, not `{}`", status.uuid, key.uuid);
@@ -202,7 +203,7 @@ impl Registry {
             return Err(AgentError::NotReady { message });
         };
         wanted.check(manifest.size_bytes, manifest.sha512.as_str(), "the prepared file")?;
-        ask_data_source(data_source, reqwest::Method::POST, "?action=transfer").await?;
+        ask_data_source(data_source, reqwest::Method::POST, "?action=transfer", &self.security).await?;
 
         let target = self.disk.copy(key);
         let directory = self.disk.image_dir(key);
@@ -238,7 +239,10 @@ impl Registry {
         let (registry, files) = (self.clone(), self.disk.copy(&key));
         self.tracker.spawn(async move {
             let _sending = sending;
-            let sent = registry.tasks.run_until_cancelled(ssync::send(&files, &to, registry.idle_timeout)).await;
+            let sent = registry
+                .tasks
+                .run_until_cancelled(ssync::send(&files, &to, registry.idle_timeout, &registry.security))
+                .await;
             match sent {
                 Some(Err(error)) => tracing::error!(image = %key, to, error = error.chain(), "sending failed"),
                 Some(Ok(())) => tracing::info!(image = %key, to, "copy sent"),
@@ -284,13 +288,19 @@ fn report(registry: &Registry, key: &ImageKey, step: Step) {
     }
 }
 
-async fn ask_data_source(address: &str, method: reqwest::Method, query: &str) -> Result<FileStatus, AgentError> {
+async fn ask_data_source(
+    address: &str,
+    method: reqwest::Method,
+    query: &str,
+    security: &Security,
+) -> Result<FileStatus, AgentError> {
     let unavailable = |problem: String| AgentError::Unavailable {
         message: format!("the data source at `{address}` cannot be asked: {problem}"),
     };
-    let client = http_client::internal().timeout(DATA_SOURCE_TIMEOUT).build().map_err(|e| unavailable(chain(&e)))?;
+    let client =
+        http_client::internal(security).timeout(DATA_SOURCE_TIMEOUT).build().map_err(|e| unavailable(chain(&e)))?;
     let response = client
-        .request(method, format!("http://{address}/v1/file{query}"))
+        .request(method, format!("{}://{address}/v1/file{query}", security.scheme()))
         .send()
         .await
         .map_err(|e| unavailable(chain(&e.without_url())))?;

@@ -8,6 +8,7 @@ use api::ErrorKind;
 use api::ids::DiskId;
 use api::image::CopyState;
 use proto::bimrpc::{BackingImageResponse, BackingImageSpec, BackingImageStatus};
+use runtime::transport::Security;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -121,6 +122,7 @@ pub(super) struct Registry {
     pub disk: Disk,
     pub disk_uuid: DiskId,
     pub idle_timeout: Duration,
+    pub security: Security,
     pub syncs: Semaphore,
     pub verifications: Semaphore,
     /// Slow readings, apart from the others so that nobody waits for one.
@@ -136,11 +138,18 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    pub fn new(disk: Disk, disk_uuid: DiskId, idle_timeout: Duration, tasks: CancellationToken) -> Registry {
+    pub fn new(
+        disk: Disk,
+        disk_uuid: DiskId,
+        idle_timeout: Duration,
+        security: Security,
+        tasks: CancellationToken,
+    ) -> Registry {
         Registry {
             disk,
             disk_uuid,
             idle_timeout,
+            security,
             syncs: Semaphore::new(MAX_SYNCS),
             verifications: Semaphore::new(MAX_VERIFICATIONS),
             scrubs: Semaphore::new(MAX_SCRUBS),

@@ -11,9 +11,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use futures::stream::{self, Stream, StreamExt};
+use runtime::transport::Listener;
 use rustix::buffer::spare_capacity;
 use serde_json::json;
-use tokio::net::TcpListener;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
@@ -22,11 +22,7 @@ use crate::error::{AgentError, blocking};
 use crate::layout::ImageKey;
 use crate::limits::CHUNK_BYTES;
 
-pub(super) async fn serve(
-    listener: TcpListener,
-    registry: Arc<Registry>,
-    shutdown: CancellationToken,
-) -> io::Result<()> {
+pub(super) async fn serve(listener: Listener, registry: Arc<Registry>, shutdown: CancellationToken) -> io::Result<()> {
     let app = Router::new()
         .route("/v1/copies/{key}/manifest", get(manifest))
         .route("/v1/copies/{key}/data", get(data))

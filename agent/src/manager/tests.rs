@@ -59,7 +59,13 @@ pub(super) fn touch(files: &FileSet, time: SystemTime) {
 
 fn registry(folder: &TempDir) -> Arc<Registry> {
     let uuid = "disk-uuid".parse().unwrap();
-    Arc::new(Registry::new(Disk::new(folder.path()), uuid, Duration::from_secs(20), CancellationToken::new()))
+    Arc::new(Registry::new(
+        Disk::new(folder.path()),
+        uuid,
+        Duration::from_secs(20),
+        Default::default(),
+        CancellationToken::new(),
+    ))
 }
 
 /// The same with the copy adopted.

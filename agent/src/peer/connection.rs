@@ -1,4 +1,4 @@
-//! One connection for the bytes of a copy: plain HTTP/1.1, read by a thread straight into the caller's buffer.
+//! One connection for the bytes of a copy: HTTP/1.1, read by a thread straight into the caller's buffer.
 //!
 //! A general HTTP client hands a body over in many small pieces, each through two tasks and one more copy. That costs more than
 //! the network on a fast one. Here one range is asked for at a time, and exactly its bytes follow.
@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use reqwest::StatusCode;
+use runtime::transport::{BlockingStream, Security};
 use tokio::time::timeout;
 
 use super::PeerError;
@@ -22,14 +23,18 @@ const MAX_HEADERS: usize = 32;
 
 /// A connection to the data port of a peer. Its methods block.
 pub(crate) struct Connection {
-    stream: BufReader<TcpStream>,
+    stream: BufReader<BlockingStream>,
     address: SocketAddr,
     idle_timeout: Duration,
 }
 
 impl Connection {
     /// Connects; afterwards no wait is longer than `idle_timeout`.
-    pub async fn open(address: SocketAddr, idle_timeout: Duration) -> Result<Connection, PeerError> {
+    pub async fn open(
+        address: SocketAddr,
+        idle_timeout: Duration,
+        security: &Security,
+    ) -> Result<Connection, PeerError> {
         let limit = CONNECT_TIMEOUT.min(idle_timeout);
         let opened = async {
             let stream = timeout(limit, tokio::net::TcpStream::connect(address)).await??.into_std()?;
@@ -37,7 +42,7 @@ impl Connection {
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(idle_timeout))?;
             stream.set_write_timeout(Some(idle_timeout))?;
-            Ok::<_, io::Error>(stream)
+            security.secure(stream)
         };
         let stream = opened.await.map_err(|e| PeerError::Transfer(format!("cannot connect to `{address}`: {e}")))?;
         Ok(Connection { stream: BufReader::new(stream), address, idle_timeout })
@@ -45,7 +50,7 @@ impl Connection {
 
     /// What ends all waiting on this connection when it is dropped, unless [`HangUp::keep`] is called.
     pub fn hang_up(&self) -> Result<HangUp, PeerError> {
-        let stream = self.stream.get_ref().try_clone().map_err(|error| PeerError::Transfer(error.to_string()))?;
+        let stream = self.stream.get_ref().tcp().try_clone().map_err(|error| PeerError::Transfer(error.to_string()))?;
         Ok(HangUp(Some(stream)))
     }
 
@@ -152,7 +157,7 @@ mod tests {
             let _ = stream.write_all(answer);
             (line, stream)
         });
-        let mut connection = Connection::open(address, LIMIT).await.unwrap();
+        let mut connection = Connection::open(address, LIMIT, &Security::default()).await.unwrap();
         let read = tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; 10];
             connection.ask(&"parrot-0a1b2c3d".parse().unwrap(), &(5..15))?;

@@ -359,6 +359,7 @@ pub fn source_config(disk: &TestDisk, parameters: &[(&str, &str)], checksum: Opt
         parameters: parameters.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<BTreeMap<_, _>>(),
         checksum: checksum.map(|text| text.parse().unwrap()),
         patience: impatient(),
+        security: Default::default(),
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::controller::leader::{Candidate, Term, Timing};
-use ::controller::{Context, ControllerError, Metrics};
+use ::controller::{Context, ControllerError, Metrics, webhook};
 use api::{ErrorKind, Setting};
 use clap::Args;
 use k8s_openapi::api::core::v1::Toleration;
@@ -19,7 +19,7 @@ use workloads::pods::{Pods, PodsConfig, Resources, tolerations};
 use super::{Cluster, Start, checked};
 use crate::failure::Failure;
 use crate::probe;
-use crate::roles::listen;
+use crate::roles::{listen, security};
 
 /// Between two attempts of a leader whose store went away at its first step.
 const RETRY: Duration = Duration::from_secs(1);
@@ -35,6 +35,9 @@ pub struct Controller {
     /// Where to serve probes and metrics; without a host part the address in POD_IP, else every address.
     #[arg(long, default_value = ":9500", value_parser = listen)]
     listen: SocketAddr,
+    /// Where the API server reaches the admission webhook; without a host part the address in POD_IP, else every address.
+    #[arg(long, default_value = ":9443", value_parser = listen)]
+    webhook_listen: SocketAddr,
     /// The name of this pod, to be told from other candidates for the lead.
     #[arg(long, env = "POD_NAME", default_value = "controller")]
     pod_name: String,
@@ -105,7 +108,8 @@ impl Agents {
 }
 
 /// Runs `controller`.
-pub async fn run(Controller { cluster, csi_socket, listen, pod_name, agents }: Controller) -> anyhow::Result<()> {
+pub async fn run(controller: Controller) -> anyhow::Result<()> {
+    let Controller { cluster, csi_socket, listen, webhook_listen, pod_name, agents } = controller;
     let mut start = Start::begin("controller", &cluster, listen).await?;
     checked("controller", start.store.list::<Setting>(&Selector::default()).await)?;
     let pods = Pods::open(start.client.clone(), agents.config(&cluster.namespace)).await.map_err(|error| {
@@ -118,6 +122,9 @@ pub async fn run(Controller { cluster, csi_socket, listen, pod_name, agents }: C
 
     let metrics = Metrics::default();
     start.metrics.register(|registry| metrics.register(registry));
+    let webhook = webhook::Config::new(start.store.clone(), webhook_listen, metrics.clone());
+    let shutdown = start.roles.shutdown();
+    start.roles.spawn("webhook", async move { Ok(webhook::run(webhook, shutdown).await?) });
     let candidate = Candidate {
         store: start.store.clone(),
         // A container that was started anew is another candidate: what its former process had begun may still arrive.
@@ -128,6 +135,7 @@ pub async fn run(Controller { cluster, csi_socket, listen, pod_name, agents }: C
         store: start.store.clone(),
         workloads: Arc::new(pods) as Arc<dyn Workloads>,
         metrics,
+        security: security(),
         deposed: CancellationToken::new(),
     };
     let shutdown = start.roles.shutdown();

@@ -12,7 +12,7 @@ use clap::Args;
 
 use super::{Cluster, Start, checked};
 use crate::engines::Engines;
-use crate::roles::listen;
+use crate::roles::{listen, security};
 
 /// Runs replicas and engines of one node of a Kubernetes cluster, and reports its disks.
 #[derive(Args, Debug)]
@@ -52,6 +52,7 @@ pub async fn run(Instance { cluster, node, ip, directory, listen, engines }: Ins
         discover: true,
         disk_owner: Some(AGENT_UID),
         engines: engines.options(),
+        security: security(),
     };
     ::instance::discovery::create(&config).await.with_context(|| format!("cannot make the Node object `{node}`"))?;
     let shutdown = start.roles.shutdown();

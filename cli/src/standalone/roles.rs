@@ -12,6 +12,7 @@ use workloads::Workloads;
 use workloads::local::{Local, LocalConfig};
 
 use super::Layout;
+use crate::roles::security;
 use crate::running::Roles;
 
 /// How long a manager or data source may take until its ports accept connections.
@@ -44,6 +45,7 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
         store: store.clone(),
         workloads: workloads.clone(),
         metrics: controller::Metrics::default(),
+        security: security(),
         deposed: CancellationToken::new(),
     };
     metrics.register(|registry| reconcilers.metrics.register(registry));
@@ -68,6 +70,7 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
             discover: false,
             disk_owner: None,
             engines,
+            security: security(),
         };
         let shutdown = roles.shutdown();
         roles.spawn(&format!("instance {name}"), async move { Ok(instance::run(node, shutdown).await?) });

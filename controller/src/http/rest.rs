@@ -12,7 +12,7 @@ use store::{Object, ObjectKey, Preconditions, Selector};
 
 use super::failure::Failure;
 use super::path::{self, Route, Target};
-use super::{ApiState, admission, discovery, watch};
+use super::{ApiState, discovery, watch};
 use api::ErrorKind;
 
 type Parameters = BTreeMap<String, String>;
@@ -142,7 +142,7 @@ async fn create(state: &ApiState, target: &Target, body: &Bytes) -> Result<Respo
         }
         object.0["metadata"]["name"] = format!("{prefix}{}", suffix()).into();
     }
-    let object = admission::admit(state, resource, object, None).await?;
+    let object = state.admission().admit(resource, object, None).await?;
     let created = state.store.objects().create(resource, object).await?;
     Ok(answer(StatusCode::CREATED, &Value::Object(created.0)))
 }
@@ -167,7 +167,7 @@ async fn replace(state: &ApiState, target: &Target, key: &ObjectKey, mut object:
         state.store.objects().replace_status(resource, object).await?
     } else {
         let old = read(state, target, key).await?;
-        let object = admission::admit(state, resource, object, Some(&old)).await?;
+        let object = state.admission().admit(resource, object, Some(&old)).await?;
         state.store.objects().replace(resource, object).await?
     };
     Ok(answer(StatusCode::OK, &Value::Object(stored.0)))
@@ -211,7 +211,7 @@ async fn delete(state: &ApiState, target: &Target, key: &ObjectKey, body: &Bytes
         preconditions = Preconditions { uid: text("uid"), resource_version: text("resourceVersion") };
     }
     read(state, target, key).await?;
-    admission::admit_deletion(state, resource, key).await?;
+    state.admission().admit_deletion(resource, key).await?;
     let last = state.store.objects().delete(resource, key, &preconditions).await?;
     let body = match last {
         Some(object) => Value::Object(object.0),

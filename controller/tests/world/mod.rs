@@ -37,6 +37,7 @@ pub async fn world() -> World {
         store: store.clone(),
         workloads: Arc::new(workloads.clone()),
         metrics: Metrics::default(),
+        security: Default::default(),
         deposed: CancellationToken::new(),
     };
     tokio::spawn(run(context, stop.clone()));

@@ -10,6 +10,7 @@ use dataplane::DataplaneError;
 use dataplane::storage_daemon::{StorageDaemon, allocated_bytes};
 use proto::generation::{Step, plan};
 use proto::replica::{Record, Reply, Request};
+use runtime::transport::Listener;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -115,21 +116,13 @@ impl Replica {
     }
 }
 
-pub(super) async fn serve_tcp(
-    listener: tokio::net::TcpListener,
-    replica: Replica,
-    stop: CancellationToken,
-    tasks: TaskTracker,
-) {
+pub(super) async fn serve_tcp(mut listener: Listener, replica: Replica, stop: CancellationToken, tasks: TaskTracker) {
     loop {
         tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    let _ = stream.set_nodelay(true);
-                    tasks.spawn(converse(stream, replica.clone(), stop.clone()));
-                }
-                Err(error) => pause(&error).await,
-            },
+            (stream, _) = listener.next() => {
+                let _ = stream.set_nodelay();
+                tasks.spawn(converse(stream, replica.clone(), stop.clone()));
+            }
             () = stop.cancelled() => return,
         }
     }

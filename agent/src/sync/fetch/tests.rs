@@ -73,7 +73,7 @@ fn fetch_from(chunks: u64, peers: &str) -> Arc<Fetch> {
     Arc::new(Fetch {
         key: "parrot-0a1b2c3d".parse().unwrap(),
         partial: file.path().into(),
-        peers: Peer::parse_list(peers, Duration::from_secs(9)).unwrap(),
+        peers: Peer::parse_list(peers, Duration::from_secs(9), &Default::default()).unwrap(),
         manifest: Arc::new(manifest),
         file: Arc::new(DirectFile::new(file.reopen().unwrap(), file.path())),
         report: Arc::new(|_| ()),

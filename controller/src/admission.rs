@@ -1,0 +1,113 @@
+//! What is refused or filled in before an object is stored on behalf of a user.
+//!
+//! The rules are those of `api::validation`. The HTTP API and the admission webhook both ask here, so a mistake is the same sentence in
+//! both. Our own controllers write to the store directly and are not checked.
+
+use api::names::{self, label};
+use api::validation::image::ImageRules;
+use api::validation::{self, FieldErrors};
+use api::{BackingImage, ErrorKind, Node, Replica, Setting, Volume, setting};
+use kube::ResourceExt;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use store::{Object, ObjectKey, ResourceType, Selector, Store};
+
+use crate::http::failure::Failure;
+
+/// What the rules look up.
+#[derive(Clone)]
+pub struct Admission {
+    pub store: Store,
+    /// Whether images may be downloaded from this very machine (the standalone mode, where every node is this machine).
+    pub allow_loopback_sources: bool,
+}
+
+impl Admission {
+    /// The object as it is to be stored, or why it cannot be. `old` is what it replaces.
+    pub async fn admit(&self, resource: &ResourceType, new: Object, old: Option<&Object>) -> Result<Object, Failure> {
+        if resource.group != names::GROUP {
+            return Ok(new);
+        }
+        let name = new.name().to_owned();
+        let refused = |errors: FieldErrors| {
+            Failure::new(errors.kind(), format!("{} `{name}` is invalid: {errors}", resource.kind))
+        };
+        match resource.kind.as_str() {
+            "BackingImage" => {
+                let rules = self.rules().await?;
+                let image: BackingImage = parsed(resource, &new)?;
+                let admitted = match old {
+                    None => validation::image::admit_new(image, &rules),
+                    Some(old) => validation::image::admit_change(&parsed(resource, old)?, image, &rules),
+                };
+                return object(&admitted.map_err(refused)?, new);
+            }
+            "Volume" => {
+                let volume: Volume = parsed(resource, &new)?;
+                let result = match old {
+                    Some(old) => validation::volume::check_change(&parsed(resource, old)?, &volume),
+                    None => {
+                        let image: Option<BackingImage> = self.store.get(&volume.spec.backing_image).await?;
+                        validation::volume::check_new(&volume, image.as_ref())
+                    }
+                };
+                result.map_err(refused)?;
+            }
+            "Node" => validation::node::check(&parsed::<Node>(resource, &new)?).map_err(refused)?,
+            "Setting" => validation::setting::check(&parsed::<Setting>(resource, &new)?).map_err(refused)?,
+            "BackingImageManager" => drop(parsed::<api::BackingImageManager>(resource, &new)?),
+            "BackingImageDataSource" => drop(parsed::<api::BackingImageDataSource>(resource, &new)?),
+            "Engine" => drop(parsed::<api::Engine>(resource, &new)?),
+            "Replica" => drop(parsed::<Replica>(resource, &new)?),
+            _ => {}
+        }
+        Ok(new)
+    }
+
+    async fn rules(&self) -> Result<ImageRules, Failure> {
+        let settings: Vec<Setting> = self.store.list(&Selector::default()).await?;
+        let copies = settings.iter().find(|s| s.metadata.name.as_deref() == Some(setting::DEFAULT_MIN_COPIES));
+        let default = setting::known(setting::DEFAULT_MIN_COPIES).map_or("1", |k| k.default);
+        let value = copies.map_or(default, |s| s.value.as_str());
+        Ok(ImageRules {
+            default_min_copies: value.parse().or_else(|_| default.parse()).unwrap_or(1),
+            allow_loopback_sources: self.allow_loopback_sources,
+        })
+    }
+
+    /// Refuses a deletion that would take something away from somebody.
+    pub async fn admit_deletion(&self, resource: &ResourceType, key: &ObjectKey) -> Result<(), Failure> {
+        if resource.kind != "BackingImage" || resource.group != names::GROUP {
+            return Ok(());
+        }
+        let replicas: Vec<Replica> = self.store.list(&Selector::label(label::BACKING_IMAGE, &key.name)).await?;
+        let mut users: Vec<String> = replicas.iter().map(|r| r.name_any()).collect();
+        if users.is_empty() {
+            // A volume that was created a moment ago has no replicas yet.
+            let volumes: Vec<Volume> = self.store.list(&Selector::default()).await?;
+            users = volumes.iter().filter(|v| v.spec.backing_image == key.name).map(|v| v.name_any()).collect();
+        }
+        validation::image::admit_deletion(&key.name, &users).map_err(|in_use| Failure::forbidden(in_use.to_string()))
+    }
+}
+
+fn parsed<T: DeserializeOwned>(resource: &ResourceType, object: &Object) -> Result<T, Failure> {
+    serde_json::from_value(Value::Object(object.0.clone())).map_err(|error| {
+        Failure::new(ErrorKind::Invalid, format!("{} `{}` is invalid: {error}", resource.kind, object.name()))
+    })
+}
+
+/// The typed object as it is stored, keeping the identity that the typed form does not carry.
+fn object<T: Serialize>(typed: &T, mut original: Object) -> Result<Object, Failure> {
+    let failed =
+        |error: &dyn std::fmt::Display| Failure::new(ErrorKind::Internal, format!("cannot write the object: {error}"));
+    match serde_json::to_value(typed) {
+        Ok(Value::Object(map)) => {
+            original.0.extend(map);
+            Ok(original)
+        }
+        Ok(_) => Err(failed(&"it is not a JSON object")),
+        Err(error) => Err(failed(&error)),
+    }
+}

@@ -1,0 +1,183 @@
+//! Who is let in, who is believed, and what a replaced certificate does.
+
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::*;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    fn new() -> Authority {
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Authority(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    fn pair(&self, name: &str) -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        (params.signed_by(&key, &self.0).unwrap().pem(), key.serialize_pem())
+    }
+
+    fn identity(&self, name: &str) -> Identity {
+        let (chain, key) = self.pair(name);
+        Identity::from_pem(&chain, &key).unwrap()
+    }
+
+    /// A process that trusts this authority and has a certificate of it.
+    fn member(&self) -> Security {
+        Security::mutual(&self.0.pem(), &self.identity(PEER_NAME)).unwrap()
+    }
+}
+
+async fn listen(security: &Security) -> (Listener, SocketAddr) {
+    let listener = security.listen("127.0.0.1:0".parse().unwrap(), Protocol::Lines).await.unwrap();
+    let address = listener.address();
+    (listener, address)
+}
+
+/// Answers each connection with the first four bytes of it.
+fn echo(mut listener: Listener) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.next().await;
+            tokio::spawn(async move {
+                let mut bytes = [0; 4];
+                if stream.read_exact(&mut bytes).await.is_ok() {
+                    let _ = stream.write_all(&bytes).await;
+                    let _ = stream.shutdown().await;
+                }
+            });
+        }
+    })
+}
+
+/// What comes back for `ping`.
+async fn ask(client: &Security, address: SocketAddr) -> io::Result<[u8; 4]> {
+    let client = client.clone();
+    let asked = tokio::task::spawn_blocking(move || {
+        let stream = std::net::TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        let mut stream = client.secure(stream)?;
+        stream.write_all(b"ping")?;
+        let mut bytes = [0; 4];
+        stream.read_exact(&mut bytes)?;
+        Ok(bytes)
+    });
+    timeout(LIMIT, asked).await.expect("it is not waited for ever").unwrap()
+}
+
+#[tokio::test]
+async fn members_of_one_authority_talk_and_plain_talks_to_plain() {
+    for security in [Security::default(), Authority::new().member()] {
+        let (listener, address) = listen(&security).await;
+        let serving = echo(listener);
+        assert_eq!(&ask(&security, address).await.unwrap(), b"ping", "{}", security.scheme());
+        serving.abort();
+    }
+}
+
+#[tokio::test]
+async fn who_has_no_certificate_of_the_authority_is_refused() {
+    let authority = Authority::new();
+    let (listener, address) = listen(&authority.member()).await;
+    let serving = echo(listener);
+    let stranger = Authority::new();
+    // It believes the server, and is not believed.
+    let strange = Security::mutual(&authority.0.pem(), &stranger.identity(PEER_NAME)).unwrap();
+    assert!(ask(&strange, address).await.is_err());
+    assert!(ask(&Security::default(), address).await.ok() != Some(*b"ping"), "plain");
+    let believing = OneName {
+        inner: WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&authority.0.pem()).unwrap()), provider())
+            .build()
+            .unwrap(),
+        name: peer_name(),
+    };
+    let client = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(believing))
+        .with_no_client_auth();
+    let server = authority.member().0.unwrap().server.clone();
+    let nobody = Security(Some(Arc::new(Tls { server, client: Arc::new(client) })));
+    assert!(ask(&nobody, address).await.is_err(), "no certificate");
+    assert_eq!(&ask(&authority.member(), address).await.unwrap(), b"ping", "others are served on");
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_server_of_another_authority_or_name_is_not_believed() {
+    let authority = Authority::new();
+    let other = Authority::new();
+    // Each lets our client in.
+    let trusting = format!("{}{}", authority.0.pem(), other.0.pem());
+    for wrong in [other.identity(PEER_NAME), authority.identity("somebody-else")] {
+        let (listener, address) = listen(&Security::mutual(&trusting, &wrong).unwrap()).await;
+        let serving = echo(listener);
+        assert!(ask(&authority.member(), address).await.is_err());
+        serving.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_silent_peer_keeps_nobody_waiting() {
+    let member = Authority::new().member();
+    let (listener, address) = listen(&member).await;
+    let serving = echo(listener);
+    let _silent: Vec<_> =
+        (0..8).map(|_| std::net::TcpStream::connect(address).expect("the listener has a backlog")).collect();
+    assert_eq!(&ask(&member, address).await.unwrap(), b"ping");
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_replaced_certificate_is_shown_in_the_next_handshake() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let identity = old.identity(PEER_NAME);
+    let listener = identity.listen("127.0.0.1:0".parse().unwrap(), Protocol::Lines).await.unwrap();
+    let address = listener.address();
+    let serving = echo(listener);
+    let (of_old, of_new) = (old.member(), new.member());
+    assert!(ask(&of_old, address).await.is_ok() && ask(&of_new, address).await.is_err());
+    let (chain, key) = new.pair(PEER_NAME);
+    assert!(identity.replace(&chain, &old.pair(PEER_NAME).1).is_err(), "the key of another certificate");
+    assert!(ask(&of_old, address).await.is_ok(), "the one before stays");
+    identity.replace(&chain, &key).unwrap();
+    assert!(ask(&of_old, address).await.is_err() && ask(&of_new, address).await.is_ok());
+    serving.abort();
+}
+
+#[test]
+fn what_cannot_be_used_is_said() {
+    let authority = Authority::new();
+    let (chain, key) = authority.pair(PEER_NAME);
+    let said = |result: Result<Identity, SecurityError>| api::error::sentence(&result.unwrap_err());
+    assert!(said(Identity::from_pem("", &key)).contains("-----BEGIN CERTIFICATE-----"));
+    assert!(said(Identity::from_pem(&chain, "")).contains("-----BEGIN PRIVATE KEY-----"));
+    assert!(said(Identity::from_pem(&chain, &authority.pair("b").1)).contains("give both from one issue"));
+    let error = Security::mutual("", &authority.identity(PEER_NAME)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+}
+
+#[test]
+fn a_certificate_is_accepted_for_its_name_and_time_and_by_its_authority() {
+    let authority = Authority::new();
+    let now = 1_790_000_000;
+    let (chain, _) = authority.pair("webhook.example");
+    let trusted = authority.0.pem();
+    assert!(is_accepted(&trusted, &chain, "webhook.example", now));
+    assert!(!is_accepted(&trusted, &chain, "other.example", now));
+    assert!(!is_accepted(&Authority::new().0.pem(), &chain, "webhook.example", now));
+    // rcgen's certificates end in the year 4096.
+    assert!(!is_accepted(&trusted, &chain, "webhook.example", 80_000_000_000));
+    assert!(!is_accepted("", &chain, "webhook.example", now) && !is_accepted(&trusted, "", "webhook.example", now));
+}
