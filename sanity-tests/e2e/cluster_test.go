@@ -124,7 +124,7 @@ func (c *cluster) manifestImage() (string, error) {
 	return "", fmt.Errorf("deploy/manifests name no image of the driver")
 }
 
-// manifests is the folder to install from: deploy/manifests, or with HELM_ARGS ("--set webhook.enabled=false") the chart rendered so.
+// manifests is the folder to install from: deploy/manifests, or with HELM_ARGS ("--set controller.replicas=3") the chart rendered so.
 func (c *cluster) manifests() (string, error) {
 	folder := filepath.Join(c.root, "deploy/manifests")
 	args := strings.Fields(os.Getenv("HELM_ARGS"))

@@ -97,24 +97,3 @@ resources: {{- toYaml .Values.sidecars.resources | nindent 2 }}
 volumeMounts:
   - {name: csi, mountPath: /csi}
 {{- end }}
-
-{{- /* What our own roles write is made by the same rules, and must not wait for a controller that is about to begin. */}}
-{{- define "conditions" -}}
-matchConditions:
-  - name: not-ours
-    expression: >-
-      !(request.userInfo.username in [
-      "system:serviceaccount:{{ .Release.Namespace }}:backing-image-csi-controller",
-      "system:serviceaccount:{{ .Release.Namespace }}:backing-image-csi-instance"])
-namespaceSelector:
-  matchLabels: {kubernetes.io/metadata.name: {{ .Release.Namespace }}}
-{{- end }}
-{{- /* The controller writes the authority of its certificate beside the service. */}}
-{{- define "webhook" -}}
-admissionReviewVersions: [v1]
-sideEffects: None
-matchPolicy: Equivalent
-failurePolicy: {{ .Values.webhook.failurePolicy }}
-timeoutSeconds: 10
-{{ include "conditions" . }}
-{{- end }}
