@@ -21,6 +21,7 @@ use crate::{Condition, ErrorKind, Unknown};
     status = "BackingImageDataSourceStatus",
     derive = "PartialEq",
     derive = "Default",
+    printcolumn = r#"{"name":"UUID","type":"string","jsonPath":".spec.uuid"}"#,
     printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.currentState"}"#,
     printcolumn = r#"{"name":"SourceType","type":"string","jsonPath":".spec.sourceType"}"#,
     printcolumn = r#"{"name":"Size","type":"integer","jsonPath":".status.size"}"#,

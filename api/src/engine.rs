@@ -59,6 +59,7 @@ pub enum ReplicaMode {
     status = "EngineStatus",
     derive = "PartialEq",
     derive = "Default",
+    printcolumn = r#"{"name":"Data Engine","type":"string","jsonPath":".spec.dataEngine"}"#,
     printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.currentState"}"#,
     printcolumn = r#"{"name":"Node","type":"string","jsonPath":".spec.nodeID"}"#,
     printcolumn = r#"{"name":"Endpoint","type":"string","jsonPath":".status.endpoint"}"#,

@@ -21,6 +21,7 @@ use crate::{Condition, Unknown};
     status = "ReplicaStatus",
     derive = "PartialEq",
     derive = "Default",
+    printcolumn = r#"{"name":"Data Engine","type":"string","jsonPath":".spec.dataEngine"}"#,
     printcolumn = r#"{"name":"State","type":"string","jsonPath":".status.currentState"}"#,
     printcolumn = r#"{"name":"Node","type":"string","jsonPath":".spec.nodeID"}"#,
     printcolumn = r#"{"name":"Disk","type":"string","jsonPath":".spec.diskID"}"#,

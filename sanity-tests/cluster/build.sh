@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds what the test cluster runs and Debian does not have, into $CLUSTER_CACHE/bin (default: target/cluster/bin); what is fresh stays.
 #
-#   build.sh [GROUP...]     kube, csi and tools by default; etcd and containerd where Debian's will not do
+#   build.sh [GROUP...]     kube, csi, tools and helm by default; etcd and containerd where Debian's will not do
 #
 # All comes from Go modules by the usual proxy, pinned in versions.env and k8s/. Cold it takes about 20 minutes on two cores, and
 # nothing from the network when all is fresh.
@@ -61,7 +61,7 @@ kube() {
   for binary in kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl; do
     fresh $binary "$pins $KUBE_FLAGS" || compile $binary "$HERE/k8s" k8s.io/kubernetes/cmd/$binary "$KUBE_FLAGS"
   done
-  for binary in csi-register samplecsi; do
+  for binary in csi-register csi-liveness samplecsi; do
     fresh $binary "$(hash_of "$HERE/k8s")" || compile $binary "$HERE/k8s" ./cmd/$binary "-s -w"
   done
 }
@@ -88,6 +88,9 @@ tools() {
     fresh $binary "$(hash_of "$HERE/cmd/$binary")" || compile $binary "$ROOT/sanity-tests" ./cluster/cmd/$binary "-s -w"
   done
 }
+helm() {
+  sidecar helm helm "$HELM"
+}
 etcd() {
   local module=go.etcd.io/etcd
   fresh etcd "$ETCD" && return
@@ -108,11 +111,11 @@ began=$(now)
 mkdir -p "$BIN"
 exec 8>"$CACHE/build.lock"
 flock 8 # a second build waits for the first
-[ $# -gt 0 ] || set -- kube csi tools
+[ $# -gt 0 ] || set -- kube csi tools helm
 for group; do
   case $group in
-  kube | csi | tools | etcd | containerd) "$group" ;;
-  *) die "there is no group $group; there are kube, csi, tools, etcd and containerd" ;;
+  kube | csi | tools | helm | etcd | containerd) "$group" ;;
+  *) die "there is no group $group; there are kube, csi, tools, helm, etcd and containerd" ;;
   esac
 done
 echo "build: $(since "$began") s in all"

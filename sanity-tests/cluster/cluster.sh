@@ -8,9 +8,11 @@
 #   cluster.sh kubectl ARG...          as administrator; other programs take $CLUSTER_STATE/admin.kubeconfig
 #   cluster.sh node-up N | node-down N one node more or less
 #   cluster.sh cut N | mend N          takes a node's network away, and gives it back
-#   cluster.sh on N COMMAND...         in node N's network
-#   cluster.sh images                  imports every archive of $CLUSTER_STATE/images on every node
-#   cluster.sh daemon NAME N COMMAND.. starts COMMAND in node N's network (0: the machine's), until `stop NAME` or `down`
+#   cluster.sh on N COMMAND...         in node N's network and mounts
+#   cluster.sh kubelet-stop N | kubelet-start N   the kubelet alone; the pods go on
+#   cluster.sh images [ARCHIVE...]     imports every archive of $CLUSTER_STATE/images on every node; these are added to them
+#   cluster.sh sidecar-images          adds the sidecars that deploy/chart names, under their official names, for the next `up`
+#   cluster.sh daemon NAME N COMMAND.. starts COMMAND in node N (0: in none), until `stop NAME` or `down`
 #   cluster.sh sidecars SOCKET | sidecars-down   the CSI sidecars, for a driver's controller socket
 #   cluster.sh register N SOCKET | unregister N  a driver's node socket at node N's kubelet
 set -euo pipefail
@@ -47,8 +49,10 @@ down() {
   began=$(now)
   sidecars_down
   for name in $(names | grep -vxE "(containerd|kubelet|proxy|register)-[0-9]+|scheduler|controller-manager|apiserver|etcd"); do stop "$name"; done
-  losetup -l -n -O NAME,BACK-FILE | awk -v d="$STATE/" 'index($2, d) == 1 { print $1 }' | xargs -r -n1 losetup -d
+  loops | xargs -r -n1 losetup -d
   for n in $(nodes); do node_down "$n"; done
+  # Those that were in use until now.
+  loops | xargs -r -n1 losetup -d
   control_down
   kill_all
   unmount_below "$STATE"
@@ -57,7 +61,18 @@ down() {
   { grep -lsF "$STATE/" /var/lib/cni/results/* || true; } | xargs -r rm -f
   # `ip netns` makes it a mount of its own when it makes the first one.
   if [ -d /run/netns ] && [ -z "$(ls -A /run/netns)" ]; then umount /run/netns 2>/dev/null || true; fi
+  # Places to mount on that were not there before.
+  if [ -e "$STATE/made" ]; then
+    xargs rmdir --ignore-fail-on-non-empty <"$STATE/made"
+    rm -f "$STATE/made"
+  fi
   echo "down: $(since "$began") s"
+}
+# The loop devices of the cluster: of files below its folder, and of files that pods see where nodes have folders of their own.
+loops() {
+  losetup -l -n -O NAME,BACK-FILE | awk -v folders="$STATE $OWN" '
+    BEGIN { n = split(folders, folder) }
+    { for (i = 1; i <= n; i++) if (index($2, folder[i] "/") == 1) { print $1; next } }'
 }
 
 command=${1:-status}
@@ -82,20 +97,25 @@ wipe)
   down
   rm -rf "$STATE"
   ;;
+sidecar-images) sidecar_images ;;
 images)
   images
+  [ $# = 0 ] || cp "$@" "$STATE/images/"
   for n in $(running_nodes); do import_images "$n"; done
   ;;
 sidecars) sidecars "$1" ;;
 sidecars-down) sidecars_down ;;
-register) start "register-$1" "$BIN/csi-register" --csi-address="$2" --plugin-registration-path="$(folder "$1")/kubelet/plugins_registry" ;;
+register) start "register-$1" "$BIN/csi-register" --csi-address="$2" --plugin-registration-path="$(folder "$1")/own/var/lib/kubelet/plugins_registry" ;;
 unregister) stop "register-$1" ;;
 daemon)
   name=$1 n=$2
   shift 2
-  if [ "$n" = 0 ]; then start "$name" "$@"; else start "$name" nsenter --net="/run/netns/$(namespace "$n")" "$@"; fi
+  # shellcheck disable=SC2046 # words
+  if [ "$n" = 0 ]; then start "$name" "$@"; else start "$name" $(as_of "$n") "$@"; fi
   ;;
 stop) stop "$1" ;;
+kubelet-stop) stop "kubelet-$1" ;;
+kubelet-start) kubelet_up "$1" ;;
 cut) ip link set "$PREFIX-v$1" down ;;
 mend) ip link set "$PREFIX-v$1" up ;;
 kubectl) k "$@" ;;

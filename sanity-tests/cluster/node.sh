@@ -1,19 +1,25 @@
-# The nodes of the test cluster: each a network namespace on the bridge, with its own containerd, kubelet and kube-proxy.
+# The nodes of the test cluster: each a network namespace on the bridge and a mount namespace, with its own containerd, kubelet and
+# kube-proxy.
 #
-# Mount and pid namespaces, loop devices and the kernel are the machine's. What two kubelets could take from each other lies in
-# folders and cgroups of the node's own.
+# The pid namespace, loop devices and the kernel are the machine's. What two kubelets could take from each other lies in folders and
+# cgroups of the node's own; the folders that manifests name (OWN) are the node's by its mount namespace.
 # shellcheck shell=bash
 CONTAINERD_BIN=${CONTAINERD_BIN:-containerd} CTR_BIN=${CTR_BIN:-ctr} CNI_BIN=${CNI_BIN:-/usr/lib/cni}
+# Folders of the host that manifests name: each node sees its own there, from $STATE/nN/own.
+OWN="/var/lib/kubelet /var/lib/longhorn /var/lib/backing-image-csi"
 PAUSE=test.local/pause:1 BUSYBOX=test.local/busybox:1
 
 namespace() { echo "$PREFIX-n$1"; }
 folder() { echo "$STATE/n$1"; }
 address() { echo "$NET.$((10 + $1))"; }
-on() { # on N COMMAND...: in that node's network
-  local n=$1
+on() { # on N COMMAND...: in that node's network and mounts
+  local n=$1 pid
   shift
-  nsenter --net="/run/netns/$(namespace "$n")" "$@"
+  pid=$(pid_of "mounts-$n") || die "node $n does not run"
+  nsenter --net="/run/netns/$(namespace "$n")" --mount="/proc/$pid/ns/mnt" "$@"
 }
+# as_of N: the words that make a command one of that node's, for `start`, which needs a program.
+as_of() { echo nsenter "--net=/run/netns/$(namespace "$1")" "--mount=/proc/$(pid_of "mounts-$1")/ns/mnt"; }
 nodes() { # all that there is anything of
   {
     find "$STATE" -maxdepth 1 -name 'n[0-9]*' | sed 's|.*/n||'
@@ -37,6 +43,21 @@ images() {
   for applet in $(busybox --list); do [ "$applet" = busybox ] || links+=(-link "busybox=/bin/$applet"); done
   "$BIN/mkimage" -o "$STATE/images/busybox.tar" -ref "$BUSYBOX" -add "$(command -v busybox)=/bin/busybox" "${links[@]}" -dir /root -cmd sh
 }
+# sidecar_images: the sidecars that deploy/chart names, from the binaries that build.sh makes, under their official names.
+sidecar_images() {
+  local reference name binary archive
+  mkdir -p "$STATE/images"
+  for reference in $(sed -n 's|^ *image: \(registry.k8s.io/sig-storage/.*\)$|\1|p' "$ROOT/deploy/chart/values.yaml"); do
+    name=${reference##*/} name=${name%%:*} archive=$STATE/images/$name.tar
+    case $name in
+    livenessprobe) binary=$BIN/csi-liveness ;;
+    csi-node-driver-registrar) binary=$BIN/csi-register ;;
+    *) binary=$BIN/$name ;;
+    esac
+    [ -x "$binary" ] || die "there is no $binary: run sanity-tests/cluster/build.sh"
+    [ "$archive" -nt "$binary" ] || "$BIN/mkimage" -o "$archive" -ref "$reference" -add "$binary=/$name" -entrypoint "/$name"
+  done
+}
 ctr_of() {
   local n=$1
   shift
@@ -53,6 +74,30 @@ import_images() { # import_images N: every archive in $STATE/images that it does
   done
 }
 
+# --- mounts ---------------------------------------------------------------
+# A process holds the node's mount namespace: what the machine mounts is seen there, what the node mounts is not seen here, and all
+# of it goes with the last process in it. Inside everything is shared, so that what a CSI pod mounts below the kubelet's folder is
+# seen by the kubelet, and back.
+node_mounts() {
+  local n=$1 d path
+  d=$(folder "$n")
+  for path in $OWN; do
+    mkdir -p "$d/own$path"
+    [ -d "$path" ] || { mkdir "$path"; echo "$path" >>"$STATE/made"; }
+  done
+  # shellcheck disable=SC2016 # it is for that shell
+  start "mounts-$n" unshare --mount --propagation slave sh -ec 'd=$1; shift
+    for path; do mount --bind "$d/own$path" "$path"; done
+    mount --make-rshared /
+    touch "$d/mounts-$$"
+    exec sleep infinity' mounts "$d" $OWN
+  await 10 "mounts of node $n" mounted "$n"
+}
+mounted() {
+  local pid
+  pid=$(pid_of "mounts-$1") && [ -e "$(folder "$1")/mounts-$pid" ]
+}
+
 # --- up -------------------------------------------------------------------
 node_network() {
   local n=$1 space other link=$PREFIX-v$1
@@ -66,7 +111,7 @@ node_network() {
   ip -n "$space" addr replace "$(address "$n")/24" dev eth0
   ip -n "$space" link set eth0 up
   ip -n "$space" route replace default via "$API"
-  on "$n" sysctl -qw net.ipv4.ip_forward=1
+  ip netns exec "$space" sysctl -qw net.ipv4.ip_forward=1
   ip route replace "$PODS.$n.0/24" via "$(address "$n")"
   for other in $(nodes); do
     if [ "$other" != "$n" ] && [ -e "/run/netns/$(namespace "$other")" ]; then
@@ -88,10 +133,7 @@ node_cgroups() {
 node_files() {
   local n=$1 d
   d=$(folder "$n")
-  mkdir -p "$d"/{cni,kubelet,pods-log,containerd}
-  # What a CSI pod mounts below must be seen by the kubelet, and back.
-  if ! mountpoint -q "$d"; then mount --bind "$d" "$d"; fi
-  mount --make-rshared "$d"
+  mkdir -p "$d"/{cni,pods-log,containerd}
   cert "node-$n" "/O=system:nodes/CN=system:node:n$n"
   kubeconfig "$d/kubelet.kubeconfig" "node-$n" "https://$API:$PORT"
   cat >"$d/cni/10-test.conflist" <<E
@@ -145,7 +187,7 @@ failSwapOn: false
 failCgroupV1: false
 resolvConf: ""
 podLogsDir: "$d/pods-log"
-volumePluginDir: "$d/kubelet/volume-plugins"
+volumePluginDir: /var/lib/kubelet/volume-plugins
 imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 evictionHard: {memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%, nodefs.inodesFree: 1%, imagefs.inodesFree: 1%}
@@ -160,19 +202,27 @@ node_up() {
   node_network "$n"
   node_files "$n"
   node_cgroups "$n"
-  start "containerd-$n" nsenter --net="/run/netns/$(namespace "$n")" "$CONTAINERD_BIN" -c "$d/containerd.toml" -l warn
+  node_mounts "$n"
+  # shellcheck disable=SC2046 # words
+  start "containerd-$n" $(as_of "$n") "$CONTAINERD_BIN" -c "$d/containerd.toml" -l warn
   await 60 "containerd $n" ctr_of "$n" version
   images
   import_images "$n"
-  # shellcheck disable=SC2086 # flags are words
-  start "kubelet-$n" nsenter --net="/run/netns/$(namespace "$n")" "$BIN/kubelet" --config="$d/kubelet.yaml" \
-    --kubeconfig="$d/kubelet.kubeconfig" --root-dir="$d/kubelet" --cert-dir="$d/kubelet/pki" \
-    --hostname-override="n$n" --node-ip="$(address "$n")" ${KUBELET_FLAGS:-}
+  kubelet_up "$n"
   [ "${PROXY:-1}" = 1 ] || return 0
   # The conntrack settings are the machine's, and stay as they are.
-  start "proxy-$n" nsenter --net="/run/netns/$(namespace "$n")" "$BIN/kube-proxy" --kubeconfig="$STATE/admin.kubeconfig" \
+  # shellcheck disable=SC2046 # words
+  start "proxy-$n" $(as_of "$n") "$BIN/kube-proxy" --kubeconfig="$STATE/admin.kubeconfig" \
     --hostname-override="n$n" --cluster-cidr="$PODS.0.0/16" --proxy-mode=iptables \
     --conntrack-max-per-core=0 --conntrack-tcp-timeout-established=0 --conntrack-tcp-timeout-close-wait=0
+}
+
+kubelet_up() {
+  local d
+  d=$(folder "$1")
+  # shellcheck disable=SC2046,SC2086 # words
+  start "kubelet-$1" $(as_of "$1") "$BIN/kubelet" --config="$d/kubelet.yaml" --kubeconfig="$d/kubelet.kubeconfig" \
+    --root-dir=/var/lib/kubelet --cert-dir=/var/lib/kubelet/pki --hostname-override="n$1" --node-ip="$(address "$1")" ${KUBELET_FLAGS:-}
 }
 
 # --- down -----------------------------------------------------------------
@@ -191,7 +241,7 @@ node_down() {
   [ ! -e "/run/netns/$(namespace "$n")" ] || ip netns del "$(namespace "$n")"
   ip route del "$PODS.$n.0/24" 2>/dev/null || true
   remove_cgroups "$n"
-  rm -rf "$d/containerd/state" "$d/containerd/runc"
+  rm -rf "$d/containerd/state" "$d/containerd/runc" "$d"/mounts-*
 }
 cgroups_of() { cgroups | xargs -r -I{} find "{}/$PREFIX-n$1" -depth -type d 2>/dev/null || true; }
 kill_cgroups() { # the containers of a node

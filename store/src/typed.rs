@@ -206,13 +206,33 @@ impl Store {
             .transpose()
     }
 
-    /// Every object of the kind in all namespaces, first as it is, then each change.
+    /// Every object of the kind in [`Store::namespace`] (every object, for cluster-scoped kinds), first as it is, then each change.
     pub async fn watch<T>(&self) -> Result<BoxStream<'static, Result<TypedEvent<T>, StoreError>>, StoreError>
     where
         T: Resource<DynamicType = ()> + DeserializeOwned + Send + 'static,
         T::Scope: Scoped,
     {
-        let events = self.objects.watch(&ResourceType::of::<T>(), None, None).await?;
+        self.watch_in(T::Scope::NAMESPACED.then_some(self.namespace())).await
+    }
+
+    /// As [`Store::watch`], in all namespaces.
+    pub async fn watch_everywhere<T>(&self) -> Result<BoxStream<'static, Result<TypedEvent<T>, StoreError>>, StoreError>
+    where
+        T: Resource<DynamicType = ()> + DeserializeOwned + Send + 'static,
+        T::Scope: Scoped,
+    {
+        self.watch_in(None).await
+    }
+
+    async fn watch_in<T>(
+        &self,
+        namespace: Option<&str>,
+    ) -> Result<BoxStream<'static, Result<TypedEvent<T>, StoreError>>, StoreError>
+    where
+        T: Resource<DynamicType = ()> + DeserializeOwned + Send + 'static,
+        T::Scope: Scoped,
+    {
+        let events = self.objects.watch(&ResourceType::of::<T>(), namespace, None).await?;
         let typed = events.and_then(|event| async move {
             Ok(match event {
                 WatchEvent::Applied(object) => TypedEvent::Applied(decode(object)?),

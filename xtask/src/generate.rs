@@ -1,7 +1,10 @@
-//! Generated files: gRPC code from `.proto` files, CRD manifests from the Rust types.
+//! Generated files: gRPC code from `.proto` files, CRD manifests from the Rust types, `deploy/manifests` from the chart.
+//!
+//! The chart is rendered by helm, which CI does not build: there the sums tell that `deploy/render.sh` ran after the last change.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::{fs, process};
 
 use anyhow::{Context, bail};
@@ -23,8 +26,58 @@ pub fn run(check: bool) -> anyhow::Result<()> {
             fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
         }
     }
+    if let Some(reason) = stale_manifests(root)? {
+        if check {
+            stale.push(format!("deploy/manifests ({reason})"));
+        } else {
+            let status =
+                Command::new("deploy/render.sh").current_dir(root).status().context("cannot start render.sh")?;
+            if !status.success() {
+                bail!("deploy/render.sh ended with {status}");
+            }
+        }
+    }
     if !stale.is_empty() {
         bail!("not fresh, run `cargo xtask generate`: {}", stale.join(", "));
+    }
+    Ok(())
+}
+
+/// What `deploy/manifests` is rendered from, folder by folder; whole files beside them stand in the sums, too.
+const CHART: [&str; 2] = ["deploy/chart", "deploy/crds"];
+
+/// Why `deploy/manifests` is not what the chart renders to, if it is not.
+fn stale_manifests(root: &Path) -> anyhow::Result<Option<String>> {
+    let sums = "deploy/manifests/SHA256SUMS";
+    let listed = fs::read_to_string(root.join(sums)).unwrap_or_default();
+    let listed: Vec<&str> = listed.lines().filter_map(|line| Some(line.split_once("  ")?.1)).collect();
+    let mut sources = vec![];
+    for folder in CHART {
+        files_below(root, Path::new(folder), &mut sources)?;
+    }
+    if let Some(new) = sources.iter().find(|source| !listed.contains(&source.as_str())) {
+        return Ok(Some(format!("rendered without {new}")));
+    }
+    let output = Command::new("sha256sum")
+        .args(["--check", "--strict", "--quiet", sums])
+        .current_dir(root)
+        .output()
+        .context("cannot start sha256sum")?;
+    let problems = String::from_utf8_lossy(&output.stdout);
+    Ok((!output.status.success()).then(|| problems.lines().collect::<Vec<_>>().join("; ")))
+}
+
+/// Files, not followed through links (the chart's definitions are those of `deploy/crds`).
+fn files_below(root: &Path, folder: &Path, found: &mut Vec<String>) -> anyhow::Result<()> {
+    let path = root.join(folder);
+    for entry in fs::read_dir(&path).with_context(|| format!("cannot read {}", path.display()))? {
+        let entry = entry?;
+        let relative = folder.join(entry.file_name());
+        match entry.file_type()? {
+            kind if kind.is_dir() => files_below(root, &relative, found)?,
+            kind if kind.is_file() => found.push(relative.to_string_lossy().into_owned()),
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -55,4 +108,48 @@ fn crds(root: &Path) -> anyhow::Result<BTreeMap<PathBuf, String>> {
         files.insert(root.join(name), serde_yaml_ng::to_string(&crd)?);
     }
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tree like ours, as rendered.
+    fn rendered() -> tempfile::TempDir {
+        let tree = tempfile::tempdir().unwrap();
+        for (path, text) in [
+            ("deploy/chart/templates/node.yaml", "chart"),
+            ("deploy/crds/nodes.yaml", "definition"),
+            ("deploy/manifests/2-driver.yaml", "rendered"),
+        ] {
+            fs::create_dir_all(tree.path().join(path).parent().unwrap()).unwrap();
+            fs::write(tree.path().join(path), text).unwrap();
+        }
+        let files = ["deploy/chart/templates/node.yaml", "deploy/crds/nodes.yaml", "deploy/manifests/2-driver.yaml"];
+        let sums = Command::new("sha256sum").args(files).current_dir(tree.path()).output().unwrap();
+        fs::write(tree.path().join("deploy/manifests/SHA256SUMS"), sums.stdout).unwrap();
+        tree
+    }
+
+    #[test]
+    fn rendered_manifests_are_fresh_until_chart_definitions_or_they_themselves_change() {
+        let tree = rendered();
+        assert_eq!(stale_manifests(tree.path()).unwrap(), None);
+        for path in ["deploy/chart/templates/node.yaml", "deploy/crds/nodes.yaml", "deploy/manifests/2-driver.yaml"] {
+            let tree = rendered();
+            fs::write(tree.path().join(path), "other").unwrap();
+            let reason = stale_manifests(tree.path()).unwrap().unwrap_or_default();
+            assert!(reason.contains(path), "{path}: {reason}");
+        }
+        fs::write(tree.path().join("deploy/chart/values.yaml"), "").unwrap();
+        let reason = stale_manifests(tree.path()).unwrap().unwrap_or_default();
+        assert!(reason.contains("without deploy/chart/values.yaml"), "{reason}");
+    }
+
+    #[test]
+    fn manifests_that_nobody_rendered_are_not_fresh() {
+        let tree = rendered();
+        fs::remove_file(tree.path().join("deploy/manifests/SHA256SUMS")).unwrap();
+        assert!(stale_manifests(tree.path()).unwrap().is_some());
+    }
 }

@@ -144,7 +144,7 @@ async fn bound(
     deadline: Instant,
     voice: &Voice,
 ) -> Result<Target, Failure> {
-    let mut events = orchestrator.store().watch::<PersistentVolumeClaim>().await?;
+    let mut events = orchestrator.store().watch_everywhere::<PersistentVolumeClaim>().await?;
     loop {
         let failure = match target::find_to_attach(orchestrator, &operation.namespace, &operation.name).await {
             Err(failure) if failure.kind == ErrorKind::Pending => failure,

@@ -160,7 +160,7 @@ async fn observe(store: &Store) -> Result<(Vec<Item>, String), StoreError> {
 /// A tick whenever an object of interest changed.
 async fn changes(store: &Store) -> BoxStream<'static, ()> {
     let streams = [
-        ticks(store.watch::<PersistentVolumeClaim>().await),
+        ticks(store.watch_everywhere::<PersistentVolumeClaim>().await),
         ticks(store.watch::<PersistentVolume>().await),
         ticks(store.watch::<VolumeAttachment>().await),
         ticks(store.watch::<StorageClass>().await),

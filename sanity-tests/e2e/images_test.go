@@ -1,0 +1,156 @@
+// Image files, and where the nodes find them.
+package e2e
+
+import (
+	"crypto/sha512"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+// image is a raw file with an ext4 filesystem, in which stand hello.txt and some more bytes.
+type image struct {
+	path, url, checksum string
+	// How many the BackingImage and the class ask for; they must not differ.
+	copies int
+}
+
+const hello = "hello from the image"
+
+// newImage makes an image of that many MiB and serves it for the time of the test. Its content differs from test to test.
+func newImage(t *testing.T, sizeMiB int) image {
+	t.Helper()
+	folder := t.TempDir()
+	content := filepath.Join(folder, "content")
+	must(t, os.MkdirAll(filepath.Join(content, "etc"), 0o755))
+	must(t, os.WriteFile(filepath.Join(content, "hello.txt"), []byte(hello+"\n"), 0o644))
+	must(t, os.WriteFile(filepath.Join(content, "etc", "flow"), []byte(t.Name()+"\n"), 0o644))
+	path := filepath.Join(folder, "image.raw")
+	file, err := os.Create(path)
+	must(t, err)
+	must(t, file.Truncate(int64(sizeMiB)<<20))
+	must(t, file.Close())
+	if out, err := exec.Command("mkfs.ext4", "-q", "-F", "-m0", "-b4096", "-d", content, path).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.ext4: %v: %s", err, out)
+	}
+	bytes, err := os.ReadFile(path)
+	must(t, err)
+	sum := sha512.Sum512(bytes)
+
+	listener, err := net.Listen("tcp", outside+":0")
+	must(t, err)
+	server := &http.Server{Handler: http.FileServer(http.Dir(folder))}
+	go func() { _ = server.Serve(listener) }()
+	t.Cleanup(func() { server.Close() })
+	return image{path: path, url: fmt.Sprintf("http://%s/image.raw", listener.Addr()), checksum: hex.EncodeToString(sum[:]), copies: 1}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// manifest is the BackingImage of the second document.
+func (i image) manifest(name string) string {
+	return fmt.Sprintf(`apiVersion: longhorn.io/v1beta2
+kind: BackingImage
+metadata:
+  name: %s
+  namespace: longhorn-system
+spec:
+  dataEngine: v1
+  minNumberOfCopies: %d
+  nodeSelector:
+    - "node1"
+  diskSelector:
+    - "disk1"
+  sourceType: download
+  sourceParameters:
+    url: %s
+  checksum: %s
+`, name, i.copies, i.url, i.checksum)
+}
+
+// class is the StorageClass of the second document. Another checksum or binding mode may stand in it.
+func (i image) class(name, image string, replicas int, change ...string) string {
+	checksum, mode := i.checksum, "Immediate"
+	if len(change) > 0 && change[0] != "" {
+		mode = change[0]
+	}
+	if len(change) > 1 {
+		checksum = change[1]
+	}
+	return fmt.Sprintf(`kind: StorageClass
+apiVersion: storage.k8s.io/v1
+metadata:
+  name: %s
+provisioner: driver.longhorn.io
+allowVolumeExpansion: true
+reclaimPolicy: Delete
+volumeBindingMode: %s
+parameters:
+  numberOfReplicas: "%d"
+  staleReplicaTimeout: "2880"
+  backingImage: "%s"
+  backingImageDataSourceType: "download"
+  backingImageDataSourceParameters: '{"url": "%s"}'
+  backingImageChecksum: "%s"
+  backingImageMinNumberOfCopies: "%d"
+  backingImageNodeSelector: "node1"
+  backingImageDiskSelector: "disk1"
+  dataEngine: "v1"
+`, name, mode, replicas, image, i.url, checksum, i.copies)
+}
+
+// claimOf is a PersistentVolumeClaim; mode is Filesystem or Block.
+func claimOf(name, class, mode, access string, sizeMiB int) string {
+	return fmt.Sprintf(`apiVersion: v1
+kind: PersistentVolumeClaim
+metadata:
+  name: %s
+  namespace: default
+spec:
+  accessModes: [%s]
+  volumeMode: %s
+  storageClassName: %s
+  resources:
+    requests:
+      storage: %dMi
+`, name, access, mode, class, sizeMiB)
+}
+
+// podOf is a pod that holds a claim, at /data or as /dev/volume; node may be empty.
+func podOf(name, claim, node string, block bool) string {
+	use := "volumeMounts: [{name: volume, mountPath: /data}]"
+	if block {
+		use = "volumeDevices: [{name: volume, devicePath: /dev/volume}]"
+	}
+	placed := ""
+	if node != "" {
+		placed = "nodeSelector: {kubernetes.io/hostname: " + node + "}"
+	}
+	return fmt.Sprintf(`apiVersion: v1
+kind: Pod
+metadata:
+  name: %s
+  namespace: default
+spec:
+  terminationGracePeriodSeconds: 1
+  %s
+  containers:
+    - name: main
+      image: test.local/busybox:1
+      command: [sh, -c, "trap 'exit 0' TERM; sleep 100000 & wait"]
+      %s
+  volumes:
+    - name: volume
+      persistentVolumeClaim: {claimName: %s}
+`, name, placed, use, claim)
+}
