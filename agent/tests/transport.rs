@@ -59,7 +59,7 @@ impl Manager {
     }
 
     async fn state(&self) -> (String, String) {
-        let copy = client::get(&self.address.to_string(), &key().name.to_string(), UUID, &self.security).await.unwrap();
+        let copy = client::get(&self.address.to_string(), key().name.as_ref(), UUID, &self.security).await.unwrap();
         (copy.status.state, copy.status.error_msg)
     }
 }

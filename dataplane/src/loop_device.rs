@@ -4,6 +4,7 @@
 
 mod ioctl;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -171,12 +172,25 @@ pub fn users(device: &LoopDevice) -> Result<Vec<String>, DataplaneError> {
     for holder in fs::read_dir(device.sys().join("holders")).into_iter().flatten().flatten() {
         users.push(format!("the device `{}`", holder.file_name().to_string_lossy()));
     }
+    // Each namespace of mounts once; ours stands above.
+    let namespace = |process: &Path| fs::read_link(process.join("ns/mnt")).ok();
+    let mut seen: BTreeSet<Option<PathBuf>> = BTreeSet::from([namespace(Path::new("/proc/self"))]);
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let who = || {
+            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            format!("process {} ({})", process.file_name().to_string_lossy(), command.trim())
+        };
+        if process.path().join("mountinfo").exists() && seen.insert(namespace(&process.path())) {
+            let mounts = mount::list_of(&process.path()).unwrap_or_default();
+            let mounted = mounts.iter().find(|m| m.device == number.trim() || is_same_node(m, &device.path));
+            users.extend(mounted.map(|m| {
+                format!("the mount on `{}` in another mount namespace, that of {}", m.target.display(), who())
+            }));
+        }
         let descriptors = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
         let mut links = descriptors.filter_map(|d| fs::read_link(d.path()).ok());
         if links.any(|link| link == device.path) {
-            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            users.push(format!("process {} ({})", process.file_name().to_string_lossy(), command.trim()));
+            users.push(who());
         }
     }
     Ok(users)
@@ -266,5 +280,34 @@ mod tests {
         ended.unwrap();
         let refused = refused.unwrap_err().to_string();
         assert!(refused.contains("the mount on") && refused.contains("/mount"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn a_mount_in_another_namespace_is_named_with_its_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder);
+        let target = folder.path().join("mount");
+        fs::create_dir(&target).unwrap();
+        let device = attach(&path).await.unwrap();
+        let new = crate::filesystem::New { fs_type: "ext4", uuid: "5f1c1b2e-0000-4000-8000-00000000abce", extra: &[] };
+        crate::filesystem::format(&device.path, &new, false).await.unwrap();
+        mount::mount(&device.path, &target, "ext4", &[]).unwrap();
+        // As a container that is started meanwhile; it lives as long as its input.
+        let other = std::process::Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", "echo; read end"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn();
+        let mut other = other.unwrap();
+        let mut line = [0];
+        io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut line).unwrap();
+        mount::unmount(&target, mount::Unmount::Orderly).await.unwrap();
+        let refused = detach(&device).await;
+        drop(other.stdin.take());
+        other.wait().unwrap();
+        detach(&device).await.unwrap();
+        let refused = refused.unwrap_err().to_string();
+        let process = format!("in another mount namespace, that of process {} (sh)", other.id());
+        assert!(refused.contains(&process), "{refused}");
     }
 }

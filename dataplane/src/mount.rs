@@ -33,7 +33,12 @@ impl Mount {
 
 /// Everything that is mounted in our namespace, in the order of mounting.
 pub fn list() -> Result<Vec<Mount>, DataplaneError> {
-    let text = fs::read("/proc/self/mountinfo").map_err(|e| DataplaneError::io("read the list of mounts", e))?;
+    list_of(Path::new("/proc/self"))
+}
+
+/// Everything that is mounted in the namespace of another process (`/proc/<pid>`).
+pub fn list_of(process: &Path) -> Result<Vec<Mount>, DataplaneError> {
+    let text = fs::read(process.join("mountinfo")).map_err(|e| DataplaneError::io("read the list of mounts", e))?;
     Ok(parse(&text))
 }
 

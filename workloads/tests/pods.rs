@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use apiserver::ApiServer;
 use backing_image_workloads::pods::{Pods, PodsConfig};
-use backing_image_workloads::{WorkloadError, WorkloadState, Workloads};
+use backing_image_workloads::{WorkloadError, WorkloadState};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Client, ResourceExt};
