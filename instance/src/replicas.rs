@@ -41,6 +41,9 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
         return end(role, name).await.map(|()| None);
     };
     let observed = observe(role, name, &replica).await?;
+    if matches!(observed.process, Process::None | Process::Ended(_)) {
+        forget_unfinished(&directory(&replica)?)?;
+    }
     let image = match replica.spec.backing_image.as_str() {
         "" => None,
         image => role.config.store.get::<BackingImage>(image).await?,
@@ -140,6 +143,12 @@ fn read_record(directory: &Path) -> Result<Option<Record>, InstanceError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(InstanceError::File { action: "read", path, source }),
     }
+}
+
+/// Removes what a loss of power cut off in the middle of a write; nobody writes there now.
+fn forget_unfinished(directory: &Path) -> Result<(), InstanceError> {
+    let path = runtime::files::temporary_name(&directory.join(file::RECORD));
+    runtime::files::remove_if_present(&path).map_err(|source| InstanceError::File { action: "remove", path, source })
 }
 
 fn size_on_disk(directory: &Path) -> u64 {

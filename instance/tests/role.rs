@@ -145,6 +145,19 @@ async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
     until(&store, "an error", |r| state(r) == Some(InstanceState::Error)).await;
     wish(&store, DesireState::Stopped).await;
     until(&store, "stopped", |r| state(r) == Some(InstanceState::Stopped)).await;
+    // A loss of power cut off a write of its record.
+    let unfinished = disk_path.join("replicas/vol-01234567/replica.json.writing");
+    std::fs::write(&unfinished, "{").unwrap();
+    token.cancel();
+    role.await.unwrap().unwrap();
+    token = CancellationToken::new();
+    role = tokio::spawn(run(config(&store, folder.path()), token.clone()));
+    let removed = async {
+        while unfinished.exists() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), removed).await.unwrap();
     wish(&store, DesireState::Running).await;
     until(&store, "running after the death", |r| state(r) == Some(InstanceState::Running)).await;
     assert_ne!(pid(folder.path()), first);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use api::engine::{DesireState, EngineStatus, InstanceState, ReplicaMode};
+use api::generations::GENERATIONS_OF_AN_ATTACHMENT;
 use api::image::CopyState;
 use api::names::FINALIZER;
 use api::replica::ReplicaStatus;
@@ -38,7 +39,7 @@ async fn pass(store: &Store) -> Result<(), store::StoreError> {
         }
         match (engine.spec.desire_state, status.current_state) {
             (DesireState::Running, InstanceState::Stopped | InstanceState::NotStarted) => {
-                let generation = 1 + engine.spec.generation.max(status.generation);
+                let generation = engine.spec.attachment * GENERATIONS_OF_AN_ATTACHMENT + 1;
                 let members: Vec<String> = engine.spec.replica_address_map.keys().cloned().collect();
                 for replica in replicas.iter_mut().filter(|r| members.contains(r.metadata.name.as_ref().unwrap())) {
                     let status = replica.status.get_or_insert_default();
