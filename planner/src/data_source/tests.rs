@@ -349,7 +349,7 @@ fn says_what_a_process_waits_for_that_does_not_start() {
     assert_eq!(status.message, "the data source process is starting: no such image");
     assert_eq!(condition::find(&status.conditions, READY).unwrap().message, status.message);
     // What was told of an earlier attempt stays until there is something new.
-    o.source.status = Some(BackingImageDataSourceStatus { message: "connection refused".into(), ..Default::default() });
+    o.source.status = Some(BackingImageDataSourceStatus { message: "connection refused".into(), ..status });
     running(&mut o, State::Starting(String::new()), None);
     assert_eq!(decide(&o).status.message, "connection refused");
 }
