@@ -26,8 +26,7 @@ use crate::setting::Settings;
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the user can do about an engine on a silent node.
-const SILENT_ENGINE_HINT: &str =
-    "bring the node back; when it is certain that it is off for good, delete its Node object";
+const SILENT_ENGINE_HINT: &str = "bring the node back; when it is certain that it is off, give its Kubernetes node the taint node.kubernetes.io/out-of-service, or delete its Node object";
 
 /// One reading.
 #[derive(Clone, Debug)]
@@ -153,6 +152,9 @@ impl Pass<'_> {
         if node.is_empty() {
             return Ok(());
         }
+        if self.o.disks.out_of_service.contains(node) {
+            return Ok(());
+        }
         match self.o.disks.nodes.get(node) {
             // The user took the node away: nothing of it writes any more.
             None => return Ok(()),
@@ -168,7 +170,7 @@ impl Pass<'_> {
                 }
                 let since = self.silence_of(node);
                 return Err(format!(
-                    "{why}{since}; the engine there may still write, so it is waited for until the node returns or its Node object is deleted"
+                    "{why}{since}; the engine there may still write, so it is waited for until the node returns, is declared out of service, or its Node object is deleted"
                 ));
             }
         }

@@ -126,8 +126,22 @@ spec:
 `, name, access, mode, class, sizeMiB)
 }
 
+// idle is what a pod does that only holds its volume.
+const idle = "trap 'exit 0' TERM; sleep 100000 & wait"
+
 // podOf is a pod that holds a claim, at /data or as /dev/volume; node may be empty.
 func podOf(name, claim, node string, block bool) string {
+	return podDoing(idle, name, claim, node, block)
+}
+
+// writerOf is a pod that writes a number every moment, each on the disk before the next, until it is told to stop (stopWriter).
+func writerOf(name, claim, node string) string {
+	return podDoing("n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); echo $n | dd of=/data/log oflag=append conv=notrunc,fsync 2>/dev/null || echo $n >>/tmp/failed; done; "+
+		"echo $n >/tmp/last; "+idle, name, claim, node, false)
+}
+
+// podDoing is a pod that runs a script.
+func podDoing(script, name, claim, node string, block bool) string {
 	use := "volumeMounts: [{name: volume, mountPath: /data}]"
 	if block {
 		use = "volumeDevices: [{name: volume, devicePath: /dev/volume}]"
@@ -147,10 +161,10 @@ spec:
   containers:
     - name: main
       image: test.local/busybox:1
-      command: [sh, -c, "trap 'exit 0' TERM; sleep 100000 & wait"]
+      command: [sh, -c, %q]
       %s
   volumes:
     - name: volume
       persistentVolumeClaim: {claimName: %s}
-`, name, placed, use, claim)
+`, name, placed, script, use, claim)
 }
