@@ -72,7 +72,8 @@ fn readiness(machine: &KubernetesNode) -> Result<(), String> {
     match conditions.into_iter().flatten().find(|c| c.type_ == READY) {
         Some(ready) if ready.status == "True" => Ok(()),
         Some(ready) => {
-            Err(ready.message.clone().filter(|m| !m.is_empty()).unwrap_or_else(|| "it is not ready".to_owned()))
+            let said = ready.message.as_deref().map(|m| m.trim_end_matches('.')).filter(|m| !m.is_empty());
+            Err(said.unwrap_or("it is not ready").to_owned())
         }
         None => Err("its kubelet has not reported yet".into()),
     }

@@ -76,7 +76,7 @@ func TestYAMLOfTheDocumentsGivesAPodTheFilesOfTheImage(t *testing.T) {
 	apply(t, image.manifest("bi-download"))
 	waitImageReady(t, "bi-download")
 
-	apply(t, image.class("longhorn-backing-image-example", "bi-download", 2, "", image.checksum))
+	apply(t, image.class("longhorn-backing-image-example", "bi-download", 2))
 	apply(t, claimOf("longhorn-backing-image-example", "longhorn-backing-image-example", "Filesystem", "ReadWriteOnce", 64))
 	waitBound(t, "longhorn-backing-image-example")
 	apply(t, podOf("reader", "longhorn-backing-image-example", "", false))
@@ -167,8 +167,8 @@ func TestClaimOfAnImageThatDoesNotMatchSaysWhy(t *testing.T) {
 	flow(t)
 	image := newImage(t, 16)
 	apply(t, image.manifest("pinned"))
-	wrong := strings.Repeat("ab", 64)
-	apply(t, image.class("mismatch", "pinned", 1, "", wrong))
+	image.checksum = strings.Repeat("ab", 64)
+	apply(t, image.class("mismatch", "pinned", 1))
 	apply(t, claimOf("mismatch", "mismatch", "Filesystem", "ReadWriteOnce", 32))
 	eventually(t, "event of the claim", time.Minute, func() string {
 		all := strings.Join(eventsOf(t, "PersistentVolumeClaim", "mismatch"), "; ")

@@ -87,7 +87,7 @@ func TestEveryOtherPodOfOursIsReplacedWhileAPodWrites(t *testing.T) {
 	image.copies = 2
 	apply(t, image.manifest("writer"))
 	waitImageReady(t, "writer")
-	apply(t, image.class("writer", "writer", 2, "", image.checksum))
+	apply(t, image.class("writer", "writer", 2))
 	apply(t, claimOf("writer", "writer", "Filesystem", "ReadWriteOnce", 64))
 	apply(t, writerOf("writer", "writer", "n1"))
 	waitRunning(t, "writer")
@@ -184,7 +184,7 @@ func TestKubeletThatStopsForAWhileFindsItsVolumesAgain(t *testing.T) {
 	flow(t)
 	image := newImage(t, 32)
 	apply(t, image.manifest("kubelet"))
-	apply(t, image.class("kubelet", "kubelet", 1, "", image.checksum))
+	apply(t, image.class("kubelet", "kubelet", 1))
 	apply(t, claimOf("kubelet", "kubelet", "Filesystem", "ReadWriteOnce", 64))
 	apply(t, podOf("kubelet", "kubelet", "n2", false))
 	waitRunning(t, "kubelet")

@@ -372,6 +372,30 @@ fn a_node_that_is_declared_out_of_service_keeps_no_volume() {
         engine Running at n2 with r2,r3 above 4 compare
         Attaching Unknown Attaching: the engine on node n2 is starting"#]],
     );
+    // It may live: the replicas stay for the next attachment, and what it says of them now fails none.
+    check(
+        &format!("off=n1; dropped=r2; {engine}"),
+        expect![[r#"
+        r1 Running
+        r2 Running
+        r3 Running
+        Detached Unknown Detached: it can be attached"#]],
+    );
+    check(
+        &format!("off=n1; on=n2; dropped=r2; {engine}"),
+        expect![[r#"
+        fail r1: the volume was attached without it: node n1 does not answer
+        engine Running at n2 with r2,r3 above 4 compare
+        Attaching Unknown Attaching: the engine on node n2 is starting"#]],
+    );
+    check(
+        &format!("off=n1; {}", engine.replace("running:4@", "stopped:4@")),
+        expect![[r#"
+        r1 Stopped
+        r2 Stopped
+        r3 Stopped
+        Detached Unknown Detached: it can be attached"#]],
+    );
     // Nor is its replica waited for, however short it is away.
     let stopped = format!("on=n2; just=n1; engine=stopped:4@n2; {replicas}");
     check(
