@@ -183,6 +183,31 @@ func TestClaimOfAnImageThatDoesNotMatchSaysWhy(t *testing.T) {
 	}
 }
 
+// An image that cannot be had says so where users look: in its columns, its condition, its events; and is what it is once it can be.
+func TestImageThatCannotBeDownloadedSaysWhy(t *testing.T) {
+	flow(t)
+	image := newImage(t, 16)
+	missing := image
+	missing.url = strings.Replace(image.url, "image.raw", "missing.raw", 1)
+	apply(t, missing.manifest("missing"))
+	eventually(t, "the image says why", time.Minute, func() string {
+		found, err := c.get(t.Context(), "backingimages.longhorn.io", system, "missing")
+		must(t, err)
+		if status, why := condition(found, "Ready"); status != "False" || !strings.Contains(why, "404") {
+			return why
+		}
+		return ""
+	})
+	eventually(t, "an event says why", time.Minute, func() string {
+		all := strings.Join(eventsIn(t, system, "BackingImage", "missing"), "; ")
+		if !strings.Contains(all, "404") {
+			return all
+		}
+		t.Log(all)
+		return ""
+	})
+}
+
 func TestReadWriteOncePodAdmitsOnePod(t *testing.T) {
 	flow(t)
 	image := newImage(t, 16)

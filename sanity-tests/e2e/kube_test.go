@@ -132,6 +132,10 @@ func remove(t *testing.T, object *unstructured.Unstructured) {
 		t.Error(err)
 		return
 	}
+	began := time.Now()
+	defer func() {
+		t.Logf("%s %s is gone: %.1f s", object.GetKind(), object.GetName(), time.Since(began).Seconds())
+	}()
 	ctx := context.Background()
 	background := metav1.DeletePropagationBackground
 	err = until(fmt.Sprintf("leave to delete %s %s", object.GetKind(), object.GetName()), time.Minute, func() string {
@@ -244,9 +248,14 @@ func waitRunning(t *testing.T, name string) {
 }
 
 // eventsOf are the sentences of an object's events.
-func eventsOf(t *testing.T, kind, name string) (found []string) {
+func eventsOf(t *testing.T, kind, name string) []string {
 	t.Helper()
-	all, err := c.kube.CoreV1().Events("default").List(t.Context(), metav1.ListOptions{
+	return eventsIn(t, "default", kind, name)
+}
+
+func eventsIn(t *testing.T, namespace, kind, name string) (found []string) {
+	t.Helper()
+	all, err := c.kube.CoreV1().Events(namespace).List(t.Context(), metav1.ListOptions{
 		FieldSelector: "involvedObject.kind=" + kind + ",involvedObject.name=" + name,
 	})
 	if err != nil {
