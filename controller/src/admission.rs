@@ -67,11 +67,8 @@ impl Admission {
 
     async fn rules(&self) -> Result<ImageRules, Failure> {
         let settings: Vec<Setting> = self.store.list(&Selector::default()).await?;
-        let copies = settings.iter().find(|s| s.metadata.name.as_deref() == Some(setting::DEFAULT_MIN_COPIES));
-        let default = setting::known(setting::DEFAULT_MIN_COPIES).map_or("1", |k| k.default);
-        let value = copies.map_or(default, |s| s.value.as_str());
         Ok(ImageRules {
-            default_min_copies: value.parse().or_else(|_| default.parse()).unwrap_or(1),
+            default_min_copies: setting::value(&settings, setting::DEFAULT_MIN_COPIES).parse().unwrap_or(1),
             allow_loopback_sources: self.allow_loopback_sources,
         })
     }
