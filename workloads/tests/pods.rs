@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use apiserver::ApiServer;
+use apiserver::{ApiServer, real};
 use backing_image_workloads::pods::{Pods, PodsConfig};
 use backing_image_workloads::{WorkloadError, WorkloadState};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
@@ -29,10 +29,10 @@ const NAMESPACE: &str = "longhorn-system";
 /// The one server; whoever has it has the cluster for himself.
 static SERVER: Mutex<Option<ApiServer>> = Mutex::const_new(None);
 
-/// An empty cluster with a node that works.
+/// An empty cluster with a node that works. The node ends first.
 struct Fixture {
-    server: MutexGuard<'static, Option<ApiServer>>,
     kubelet: Kubelet,
+    server: MutexGuard<'static, Option<ApiServer>>,
 }
 
 impl Fixture {
@@ -57,7 +57,7 @@ impl Fixture {
         }
         set_node(&client, "True", "kubelet is posting").await;
         let kubelet = Kubelet::begin(client, NAMESPACE);
-        Some(Fixture { server, kubelet })
+        Some(Fixture { kubelet, server })
     }
 
     async fn client(&self) -> Client {
@@ -87,17 +87,12 @@ async fn set_node(client: &Client, ready: &str, message: &str) {
     Api::<Node>::all(client.clone()).patch_status("node-1", &PatchParams::default(), &patch).await.unwrap();
 }
 
-macro_rules! real {
-    ($($promise:ident)*) => {
-        mod contract { $(
-            #[tokio::test]
-            #[ignore = "needs a kube-apiserver: make cluster-test"]
-            async fn $promise() {
-                let Some(fixture) = super::Fixture::new().await else { return };
-                super::suite::$promise(fixture.open().await).await;
-            }
-        )* }
-    };
+async fn begin() -> Option<Fixture> {
+    Fixture::new().await
+}
+
+async fn open(fixture: &Fixture) -> Any {
+    fixture.open().await
 }
 
 suite::promises!(real);
