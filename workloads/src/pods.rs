@@ -76,6 +76,9 @@ struct Inner {
     names: Mutex<BTreeSet<String>>,
 }
 
+/// What was seen of nodes, by name; `None`: that is not known.
+type Nodes = BTreeMap<String, Option<NodeView>>;
+
 /// What a call was about, for its error.
 #[derive(Clone, Copy)]
 struct About<'a> {
@@ -125,10 +128,19 @@ impl Inner {
         self.ask(About { action: "read", name }, self.pods.get_opt(name)).await
     }
 
-    /// A pod with what is known of its node, which is asked only where it makes a difference.
     async fn workload(&self, pod: &Pod, spec: WorkloadSpec) -> Workload {
-        let node = if state::depends_on_node(pod) { self.node(spec.node.as_str()).await } else { None };
-        Workload { state: state::of(pod, node.as_ref()), ip: state::ip(pod), spec }
+        self.workload_among(pod, spec, &mut Nodes::new()).await
+    }
+
+    /// A pod with what is known of its node, which is asked only where it makes a difference, and once.
+    async fn workload_among(&self, pod: &Pod, spec: WorkloadSpec, nodes: &mut Nodes) -> Workload {
+        let name = spec.node.as_str();
+        let depends = state::depends_on_node(pod);
+        if depends && !nodes.contains_key(name) {
+            nodes.insert(name.to_owned(), self.node(name).await);
+        }
+        let node = nodes.get(name).and_then(Option::as_ref).filter(|_| depends);
+        Workload { state: state::of(pod, node), ip: state::ip(pod), spec }
     }
 
     /// `None` when that is not known, so that the pod alone decides.
@@ -236,19 +248,10 @@ impl Workloads for Pods {
         let selection = ListParams::default().labels(&make::selector());
         let about = About { action: "list", name: "*" };
         let pods = self.inner.ask(about, self.inner.pods.list(&selection)).await?;
-        let mut nodes: BTreeMap<String, Option<NodeView>> = BTreeMap::new();
-        let mut workloads = vec![];
+        let (mut nodes, mut workloads) = (Nodes::new(), vec![]);
         for pod in pods {
             let Some(spec) = make::spec_of(&pod) else { continue };
-            let mut node = None;
-            if state::depends_on_node(&pod) {
-                let name = spec.node.to_string();
-                if !nodes.contains_key(&name) {
-                    nodes.insert(name.clone(), self.inner.node(&name).await);
-                }
-                node = nodes.get(&name).cloned().flatten();
-            }
-            workloads.push(Workload { state: state::of(&pod, node.as_ref()), ip: state::ip(&pod), spec });
+            workloads.push(self.inner.workload_among(&pod, spec, &mut nodes).await);
         }
         Ok(workloads)
     }
