@@ -20,6 +20,7 @@ cluster-test:
 	scripts/install-packages.sh build runtime cluster
 	sanity-tests/cluster/build.sh kube tools
 	REQUIRE_REAL=1 cargo test --locked -p backing-image-store --test kubernetes -- --include-ignored
+	REQUIRE_REAL=1 cargo test --locked -p backing-image-workloads --test pods -- --ignored
 	REQUIRE_REAL=1 cargo test --locked -p backing-image-controller --test webhook -- --ignored
 	sanity-tests/cluster/check.sh
 
