@@ -25,7 +25,7 @@ pub struct WorkloadSpec {
     pub labels: BTreeMap<String, String>,
     /// Arguments of our binary: the role's subcommand and its flags. `$(POD_IP)` is replaced by the address of the workload.
     pub args: Vec<String>,
-    /// Files that args may carry no secret in; also `POD_IP` is set.
+    /// Beside `POD_IP`, which is always set. As arguments, these are for everybody to read who may see a pod.
     pub env: BTreeMap<String, String>,
     /// The directory of its disk; the only host directory that it sees.
     pub disk_path: PathBuf,

@@ -162,22 +162,21 @@ impl Inner {
         let mut asked = String::new();
         loop {
             let Some(pod) = self.pod(name).await? else { return Ok(()) };
-            let Some(spec) = make::spec_of(&pod) else {
-                let reason = "a pod of that name is there that this driver did not make; remove it".to_owned();
-                return Err(WorkloadError::Invalid { name: name.to_owned(), reason });
-            };
+            let Some(spec) = make::spec_of(&pod) else { return Err(foreign(name)) };
             let uid = pod.uid().unwrap_or_default();
             if uid != asked {
                 let preconditions = Some(Preconditions { uid: Some(uid.clone()), resource_version: None });
                 let grace_period_seconds = Some(limits::STOP_GRACE_SECONDS);
                 let options = DeleteParams { grace_period_seconds, preconditions, ..DeleteParams::default() };
                 match self.ask(about, async { Ok(self.pods.delete(name, &options).await) }).await? {
-                    Ok(_) => asked = uid,
-                    // Another one took its place, or it went by itself: look again.
+                    Ok(_) => {
+                        asked = uid;
+                        continue;
+                    }
+                    // Another one took its place, or it went by itself: both are news.
                     Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
                     Err(error) => return Err(failed(about, error)),
                 }
-                continue;
             }
             if Instant::now() >= deadline {
                 let state = self.workload(&pod, spec).await.state;
@@ -198,6 +197,12 @@ impl Inner {
         let names = move || inner.upgrade().map_or(vec![], |inner| inner.names().iter().cloned().collect());
         self.changes.listen(names)
     }
+}
+
+/// A pod that has the name of a workload and was not made here.
+fn foreign(name: &str) -> WorkloadError {
+    let reason = "a pod of that name is there that this driver did not make; remove it".to_owned();
+    WorkloadError::Invalid { name: name.to_owned(), reason }
 }
 
 /// A failed request, as callers know it.
@@ -227,10 +232,11 @@ impl Workloads for Pods {
                 Ok(inner.workload(&pod, spec.clone()).await)
             }
             Err(kube::Error::Api(status)) if status.code == 409 => match inner.pod(&spec.name).await? {
-                Some(found) if make::spec_of(&found).as_ref() == Some(spec) => {
-                    Ok(inner.workload(&found, spec.clone()).await)
-                }
-                Some(_) => Err(WorkloadError::Different { name: spec.name.clone() }),
+                Some(found) => match make::spec_of(&found) {
+                    Some(started) if started == *spec => Ok(inner.workload(&found, started).await),
+                    Some(_) => Err(WorkloadError::Different { name: spec.name.clone() }),
+                    None => Err(foreign(&spec.name)),
+                },
                 // It went in between; whoever wants it asks again.
                 None => Err(WorkloadError::Unavailable { source: Box::new(kube::Error::Api(status)) }),
             },

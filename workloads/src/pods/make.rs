@@ -49,9 +49,10 @@ pub fn selector() -> String {
     format!("{}={MANAGED_BY}", label::MANAGED_BY)
 }
 
-/// What a pod of ours was started as.
+/// What a pod of ours was started as. A copy of one under another name is none of ours (`kubectl debug --copy-to`).
 pub fn spec_of(pod: &Pod) -> Option<WorkloadSpec> {
-    serde_json::from_str(pod.metadata.annotations.as_ref()?.get(SPEC)?).ok()
+    let spec: WorkloadSpec = serde_json::from_str(pod.metadata.annotations.as_ref()?.get(SPEC)?).ok()?;
+    Some(spec).filter(|spec| Some(&spec.name) == pod.metadata.name.as_ref())
 }
 
 /// The pod of a workload.
@@ -267,6 +268,9 @@ mod tests {
     fn a_pod_is_found_again_and_known_by_what_it_was_made_from() {
         let pod = pod(&spec(), &PodsConfig::new("longhorn-system", "i", "a")).unwrap();
         assert_eq!(spec_of(&pod), Some(spec()));
+        let mut copy = pod.clone();
+        copy.metadata.name = Some("bim-1-debug".into());
+        assert_eq!(spec_of(&copy), None);
         let labels = pod.metadata.labels.unwrap();
         assert_eq!(labels[label::COMPONENT], "backing-image-manager");
         assert_eq!(format!("{}={}", label::MANAGED_BY, labels[label::MANAGED_BY]), selector());
