@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use api::ErrorKind;
 use api::ids::NodeName;
+use api::{ErrorKind, Owner};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
@@ -31,6 +31,9 @@ pub struct WorkloadSpec {
     pub disk_path: PathBuf,
     /// TCP ports on its address that accept connections once it is ready.
     pub ready_ports: Vec<u16>,
+    /// The object with which it goes; local processes go with their starter's word only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
 }
 
 /// How a workload does.
@@ -52,6 +55,8 @@ pub struct Workload {
     pub spec: WorkloadSpec,
     pub state: WorkloadState,
     pub ip: Option<IpAddr>,
+    /// It would be started otherwise now: it is of another version of our program.
+    pub is_outdated: bool,
 }
 
 /// A failed call.

@@ -140,7 +140,8 @@ impl Inner {
             nodes.insert(name.to_owned(), self.node(name).await);
         }
         let node = nodes.get(name).and_then(Option::as_ref).filter(|_| depends);
-        Workload { state: state::of(pod, node), ip: state::ip(pod), spec }
+        let is_outdated = make::is_outdated(pod, &self.config);
+        Workload { state: state::of(pod, node), ip: state::ip(pod), spec, is_outdated }
     }
 
     /// `None` when that is not known, so that the pod alone decides.

@@ -47,6 +47,7 @@ fn pod(name: &str) -> Value {
         env: Default::default(),
         disk_path: "/".into(),
         ready_ports: vec![],
+        owner: None,
     };
     let started = serde_json::to_string(&started).unwrap();
     json!({
