@@ -8,12 +8,13 @@ use api::{
 };
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use k8s_openapi::api::core::v1::{Node as KubernetesNode, Pod};
 use serde::de::DeserializeOwned;
 use store::{Scoped, Store, StoreError, TypedEvent};
 
 use crate::limits::RESYNC;
 use crate::queue::{Kind, Queue};
-use crate::{ControllerError, Shared};
+use crate::{ControllerError, Shared, node};
 
 /// The prefix of data source workloads (see [`api::names::data_source_workload_name`]).
 const DATA_SOURCE_PREFIX: &str = "backing-image-ds-";
@@ -26,6 +27,8 @@ enum Event {
     Engine(Engine),
     Replica(Replica),
     Node(Node),
+    KubernetesNode(KubernetesNode),
+    Pod(Pod),
     /// A setting changed, or events were lost: everything is looked at.
     Everything,
 }
@@ -52,6 +55,10 @@ pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
         watch::<Node>(store, "nodes", Event::Node).await?,
         watch::<Setting>(store, "settings", |_| Event::Everything).await?,
     ]);
+    if shared.kubernetes {
+        events.push(watch::<KubernetesNode>(store, "Kubernetes nodes", Event::KubernetesNode).await?);
+        events.push(watch::<Pod>(store, "pods", Event::Pod).await?);
+    }
     let mut workloads = shared.workloads.changes();
     let mut resync = tokio::time::interval(RESYNC);
     resync.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -150,12 +157,15 @@ async fn concern(shared: &Shared, event: Event, known: &mut Known) -> Result<(),
         }
         Event::Node(node) => {
             let name = node.metadata.name.clone().unwrap_or_default();
+            queue.add(Kind::Node, &name);
             let essence = essence(node);
             if known.nodes.get(&name) != Some(&essence) {
                 known.nodes.insert(name, essence);
                 everything(shared).await?;
             }
         }
+        Event::KubernetesNode(node) => queue.add(Kind::Node, node.metadata.name.unwrap_or_default()),
+        Event::Pod(pod) => queue.add(Kind::Node, node::of_instance(&pod).unwrap_or_default()),
         Event::Everything => everything(shared).await?,
     }
     Ok(())
@@ -191,6 +201,9 @@ async fn everything(shared: &Shared) -> Result<(), ControllerError> {
     }
     for source in list::<BackingImageDataSource>(&shared.store).await? {
         queue.add(Kind::DataSource, source.metadata.name.unwrap_or_default());
+    }
+    for node in list::<Node>(&shared.store).await? {
+        queue.add(Kind::Node, node.metadata.name.unwrap_or_default());
     }
     for volume in list::<Volume>(&shared.store).await? {
         queue.add(Kind::Volume, volume.metadata.name.unwrap_or_default());

@@ -1,5 +1,6 @@
 //! Reconcilers against an in-memory store, fake agents on real sockets, and a fake instance role.
 
+mod nodes;
 mod world;
 
 use api::engine::{InstanceState, ReplicaMode};

@@ -124,7 +124,7 @@ func apply(t *testing.T, text string) {
 	}
 }
 
-// remove deletes an object and waits until it is gone.
+// remove deletes an object and waits until it is gone. An image is refused as long as replicas of volumes use it that are on their way out.
 func remove(t *testing.T, object *unstructured.Unstructured) {
 	t.Helper()
 	at, err := c.of(object)
@@ -134,12 +134,15 @@ func remove(t *testing.T, object *unstructured.Unstructured) {
 	}
 	ctx := context.Background()
 	background := metav1.DeletePropagationBackground
-	err = at.Delete(ctx, object.GetName(), metav1.DeleteOptions{PropagationPolicy: &background})
-	if apierrors.IsNotFound(err) {
-		return
-	}
+	err = until(fmt.Sprintf("leave to delete %s %s", object.GetKind(), object.GetName()), time.Minute, func() string {
+		err := at.Delete(ctx, object.GetName(), metav1.DeleteOptions{PropagationPolicy: &background})
+		if err == nil || apierrors.IsNotFound(err) {
+			return ""
+		}
+		return err.Error()
+	})
 	if err != nil {
-		t.Errorf("delete %s %s: %v", object.GetKind(), object.GetName(), err)
+		t.Error(err)
 		return
 	}
 	err = until(fmt.Sprintf("the end of %s %s", object.GetKind(), object.GetName()), 2*time.Minute, func() string {
@@ -280,4 +283,12 @@ func in(t *testing.T, pod, command string) string {
 		t.Fatalf("in pod %s: %s: %v\n%s", pod, command, err, out)
 	}
 	return out
+}
+
+// hasImage: a pod with a claim of an image sees the image's file.
+func hasImage(t *testing.T, pod string) {
+	t.Helper()
+	if found := in(t, pod, "cat /data/hello.txt"); found != hello {
+		t.Errorf("pod %s reads %q, the image has %q", pod, found, hello)
+	}
 }
