@@ -12,7 +12,7 @@ build:
 
 # All that CI runs (.ci/run calls it).
 test:
-	scripts/install-packages.sh build runtime quickstart test
+	scripts/install-packages.sh build runtime quickstart test cluster
 	cargo xtask ci
 
 # A real Kubernetes on this machine (sanity-tests/cluster; builds it first, about 20 minutes when cold), and the store against its API server.
@@ -29,7 +29,6 @@ cluster-test:
 e2e:
 	scripts/install-packages.sh build runtime cluster
 	cargo build --release --locked
-	sanity-tests/cluster/build.sh
 	deploy/render.sh --check
 	cd sanity-tests/e2e && go vet ./... && go test -count=1 -timeout=60m -v $(if $(FLOWS),-run '$(FLOWS)') .
 

@@ -70,7 +70,7 @@ func (c *cluster) up() error {
 	}
 	c.before = inventory()
 	times.begin("sidecars and tools (built when not cached)")
-	if err := c.run("sanity-tests/cluster/build.sh"); err != nil {
+	if err := c.run("sanity-tests/cluster/build.sh", "kube", "csi", "tools"); err != nil {
 		return err
 	}
 	times.begin("image")
