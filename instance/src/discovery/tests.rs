@@ -113,6 +113,16 @@ async fn wrong_tags_are_told_unless_disks_are_missing() {
     let node_without = store.create(&node).await.unwrap();
     let (_, found) = complete_node(&config, node_without.clone()).await.unwrap();
     assert_eq!((found.condition.is_true(), found.condition.reason.as_str()), (false, "NoDisks"));
+    let mut disks_too = machine(json!({"labels": {CREATE_LABEL: "config"}, "annotations": {TAGS_ANNOTATION: "fast"}}));
+    let path = folder.path().join("a");
+    let annotations = disks_too.metadata.annotations.as_mut().unwrap();
+    annotations.insert(DISKS_ANNOTATION.into(), json!([{ "path": path }]).to_string());
+    let mut both = NodeSpec::default();
+    let mut labeled = Setting { value: "true".into(), ..Setting::default() };
+    labeled.metadata.name = Some(setting::CREATE_DEFAULT_DISK_LABELED_NODES.into());
+    store.create(&labeled).await.unwrap();
+    let told = complete(&config, &mut both, false, &disks_too).await.unwrap().map_err(|no| no.reason);
+    assert_eq!((told, both.disks.len()), (Err("BadAnnotation"), 1), "wrong tags cost no disk");
     node.metadata = node_without.metadata;
     node.spec.disks = BTreeMap::from([("a".to_owned(), DiskSpec::default())]);
     let (_, found) = complete_node(&config, node).await.unwrap();
