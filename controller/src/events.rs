@@ -27,8 +27,8 @@ enum Event {
     Engine(Engine),
     Replica(Replica),
     Node(Node),
-    KubernetesNode(KubernetesNode),
-    Pod(Pod),
+    KubernetesNode(Box<KubernetesNode>),
+    Pod(Box<Pod>),
     /// A setting changed, or events were lost: everything is looked at.
     Everything,
 }
@@ -56,8 +56,10 @@ pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
         watch::<Setting>(store, "settings", |_| Event::Everything).await?,
     ]);
     if shared.kubernetes {
-        events.push(watch::<KubernetesNode>(store, "Kubernetes nodes", Event::KubernetesNode).await?);
-        events.push(watch::<Pod>(store, "pods", Event::Pod).await?);
+        events.push(
+            watch::<KubernetesNode>(store, "Kubernetes nodes", |node| Event::KubernetesNode(Box::new(node))).await?,
+        );
+        events.push(watch::<Pod>(store, "pods", |pod| Event::Pod(Box::new(pod))).await?);
     }
     let mut workloads = shared.workloads.changes();
     let mut resync = tokio::time::interval(RESYNC);

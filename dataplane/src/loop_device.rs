@@ -182,10 +182,9 @@ pub async fn detach(device: &LoopDevice) -> Result<(), DataplaneError> {
 pub fn users(device: &LoopDevice) -> Result<Vec<String>, DataplaneError> {
     let mut users = vec![];
     let number = fs::read_to_string(device.sys().join("dev")).unwrap_or_default();
-    for mounted in mount::list()? {
-        if mounted.device == number.trim() || is_same_node(&mounted, &device.path) {
-            users.push(format!("the mount on `{}`", mounted.target.display()));
-        }
+    let is_of_it = |m: &mount::Mount| m.device == number.trim() || is_same_node(m, &device.path);
+    for mounted in mount::list()?.into_iter().filter(is_of_it) {
+        users.push(format!("the mount on `{}`", mounted.target.display()));
     }
     for holder in fs::read_dir(device.sys().join("holders")).into_iter().flatten().flatten() {
         users.push(format!("the device `{}`", holder.file_name().to_string_lossy()));
@@ -200,8 +199,7 @@ pub fn users(device: &LoopDevice) -> Result<Vec<String>, DataplaneError> {
         };
         if process.path().join("mountinfo").exists() && seen.insert(namespace(&process.path())) {
             let mounts = mount::list_of(&process.path()).unwrap_or_default();
-            let mounted = mounts.iter().find(|m| m.device == number.trim() || is_same_node(m, &device.path));
-            users.extend(mounted.map(|m| {
+            users.extend(mounts.into_iter().find(is_of_it).map(|m| {
                 format!("the mount on `{}` in another mount namespace, that of {}", m.target.display(), who())
             }));
         }

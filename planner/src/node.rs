@@ -97,7 +97,8 @@ mod tests {
             (Some(machine(false, "", "")), (Health::Ready, false)),
         ];
         for (machine, expected) in cases {
-            let conditions = decide("n1", machine.as_ref(), &[ready.clone()], at(0)).expect("InService is new");
+            let conditions =
+                decide("n1", machine.as_ref(), std::slice::from_ref(&ready), at(0)).expect("InService is new");
             assert_eq!(seen(&conditions), expected, "{machine:?}");
             assert_eq!(decide("n1", machine.as_ref(), &conditions, at(9)), None, "it converges: {machine:?}");
         }
