@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -213,7 +214,7 @@ func waitBound(t *testing.T, name string) {
 	t.Helper()
 	eventually(t, "claim "+name+" bound", time.Minute, func() string {
 		if phase := claim(t, name).Status.Phase; phase != corev1.ClaimBound {
-			return fmt.Sprintf("it is %s; %s", phase, strings.Join(eventsOf(t, "PersistentVolumeClaim", name), "; "))
+			return fmt.Sprintf("it is %s; %s", phase, strings.Join(eventsOf(t, "default", "PersistentVolumeClaim", name), "; "))
 		}
 		return ""
 	})
@@ -241,19 +242,29 @@ func waitRunning(t *testing.T, name string) {
 	t.Helper()
 	eventually(t, "pod "+name+" running", 3*time.Minute, func() string {
 		if found := pod(t, name); !isReady(found) {
-			return fmt.Sprintf("it is %s; %s", found.Status.Phase, strings.Join(eventsOf(t, "Pod", name), "; "))
+			return fmt.Sprintf("it is %s; %s", found.Status.Phase, strings.Join(eventsOf(t, "default", "Pod", name), "; "))
 		}
 		return ""
 	})
 }
 
-// eventsOf are the sentences of an object's events.
-func eventsOf(t *testing.T, kind, name string) []string {
+// waitEvent waits for an event of an object that has all these words.
+func waitEvent(t *testing.T, namespace, kind, name string, words ...string) {
 	t.Helper()
-	return eventsIn(t, "default", kind, name)
+	eventually(t, "an event of "+kind+" "+name, time.Minute, func() string {
+		all := eventsOf(t, namespace, kind, name)
+		for _, event := range all {
+			if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(event, word) }) {
+				t.Log(event)
+				return ""
+			}
+		}
+		return fmt.Sprintf("none of its %d events has all of %q: %q", len(all), words, all)
+	})
 }
 
-func eventsIn(t *testing.T, namespace, kind, name string) (found []string) {
+// eventsOf are the sentences of an object's events.
+func eventsOf(t *testing.T, namespace, kind, name string) (found []string) {
 	t.Helper()
 	all, err := c.kube.CoreV1().Events(namespace).List(t.Context(), metav1.ListOptions{
 		FieldSelector: "involvedObject.kind=" + kind + ",involvedObject.name=" + name,
