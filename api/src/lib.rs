@@ -9,6 +9,7 @@ pub mod crd;
 pub mod data_source;
 pub mod engine;
 pub mod error;
+pub mod event;
 pub mod generations;
 pub mod ids;
 pub mod image;
