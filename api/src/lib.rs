@@ -14,6 +14,7 @@ pub mod generations;
 pub mod ids;
 pub mod image;
 pub mod manager;
+pub mod metrics;
 pub mod names;
 pub mod node;
 pub mod quantity;

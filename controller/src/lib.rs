@@ -72,6 +72,7 @@ pub(crate) struct Shared {
 
 /// Runs all reconcilers until `shutdown`. Ends by itself only with an error.
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), ControllerError> {
+    let _leading = context.metrics.lead();
     let tracker = TaskTracker::new();
     let queue = Arc::new(Queue::default());
     let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
