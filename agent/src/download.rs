@@ -239,6 +239,7 @@ async fn transfer(what: &Download, place: &Place<'_>, slot: &mut Option<Receivin
         }
         let pause = patience.backoff.delay(tries);
         let next_retry = Timestamp::now().checked_add(pause).unwrap_or(Timestamp::MAX);
+        crate::metrics::BROKEN_TRANSFERS.add(1);
         tracing::warn!(url = %what.url, problem, received_bytes = after, "download broke, will be tried again");
         report(Event::Waiting { problem: format!("cannot download `{}`: {problem}", what.url), next_retry });
         sleep(pause).await;

@@ -19,7 +19,7 @@ use crate::error::{AgentError, blocking};
 use crate::limits::{CHUNK_BYTES, INGEST_QUEUE, MAX_FILE_BYTES, WRITE_BACK_BYTES};
 use crate::manifest::{ChunkHash, hash_chunk};
 use crate::sha512::Sha512;
-use crate::{durable, qcow2, sparse};
+use crate::{durable, metrics, qcow2, sparse};
 
 const SECTOR_BYTES: u64 = 512;
 
@@ -149,6 +149,7 @@ impl Ingest {
     /// Takes more bytes; waits while the disk or the hasher are behind.
     pub async fn push(&mut self, mut bytes: Bytes) -> Result<(), AgentError> {
         self.received_bytes += bytes.len() as u64;
+        metrics::RECEIVED_BYTES.add(bytes.len() as u64);
         check_size(self.received_bytes)?;
         while !bytes.is_empty() {
             let room = CHUNK_BYTES as usize - self.buffer.len();
@@ -325,6 +326,7 @@ fn write_all(
         let chunk = match &write {
             Write::Data(chunk) => {
                 sparse::write_at(&file, offset, chunk, reserved).map_err(AgentError::io("write", path))?;
+                metrics::WRITTEN_BYTES.add(chunk.len() as u64);
                 chunk
             }
             Write::Present(chunk) => chunk,

@@ -19,6 +19,7 @@ pub mod layout;
 pub mod limits;
 pub mod manager;
 pub mod manifest;
+mod metrics;
 pub mod peer;
 pub mod qcow2;
 mod seal;

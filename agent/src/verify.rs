@@ -11,6 +11,7 @@ use crate::config_file::Format;
 use crate::error::AgentError;
 use crate::limits::{CHUNK_BYTES, MAX_FILE_BYTES};
 use crate::manifest::{Manifest, chunk_count, hash_chunk};
+use crate::metrics::VERIFIED_BYTES;
 use crate::qcow2;
 use crate::sha512::Sha512;
 
@@ -48,7 +49,10 @@ pub(crate) fn read_chunk<'a>(
     let range = manifest.range(chunk);
     let bytes = &mut buffer[..(range.end - range.start) as usize];
     match file.read_exact_at(bytes, range.start) {
-        Ok(()) => Ok(Some(bytes)),
+        Ok(()) => {
+            VERIFIED_BYTES.add(bytes.len() as u64);
+            Ok(Some(bytes))
+        }
         Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
         Err(source) => Err(AgentError::Io { doing: "read", path: path.into(), source }),
     }

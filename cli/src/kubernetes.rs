@@ -12,7 +12,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::controller::http::probes;
 use anyhow::Context;
 use api::ErrorKind;
 use api::error::sentence;
@@ -65,7 +64,7 @@ impl Start {
         let (ready, is_ready) = watch::channel(false);
         let metrics = Metrics::default();
         let mut roles = Roles::new(CancellationToken::new());
-        let router = probes(metrics.clone(), is_ready);
+        let router = runtime::probes::router(metrics.clone(), is_ready);
         roles.spawn("http", web::serve(listener, router, roles.shutdown()));
         let client = client().await?;
         let store = Store::new(Arc::new(Kubernetes::new(client.clone())), &cluster.namespace);

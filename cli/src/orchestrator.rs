@@ -8,7 +8,6 @@ mod attachments;
 mod capability;
 mod claims;
 mod clients;
-mod events;
 mod mounts;
 mod objects;
 mod size;
@@ -19,7 +18,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use ::api::event::News;
+use kube::Resource;
 use store::Store;
+use store::events::{Recorder, Worker};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +31,9 @@ pub use clients::connect;
 pub use mounts::unescape;
 
 use crate::failure::Failure;
+
+/// Who users see as the source of events.
+const COMPONENT: &str = "backing-image-csi-orchestrator";
 
 /// The orchestrator of one instance. Cheap to clone.
 #[derive(Clone)]
@@ -44,14 +49,20 @@ struct Inner {
     staging: PathBuf,
     /// One operation at a time on each volume.
     locks: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    recorder: Recorder,
+    /// What writes for the recorder; taken by [`Orchestrator::run`].
+    recording: Mutex<Option<Worker>>,
     shutdown: CancellationToken,
 }
 
 impl Orchestrator {
     /// An orchestrator for the driver whose sockets are in `data/csi`.
     pub fn new(store: Store, driver: &str, data: &Path, shutdown: CancellationToken) -> Orchestrator {
+        let (recorder, recording) = Recorder::new(store.clone(), COMPONENT);
         let inner = Inner {
             store,
+            recorder,
+            recording: Mutex::new(Some(recording)),
             driver: driver.to_owned(),
             sockets: Sockets::new(data.join("csi")),
             staging: data.join("staging"),
@@ -63,7 +74,18 @@ impl Orchestrator {
 
     /// Provisions, attaches and detaches until shutdown.
     pub async fn run(&self) {
-        work::run(self).await;
+        let recording = self.inner.recording.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let recording = async {
+            if let Some(recording) = recording {
+                recording.run(self.inner.shutdown.clone()).await;
+            }
+        };
+        tokio::join!(work::run(self), recording);
+    }
+
+    /// Records an event about an object.
+    fn record<T: Resource<DynamicType = ()>>(&self, about: &T, news: &News) {
+        self.inner.recorder.record(about, news, None);
     }
 
     /// Unmounts and detaches everything; says what it does.

@@ -132,13 +132,14 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
         let kind = e.kind();
         anyhow::Error::new(e).context(Failure::new(kind, format!("cannot open `{}`", layout.store().display())))
     })?;
+    let metrics = Metrics::default();
+    embedded.register_metrics(&metrics);
     let store = Store::new(Arc::new(embedded), &namespace);
     let node_names = nodes::ensure(&store, &layout, nodes, disks_per_node).await?;
 
     let (stop_sender, mut stop_requests) = watch::channel(false);
     let (ready_sender, ready_receiver) = watch::channel(false);
     let shutdown = CancellationToken::new();
-    let metrics = Metrics::default();
     let orchestrator = Orchestrator::new(store.clone(), &driver_name, &layout.data, shutdown.child_token());
     let mut roles = Roles::new(shutdown.clone());
     let plan = roles::Plan {

@@ -10,10 +10,12 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1::{Node as KubernetesNode, Pod};
 use serde::de::DeserializeOwned;
+use store::events::Recorder;
 use store::{Scoped, Store, StoreError, TypedEvent};
 
 use crate::limits::RESYNC;
 use crate::queue::{Kind, Queue};
+use crate::teller::Teller;
 use crate::{ControllerError, Shared, node};
 
 /// The prefix of data source workloads (see [`api::names::data_source_workload_name`]).
@@ -42,17 +44,17 @@ struct Known {
     held: HashMap<String, BTreeSet<String>>,
 }
 
-/// Turns changes into passes until the store ends.
-pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
+/// Turns changes into passes, and into news for users, until the store ends.
+pub async fn run(shared: &Shared, recorder: Recorder) -> Result<(), ControllerError> {
     let store = &shared.store;
     let mut events = futures::stream::select_all([
+        watch::<Node>(store, "nodes", Event::Node).await?,
         watch::<BackingImage>(store, "images", Event::Image).await?,
         watch::<BackingImageManager>(store, "managers", Event::Manager).await?,
         watch::<BackingImageDataSource>(store, "data sources", Event::DataSource).await?,
         watch::<Volume>(store, "volumes", Event::Volume).await?,
         watch::<Engine>(store, "engines", Event::Engine).await?,
         watch::<Replica>(store, "replicas", Event::Replica).await?,
-        watch::<Node>(store, "nodes", Event::Node).await?,
         watch::<Setting>(store, "settings", |_| Event::Everything).await?,
     ]);
     if shared.kubernetes {
@@ -65,10 +67,14 @@ pub async fn run(shared: &Shared) -> Result<(), ControllerError> {
     let mut resync = tokio::time::interval(RESYNC);
     resync.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut known = Known::default();
+    let mut teller = Teller::new(recorder, list(store).await?);
     loop {
         tokio::select! {
             event = events.next() => match event {
-                Some(Ok(event)) => unless_away(concern(shared, event, &mut known).await)?,
+                Some(Ok((event, is_gone))) => {
+                    unless_away(tell(shared, &mut teller, &event, is_gone).await)?;
+                    unless_away(concern(shared, event, &mut known).await)?;
+                }
                 Some(Err(source)) => return Err(ControllerError::Watch { what: "the store", source }),
                 None => return Ok(()),
             },
@@ -93,11 +99,12 @@ fn unless_away(done: Result<(), ControllerError>) -> Result<(), ControllerError>
     }
 }
 
+/// Changes, each with whether the object is gone.
 async fn watch<T>(
     store: &Store,
     what: &'static str,
     wrap: fn(T) -> Event,
-) -> Result<BoxStream<'static, Result<Event, StoreError>>, ControllerError>
+) -> Result<BoxStream<'static, Result<(Event, bool), StoreError>>, ControllerError>
 where
     T: kube::Resource<DynamicType = ()> + DeserializeOwned + Send + 'static,
     T::Scope: Scoped,
@@ -105,8 +112,9 @@ where
     let events = store.watch::<T>().await.map_err(|source| ControllerError::Watch { what, source })?;
     let events = events.filter_map(move |event| async move {
         match event {
-            Ok(TypedEvent::Applied(object) | TypedEvent::Deleted(object)) => Some(Ok(wrap(object))),
-            Ok(TypedEvent::Relist) => Some(Ok(Event::Everything)),
+            Ok(TypedEvent::Applied(object)) => Some(Ok((wrap(object), false))),
+            Ok(TypedEvent::Deleted(object)) => Some(Ok((wrap(object), true))),
+            Ok(TypedEvent::Relist) => Some(Ok((Event::Everything, false))),
             // One object that cannot be read must not stop the rest.
             Err(error @ StoreError::Corrupt { .. }) => {
                 tracing::error!(error = crate::error::chain(&error), "object skipped");
@@ -116,6 +124,31 @@ where
         }
     });
     Ok(events.boxed())
+}
+
+async fn tell(shared: &Shared, teller: &mut Teller, event: &Event, is_gone: bool) -> Result<(), ControllerError> {
+    let store = &shared.store;
+    match event {
+        Event::Image(image) => teller.image(image, is_gone),
+        Event::Manager(manager) => teller.manager(manager, is_gone),
+        Event::DataSource(source) => teller.data_source(source, is_gone),
+        Event::Volume(volume) => teller.volume(volume, is_gone),
+        Event::Engine(engine) => teller.engine(engine, is_gone),
+        Event::Replica(replica) => teller.replica(replica, is_gone),
+        Event::Node(node) => teller.node(node, is_gone),
+        // What they mean is told by our Node.
+        Event::KubernetesNode(_) | Event::Pod(_) => {}
+        Event::Everything => {
+            list(store).await?.iter().for_each(|node| teller.node(node, false));
+            list(store).await?.iter().for_each(|image| teller.image(image, false));
+            list(store).await?.iter().for_each(|manager| teller.manager(manager, false));
+            list(store).await?.iter().for_each(|source| teller.data_source(source, false));
+            list(store).await?.iter().for_each(|volume| teller.volume(volume, false));
+            list(store).await?.iter().for_each(|engine| teller.engine(engine, false));
+            list(store).await?.iter().for_each(|replica| teller.replica(replica, false));
+        }
+    }
+    Ok(())
 }
 
 async fn concern(shared: &Shared, event: Event, known: &mut Known) -> Result<(), ControllerError> {

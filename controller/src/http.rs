@@ -11,11 +11,8 @@ mod rest;
 mod watch;
 
 use axum::Router;
-use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use runtime::metrics::{CONTENT_TYPE, Metrics};
+use runtime::metrics::Metrics;
+use runtime::probes;
 use store::Store;
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
@@ -43,24 +40,6 @@ impl ApiState {
 
 /// The whole API below `/`.
 pub fn router(state: ApiState) -> Router {
-    let probes = probes(state.metrics.clone(), state.ready.clone());
+    let probes = probes::router(state.metrics.clone(), state.ready.clone());
     Router::new().fallback(rest::serve).with_state(state).merge(probes)
-}
-
-/// What every role serves: whether it lives, whether it is ready, what it counts.
-pub fn probes(metrics: Metrics, ready: Receiver<bool>) -> Router {
-    let alive = || get(async || "ok");
-    Router::new()
-        .route("/healthz", alive())
-        .route("/livez", alive())
-        .route("/readyz", get(readyz).with_state(ready))
-        .route("/metrics", get(render_metrics).with_state(metrics))
-}
-
-async fn readyz(State(ready): State<Receiver<bool>>) -> (StatusCode, &'static str) {
-    if *ready.borrow() { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting") }
-}
-
-async fn render_metrics(State(metrics): State<Metrics>) -> Response {
-    ([(header::CONTENT_TYPE, CONTENT_TYPE)], metrics.render()).into_response()
 }

@@ -16,6 +16,7 @@ mod manager;
 mod metrics;
 mod node;
 mod queue;
+mod teller;
 mod volume;
 pub mod webhook;
 mod world;
@@ -28,6 +29,7 @@ use api::ErrorKind;
 use planner::retry::Retry;
 use runtime::transport::Security;
 use store::Store;
+use store::events::Recorder;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -37,6 +39,9 @@ use crate::agents::Agents;
 pub use crate::error::{ControllerError, ReconcileError};
 pub use crate::metrics::Metrics;
 use crate::queue::{Key, Kind, Queue};
+
+/// Who users see as the source of events.
+const COMPONENT: &str = "backing-image-csi-controller";
 
 /// What the controller works with.
 #[derive(Clone)]
@@ -70,6 +75,7 @@ pub(crate) struct Shared {
 
 /// Runs all reconcilers until `shutdown`. Ends by itself only with an error.
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), ControllerError> {
+    let _leading = context.metrics.lead();
     let tracker = TaskTracker::new();
     let queue = Arc::new(Queue::default());
     let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
@@ -85,8 +91,10 @@ pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), Co
         deposed: context.deposed,
     });
     node::create_default_settings(&shared.store).await?;
+    let (recorder, recording) = Recorder::new(shared.store.clone(), COMPONENT);
+    tracker.spawn(recording.run(shutdown.clone()));
     let result = tokio::select! {
-        result = events::run(&shared) => result,
+        result = events::run(&shared, recorder) => result,
         () = work(&shared, &tracker) => Ok(()),
         () = shutdown.cancelled() => Ok(()),
     };

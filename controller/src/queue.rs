@@ -17,6 +17,8 @@ pub enum Kind {
 }
 
 impl Kind {
+    pub const ALL: [Kind; 4] = [Kind::Image, Kind::Manager, Kind::DataSource, Kind::Volume];
+
     pub fn as_str(self) -> &'static str {
         match self {
             Kind::Image => "image",

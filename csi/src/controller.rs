@@ -25,6 +25,7 @@ use tonic::{Request, Response, Status};
 
 use crate::flight::InFlight;
 use crate::identity::IdentityService;
+use crate::metrics::{self, Metrics};
 use crate::rpc::{Calls, call};
 use crate::{CsiError, limits, server, status};
 
@@ -36,6 +37,8 @@ pub struct ControllerConfig {
     pub socket: PathBuf,
     /// How long a call waits whose caller sets no deadline.
     pub wait: Duration,
+    /// See [`Metrics::register`].
+    pub metrics: Metrics,
     /// Whether an image may be downloaded from this very machine: in standalone mode all nodes are this machine.
     pub allow_loopback_sources: bool,
 }
@@ -48,6 +51,7 @@ impl ControllerConfig {
             driver_name: driver_name.to_owned(),
             socket: socket.into(),
             wait: limits::WAIT_WITHOUT_DEADLINE,
+            metrics: Metrics::default(),
             allow_loopback_sources: false,
         }
     }
@@ -55,8 +59,9 @@ impl ControllerConfig {
 
 /// Serves Identity and Controller on a unix socket until the shutdown request, then lets calls in progress end.
 pub async fn serve_controller(config: ControllerConfig, shutdown: CancellationToken) -> Result<(), CsiError> {
-    let ControllerConfig { store, driver_name, socket, wait, allow_loopback_sources } = config;
-    let calls = Calls::new(wait, &shutdown);
+    let ControllerConfig { store, driver_name, socket, wait, metrics, allow_loopback_sources } = config;
+    metrics.offer(&metrics::CONTROLLER);
+    let calls = Calls::new(wait, metrics, &shutdown);
     let context = Context { store, in_flight: InFlight::default(), allow_loopback_sources };
     let service = ControllerService { context, calls: calls.clone() };
     let routes = Routes::new(IdentityServer::new(IdentityService::new(&driver_name)))

@@ -11,6 +11,7 @@ mod error;
 mod flight;
 mod identity;
 mod limits;
+mod metrics;
 mod node;
 mod parameters;
 mod rpc;
@@ -24,5 +25,6 @@ mod wait;
 
 pub use controller::{ControllerConfig, serve_controller};
 pub use error::CsiError;
+pub use metrics::Metrics;
 pub use node::{NodeConfig, serve_node};
 pub use parameters::{ParameterError, Parameters};

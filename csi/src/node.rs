@@ -24,6 +24,7 @@ use tonic::{Request, Response, Status};
 use crate::controller::TOPOLOGY_KEY;
 use crate::flight::InFlight;
 use crate::identity::IdentityService;
+use crate::metrics::{self, Metrics};
 use crate::rpc::{Calls, call};
 use crate::{CsiError, limits, server, status};
 
@@ -36,6 +37,8 @@ pub struct NodeConfig {
     pub socket: PathBuf,
     /// How long a call waits whose caller sets no deadline.
     pub wait: Duration,
+    /// See [`Metrics::register`].
+    pub metrics: Metrics,
 }
 
 impl NodeConfig {
@@ -47,14 +50,16 @@ impl NodeConfig {
             node_name: node_name.to_owned(),
             socket: socket.into(),
             wait: limits::WAIT_WITHOUT_DEADLINE,
+            metrics: Metrics::default(),
         }
     }
 }
 
 /// Serves Identity and Node on a unix socket until the shutdown request, then lets calls in progress end. Mounts stay.
 pub async fn serve_node(config: NodeConfig, shutdown: CancellationToken) -> Result<(), CsiError> {
-    let NodeConfig { store, driver_name, node_name, socket, wait } = config;
-    let calls = Calls::new(wait, &shutdown);
+    let NodeConfig { store, driver_name, node_name, socket, wait, metrics } = config;
+    metrics.offer(&metrics::NODE);
+    let calls = Calls::new(wait, metrics, &shutdown);
     let context = Context { store, node_name, in_flight: InFlight::default() };
     let service = NodeService { context, calls: calls.clone() };
     let routes =

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::metadata::MetadataMap;
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 use tracing::{Instrument, debug, error, info};
 
 use crate::deadline::Deadline;
+use crate::metrics::Metrics;
 use crate::{CsiError, status};
 
 /// The calls of one server.
@@ -22,6 +23,7 @@ pub struct Calls {
     pub shutdown: CancellationToken,
     /// Patience of a call whose caller sets no deadline.
     pub wait: Duration,
+    metrics: Metrics,
 }
 
 /// The names in a call, for its span. Empty ones are left out.
@@ -33,8 +35,8 @@ pub struct Ids<'a> {
 
 impl Calls {
     /// Calls that end with `shutdown`.
-    pub fn new(wait: Duration, shutdown: &CancellationToken) -> Calls {
-        Calls { tracker: TaskTracker::new(), shutdown: shutdown.clone(), wait }
+    pub fn new(wait: Duration, metrics: Metrics, shutdown: &CancellationToken) -> Calls {
+        Calls { tracker: TaskTracker::new(), shutdown: shutdown.clone(), wait, metrics }
     }
 
     /// The deadline of a call.
@@ -50,22 +52,28 @@ impl Calls {
     {
         let field = |name: &str| Some(name.to_owned()).filter(|n| !n.is_empty());
         let span = tracing::info_span!("csi", call, volume = field(ids.volume), node = field(ids.node));
+        let metrics = self.metrics.clone();
+        let started = Instant::now();
         let task = async move {
-            let started = Instant::now();
+            let _in_flight = metrics.begin();
             let result = work.await;
             let seconds = started.elapsed().as_secs_f64();
             match &result {
                 Ok(_) => debug!(seconds, "call done"),
                 Err(error) => info!(seconds, kind = %error.kind(), reason = status::sentence(error), "call refused"),
             }
-            result.map(Response::new).map_err(|error| status::of(&error))
+            let result = result.map(Response::new).map_err(|error| status::of(&error));
+            metrics.end(call, result.as_ref().err().map_or(Code::Ok, Status::code), started.elapsed());
+            result
         };
         match self.tracker.spawn(task.instrument(span.clone())).await {
             Ok(answer) => answer,
             Err(failed) => {
                 let _entered = span.enter();
                 error!(reason = %failed, "call panicked");
-                Err(status::bug(call))
+                let answer = status::bug(call);
+                self.metrics.end(call, answer.code(), started.elapsed());
+                Err(answer)
             }
         }
     }
@@ -91,7 +99,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_ends_the_call_and_not_the_process() {
-        let calls = Calls::new(Duration::from_secs(1), &CancellationToken::new());
+        let calls = Calls::new(Duration::from_secs(1), Metrics::default(), &CancellationToken::new());
         let answer: Result<Response<()>, Status> =
             calls.run("Probe", Ids::default(), async { panic!("a bug, made for this test") }).await;
         assert_eq!(answer.unwrap_err().code(), tonic::Code::Internal);
@@ -100,7 +108,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_goes_on_when_its_caller_hangs_up() {
-        let calls = Calls::new(Duration::from_secs(1), &CancellationToken::new());
+        let calls = Calls::new(Duration::from_secs(1), Metrics::default(), &CancellationToken::new());
         let (go, wait) = tokio::sync::oneshot::channel::<()>();
         let (done, finished) = tokio::sync::oneshot::channel();
         let call = {

@@ -237,6 +237,9 @@ async fn listen(role: &Role, name: &str, socket: &Path, attempt: &mut u32) -> st
             progress.follow(&status, now, time);
             let is_news = was_silent || was_stuck != progress.stall().is_some();
             let is_news = is_news || state.engine_status.get(name).is_none_or(|old| !is_same(old, &status));
+            if let Some(old) = state.engine_status.get(name) {
+                role.config.metrics.engines_replaced(status.lives.saturating_sub(old.lives));
+            }
             state.engine_status.insert(name.to_owned(), status);
             is_news
         };
@@ -295,6 +298,7 @@ async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> 
     let launch = Launch::new(&role.config.program).arg("engine-holder").flag("--config", &place.config);
     let record = role.engines.start(name, launch, None);
     let record = record.map_err(|source| InstanceError::Start { what: format!("engine {name}"), source })?;
+    role.config.metrics.engine_started();
     info!(engine = name, pid = record.identity.pid, "engine started");
     Ok(())
 }

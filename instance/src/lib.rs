@@ -13,6 +13,7 @@ mod engines;
 mod error;
 mod kernel;
 mod limits;
+mod metrics;
 mod ownership;
 mod processes;
 mod replica_decision;
@@ -21,4 +22,5 @@ mod replicas;
 mod role;
 
 pub use error::InstanceError;
+pub use metrics::Metrics;
 pub use role::{Config, EngineOptions, run};

@@ -189,6 +189,7 @@ async fn start(role: &Arc<Role>, name: &str, replica: &Replica, image: Option<Im
         .replicas
         .start(name, launch, Some(port))
         .map_err(|source| InstanceError::Start { what: what(), source })?;
+    role.config.metrics.replica_started();
     info!(replica = name, pid = record.identity.pid, "replica process started");
     await_answer(&config.directory.join(file::CONTROL_SOCKET), &record.identity).await;
     Ok(())

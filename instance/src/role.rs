@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use api::engine::InstanceState;
 use api::error::sentence;
 use api::ids::NodeName;
 use api::{BackingImage, Condition, Engine, Node, Replica};
@@ -24,6 +25,7 @@ use tracing::{Instrument, debug, info_span, warn};
 use crate::engine_progress::Progress;
 use crate::error::InstanceError;
 use crate::limits::{ENGINE_SILENCE_LIMIT, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
+use crate::metrics::Metrics;
 use crate::processes::Processes;
 use crate::{disks, engines, kernel, replicas};
 
@@ -47,6 +49,8 @@ pub struct Config {
     pub engines: EngineOptions,
     /// How its replicas listen and its engines connect: in plain only, for now.
     pub security: Security,
+    /// See [`Metrics::register`].
+    pub metrics: Metrics,
 }
 
 /// How engines are kept alive.
@@ -106,6 +110,16 @@ pub struct State {
     /// Whether the engines that answer get anywhere.
     pub engine_progress: BTreeMap<String, Progress>,
     pub followed: BTreeSet<String>,
+    /// What is shown of the replicas and engines of this node.
+    pub shown: BTreeMap<Key, Shown>,
+    /// Size and free room by disk.
+    pub disks: BTreeMap<String, (u64, u64)>,
+}
+
+/// What metrics tell of a replica or an engine.
+pub struct Shown {
+    pub state: InstanceState,
+    pub has_device: bool,
 }
 
 impl Role {
@@ -163,6 +177,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         state: Mutex::default(),
         config,
     });
+    role.config.metrics.look_at(&role);
     role.queue.add(Key::Disks);
     role.adopt()?;
     for _ in 0..WORKERS {
@@ -254,7 +269,10 @@ impl Role {
                 let known = self.state().replicas.contains_key(&name);
                 if self.is_ours(&replica.spec.node_id) {
                     let about = (replica.spec.backing_image, replica.spec.volume_name);
-                    self.state().replicas.insert(name.clone(), about);
+                    let shown = Shown { state: replica.status.unwrap_or_default().current_state, has_device: false };
+                    let mut state = self.state();
+                    state.replicas.insert(name.clone(), about);
+                    state.shown.insert(Key::Replica(name.clone()), shown);
                 } else if !known {
                     return;
                 }
@@ -262,7 +280,9 @@ impl Role {
             }
             TypedEvent::Deleted(replica) => {
                 let name = replica.metadata.name.unwrap_or_default();
-                if self.state().replicas.remove(&name).is_some() {
+                let mut state = self.state();
+                state.shown.remove(&Key::Replica(name.clone()));
+                if state.replicas.remove(&name).is_some() {
                     self.queue.add(Key::Replica(name));
                 }
             }
@@ -271,8 +291,9 @@ impl Role {
     }
 
     fn on_engine(self: &Arc<Self>, event: TypedEvent<Engine>) {
-        let engine = match event {
-            TypedEvent::Applied(engine) | TypedEvent::Deleted(engine) => engine,
+        let (engine, is_gone) = match event {
+            TypedEvent::Applied(engine) => (engine, false),
+            TypedEvent::Deleted(engine) => (engine, true),
             TypedEvent::Relist => return self.look_at_everything(),
         };
         let name = engine.metadata.name.unwrap_or_default();
@@ -282,7 +303,13 @@ impl Role {
         for replica in state.replicas.iter().filter(|(_, (_, v))| v == volume).map(|(n, _)| n.clone()) {
             self.queue.add(Key::Replica(replica));
         }
+        state.shown.remove(&Key::Engine(name.clone()));
         if self.is_ours(&engine.spec.node_id) {
+            let status = engine.status.unwrap_or_default();
+            if !is_gone {
+                let shown = Shown { state: status.current_state, has_device: !status.endpoint.is_empty() };
+                state.shown.insert(Key::Engine(name.clone()), shown);
+            }
             state.engines.insert(name.clone(), engine.spec.volume_name);
         } else if state.engines.remove(&name).is_none() {
             return;
@@ -304,6 +331,9 @@ impl Role {
         match event {
             TypedEvent::Applied(node) | TypedEvent::Deleted(node) => {
                 if node.metadata.name.as_deref() == Some(self.config.node.as_str()) {
+                    let disks = node.status.unwrap_or_default().disk_status.into_iter();
+                    self.state().disks =
+                        disks.map(|(name, disk)| (name, (disk.storage_maximum, disk.storage_available))).collect();
                     self.queue.add(Key::Disks);
                 }
             }

@@ -40,6 +40,7 @@ fn config(store: &Store, folder: &Path) -> Config {
         disk_owner: None,
         engines: Default::default(),
         security: Default::default(),
+        metrics: Default::default(),
     }
 }
 

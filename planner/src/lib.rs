@@ -8,6 +8,7 @@ pub mod disk;
 pub mod generations;
 pub mod image;
 pub mod manager;
+pub mod news;
 pub mod node;
 pub mod placement;
 pub mod retry;

@@ -10,6 +10,7 @@ pub mod log;
 pub mod loopback;
 pub mod memory;
 pub mod metrics;
+pub mod probes;
 pub mod process;
 pub mod queue;
 pub mod shutdown;

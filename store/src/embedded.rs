@@ -5,6 +5,7 @@
 //! ([`disk`]), and only then shows them to readers and watchers ([`feed`]). One process at a time may have the file open.
 
 mod disk;
+mod expiry;
 mod feed;
 mod limits;
 mod metrics;

@@ -6,6 +6,7 @@
 
 pub mod embedded;
 mod error;
+pub mod events;
 pub mod kubernetes;
 mod object;
 mod rules;

@@ -224,8 +224,8 @@ async fn shows_how_many_workloads_there_are() {
     wait_until_running(&workloads, "a").await;
     wait_until_failed(&workloads, "b").await;
     let text = metrics.render();
-    assert!(text.contains("backing_image_workloads{state=\"running\"} 1"), "{text}");
-    assert!(text.contains("backing_image_workloads{state=\"failed\"} 1"), "{text}");
+    assert!(text.contains("backing_image_csi_workloads{state=\"running\"} 1"), "{text}");
+    assert!(text.contains("backing_image_csi_workloads{state=\"failed\"} 1"), "{text}");
 }
 
 #[tokio::test]

@@ -8,12 +8,14 @@ use std::process::Command;
 use std::{fs, process};
 
 use anyhow::{Context, bail};
+use api::metrics::{ALL, Role};
 
 /// Writes every generated file, or with `check` only compares.
 pub fn run(check: bool) -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace root")?;
     let mut files = protos(root)?;
     files.extend(crds(root)?);
+    files.insert(root.join("docs/metrics.md"), metrics());
     let mut stale = vec![];
     for (path, content) in files {
         if fs::read_to_string(&path).is_ok_and(|old| old == content) {
@@ -108,6 +110,40 @@ fn crds(root: &Path) -> anyhow::Result<BTreeMap<PathBuf, String>> {
         files.insert(root.join(name), serde_yaml_ng::to_string(&crd)?);
     }
     Ok(files)
+}
+
+/// The page of all metrics, made of their declarations.
+fn metrics() -> String {
+    let mut text = String::from(
+        "# Metrics\n\nMade by `cargo xtask generate` from `api/src/metrics.rs`; change it there. Format: OpenMetrics text at `/metrics`.\n\n\
+         | role | where |\n| --- | --- |\n",
+    );
+    for role in Role::ALL {
+        let place = match role {
+            Role::Controller => "port 9500 of its pods",
+            Role::Node => "port 9501 of its pods",
+            Role::Instance => "port 9502 of its pods",
+            Role::Manager => {
+                "the port of chunk data: 8001 of its pod, one above the port in its address in standalone mode"
+            }
+            Role::DataSource => "the port of its HTTP face: 8000 of its pod",
+            Role::Standalone => {
+                "`--listen`, 127.0.0.1:9500 when not given; its managers and data sources have their own"
+            }
+        };
+        text += &format!("| `{}` | {place} |\n", role.as_str());
+    }
+    text += "\n| metric | kind | labels | role | meaning |\n| --- | --- | --- | --- | --- |\n";
+    for metric in ALL {
+        let quoted = |names: &mut dyn Iterator<Item = &str>| {
+            names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+        };
+        let labels = quoted(&mut metric.labels.iter().copied());
+        let roles = quoted(&mut metric.roles.iter().map(|role| role.as_str()));
+        text +=
+            &format!("| `{}` | {} | {labels} | {roles} | {} |\n", metric.query(), metric.kind.as_str(), metric.help);
+    }
+    text
 }
 
 #[cfg(test)]

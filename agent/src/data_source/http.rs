@@ -1,4 +1,4 @@
-//! The HTTP face of a data source (LF 5.2).
+//! The HTTP face of a data source (LF 5.2), with its probes and metrics: it is ready when it answers.
 
 use std::convert::Infallible;
 use std::io;
@@ -44,7 +44,9 @@ pub(super) async fn serve(
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     let face = Face { status, shutdown: shutdown.clone() };
-    let app = Router::new().route("/v1/file", get(read).post(act)).with_state(face);
+    let (_, ready) = watch::channel(true);
+    let probes = runtime::probes::router(crate::metrics::of_data_source(), ready);
+    let app = Router::new().route("/v1/file", get(read).post(act)).with_state(face).merge(probes);
     axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }
 

@@ -1,4 +1,6 @@
-//! Serves ready copies to other managers: manifest and byte ranges (see `peer`).
+//! Serves ready copies to other managers: manifest and byte ranges (see `peer`); and the probes and metrics of this one.
+//!
+//! It serves nobody before every file was looked at, so whoever gets an answer meets a manager that is ready.
 
 use std::fs::File;
 use std::io;
@@ -20,14 +22,27 @@ use tokio_util::sync::CancellationToken;
 use super::registry::{Registry, Sending};
 use crate::error::{AgentError, blocking};
 use crate::layout::ImageKey;
-use crate::limits::CHUNK_BYTES;
+use crate::limits::{CHUNK_BYTES, MAX_SYNCS};
+use crate::metrics::{self, Look};
 
 pub(super) async fn serve(listener: Listener, registry: Arc<Registry>, shutdown: CancellationToken) -> io::Result<()> {
+    let (_, ready) = tokio::sync::watch::channel(true);
+    let probes = runtime::probes::router(metrics::of_manager(look(&registry)), ready);
     let app = Router::new()
         .route("/v1/copies/{key}/manifest", get(manifest))
         .route("/v1/copies/{key}/data", get(data))
-        .with_state(registry);
+        .with_state(registry)
+        .merge(probes);
     axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await
+}
+
+fn look(registry: &Arc<Registry>) -> impl Fn() -> Option<Look> + Send + Sync + 'static {
+    let registry = Arc::downgrade(registry);
+    move || {
+        let registry = registry.upgrade()?;
+        let copies = registry.all().into_iter().map(|(_, copy)| (copy.state, copy.sending)).collect();
+        Some(Look { copies, syncs: MAX_SYNCS.saturating_sub(registry.syncs.available_permits()) })
+    }
 }
 
 /// An error with its HTTP status.
@@ -119,6 +134,7 @@ fn read(reading: Reading) -> impl Stream<Item = Result<Bytes, AgentError>> {
                 }
             }
             bytes.truncate(length as usize);
+            metrics::SENT_BYTES.add(length);
             Ok(Bytes::from(bytes))
         })
         .await;

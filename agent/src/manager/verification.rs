@@ -253,6 +253,7 @@ fn bad_chunks(
         let _ = fadvise(file, range.start, std::num::NonZeroU64::new(CHUNK_BYTES), Advice::DontNeed);
         let bytes = read_chunk(file, path, manifest, chunk, &mut buffer);
         if !matches!(bytes, Ok(Some(bytes)) if manifest.accepts(chunk, bytes)) {
+            crate::metrics::BAD_CHUNKS.add(1);
             bad.push(chunk);
         }
         pause();

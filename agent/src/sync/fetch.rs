@@ -22,7 +22,7 @@ use crate::layout::ImageKey;
 use crate::limits::{CHUNK_BYTES, CHUNKS_PER_REQUEST, MAX_PEER_FAILURES, STREAMS_PER_PEER};
 use crate::manifest::Manifest;
 use crate::peer::{Connection, Peer, PeerError};
-use crate::sparse;
+use crate::{metrics, sparse};
 
 /// Pause after a failed request, times the failures in a row.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -217,9 +217,11 @@ impl Fetch {
             if let Err(problem) = connection.read_exact(data) {
                 return Ok(Err(problem));
             }
+            metrics::RECEIVED_BYTES.add(data.len() as u64);
             if self.manifest.accepts(chunk, data) {
                 let written = self.file.write_at(range.start, data);
                 written.map_err(AgentError::io("write", &self.partial))?;
+                metrics::WRITTEN_BYTES.add(range.end - range.start);
                 outcome.good += 1;
                 self.count(chunk);
             } else {
@@ -261,6 +263,7 @@ impl Fetch {
         };
         let address = self.peers[peer].address();
         for chunk in outcome.bad {
+            metrics::BAD_CHUNKS.add(1);
             tracing::warn!(image = %self.key, peer = %address, chunk, "chunk does not match the manifest");
             work.queue.push_front(chunk..chunk + 1);
             let bad = work.bad.entry(peer).or_default();
@@ -276,6 +279,7 @@ impl Fetch {
             work.failures.remove(&peer);
         }
         let problem = outcome.problem?;
+        metrics::BROKEN_TRANSFERS.add(1);
         let failures = work.failures.entry(peer).or_default();
         *failures += 1;
         let failures = *failures;

@@ -116,12 +116,20 @@ pub async fn run(controller: Controller) -> anyhow::Result<()> {
         let message = format!("the controller cannot work: {}", api::error::sentence(&error));
         Failure::new(error.kind(), message)
     })?;
-    let services = csi::ControllerConfig::new(start.store.clone(), &cluster.driver_name, &csi_socket);
+    let calls = csi::Metrics::default();
+    start.metrics.register(|registry| calls.register(registry));
+    let services = csi::ControllerConfig {
+        metrics: calls,
+        ..csi::ControllerConfig::new(start.store.clone(), &cluster.driver_name, &csi_socket)
+    };
     let shutdown = start.roles.shutdown();
     start.roles.spawn("csi-controller", async move { Ok(csi::serve_controller(services, shutdown).await?) });
 
     let metrics = Metrics::default();
-    start.metrics.register(|registry| metrics.register(registry));
+    start.metrics.register(|registry| {
+        metrics.register(registry);
+        metrics.register_webhook(registry);
+    });
     let webhook = webhook::Config::new(start.store.clone(), webhook_listen, metrics.clone());
     let shutdown = start.roles.shutdown();
     start.roles.spawn("webhook", async move { Ok(webhook::run(webhook, shutdown).await?) });

@@ -53,7 +53,9 @@ pub async fn run(Instance { cluster, node, ip, directory, listen, engines }: Ins
         disk_owner: Some(AGENT_UID),
         engines: engines.options(),
         security: security(),
+        metrics: ::instance::Metrics::default(),
     };
+    start.metrics.register(|registry| config.metrics.register(registry));
     ::instance::discovery::create(&config).await.with_context(|| format!("cannot make the Node object `{node}`"))?;
     let shutdown = start.roles.shutdown();
     start.roles.spawn("instance", async move { Ok(::instance::run(config, shutdown).await?) });

@@ -31,7 +31,12 @@ pub struct Node {
 pub async fn run(Node { cluster, node, csi_socket, listen }: Node) -> anyhow::Result<()> {
     let mut start = Start::begin("node", &cluster, listen).await?;
     checked("node", start.store.list::<Volume>(&Selector::label("longhorn.io/none", "none")).await)?;
-    let services = csi::NodeConfig::new(start.store.clone(), &cluster.driver_name, &node, &csi_socket);
+    let calls = csi::Metrics::default();
+    start.metrics.register(|registry| calls.register(registry));
+    let services = csi::NodeConfig {
+        metrics: calls,
+        ..csi::NodeConfig::new(start.store.clone(), &cluster.driver_name, &node, &csi_socket)
+    };
     let shutdown = start.roles.shutdown();
     start.roles.spawn("csi-node", async move { Ok(csi::serve_node(services, shutdown).await?) });
     let (ready, shutdown) = (start.ready.clone(), start.roles.shutdown());

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use ::api::ErrorKind;
+use ::api::event::News;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     CSIPersistentVolumeSource, ObjectReference, PersistentVolume, PersistentVolumeClaim,
@@ -19,7 +20,6 @@ use store::{Preconditions, Selector, StoreError};
 use super::Orchestrator;
 use super::capability::Usage;
 use super::clients;
-use super::events::{self, Mood};
 use super::objects::{self, Part, is_deleting};
 use super::size;
 use super::target::SELECTED_NODE;
@@ -63,7 +63,7 @@ pub async fn bind(
         let message = format!("{failure} (next attempt at {})", next.strftime("%H:%M:%SZ"));
         explain(orchestrator, claim, failure.kind.as_str(), &message).await?;
         let reason = if is_deleting(claim) { "DeletionBlocked" } else { "ProvisioningFailed" };
-        events::record(orchestrator.store(), claim, Mood::Warning, reason, &failure.message).await;
+        orchestrator.record(claim, &News::warning(reason, &failure.message));
     }
     result
 }
@@ -134,7 +134,7 @@ async fn provision(orchestrator: &Orchestrator, claim: &PersistentVolumeClaim) -
     match orchestrator.store().create(&volume).await {
         Ok(_) => {
             let text = format!("Successfully provisioned volume {name}");
-            events::record(orchestrator.store(), &claim, Mood::Normal, "ProvisioningSucceeded", &text).await;
+            orchestrator.record(&claim, &News::normal("ProvisioningSucceeded", text));
         }
         Err(StoreError::AlreadyExists { .. }) => {}
         Err(error) => return Err(error.into()),
@@ -351,7 +351,7 @@ pub async fn reclaim(orchestrator: &Orchestrator, volume: &PersistentVolume) -> 
         let handle = spec.csi.map(|c| c.volume_handle).unwrap_or_default();
         if let Err(failure) = delete_volume(orchestrator, &handle).await {
             objects::update(store, volume, Part::Status, |v| set_phase(v, "Failed", Some(&failure.message))).await?;
-            events::record(store, volume, Mood::Warning, "VolumeFailedDelete", &failure.message).await;
+            orchestrator.record(volume, &News::warning("VolumeFailedDelete", &failure.message));
             return Err(failure);
         }
         store.delete::<PersistentVolume>(&volume.name_any(), &Preconditions::default()).await?;

@@ -39,7 +39,14 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
         addresses: subnet.workloads(),
         start_timeout: WORKLOAD_START_TIMEOUT,
     });
-    let workloads: Arc<dyn Workloads> = Arc::new(local.await.context("cannot open the workloads")?);
+    let local = local.await.context("cannot open the workloads")?;
+    local.register_metrics(&metrics);
+    let workloads: Arc<dyn Workloads> = Arc::new(local);
+    let (calls, instances) = (csi::Metrics::default(), instance::Metrics::default());
+    metrics.register(|registry| {
+        calls.register(registry);
+        instances.register(registry);
+    });
 
     let reconcilers = controller::Context {
         store: store.clone(),
@@ -55,6 +62,7 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
 
     let services = csi::ControllerConfig {
         allow_loopback_sources: true,
+        metrics: calls.clone(),
         ..csi::ControllerConfig::new(store.clone(), &driver_name, layout.csi().join("controller.sock"))
     };
     let shutdown = roles.shutdown();
@@ -72,12 +80,16 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
             disk_owner: None,
             engines,
             security: security(),
+            metrics: instances.clone(),
         };
         let shutdown = roles.shutdown();
         roles.spawn(&format!("instance {name}"), async move { Ok(instance::run(node, shutdown).await?) });
 
         let socket = layout.csi().join(format!("{name}.sock"));
-        let services = csi::NodeConfig::new(store.clone(), &driver_name, &name, socket);
+        let services = csi::NodeConfig {
+            metrics: calls.clone(),
+            ..csi::NodeConfig::new(store.clone(), &driver_name, &name, socket)
+        };
         let shutdown = roles.shutdown();
         roles.spawn(&format!("csi {name}"), async move { Ok(csi::serve_node(services, shutdown).await?) });
     }

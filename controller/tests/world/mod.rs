@@ -1,5 +1,7 @@
 //! A world for reconcilers: an in-memory store, nodes, fake agents and a fake instance role.
 
+#![allow(dead_code, reason = "each test program uses its part")]
+
 pub mod agents;
 pub mod instance;
 
@@ -22,7 +24,7 @@ const GIB: u64 = 1 << 30;
 pub struct World {
     pub store: Store,
     pub workloads: FakeWorkloads,
-    _stop: DropGuard,
+    stop: DropGuard,
 }
 
 /// Three nodes with one disk each, and a running controller.
@@ -48,7 +50,7 @@ pub async fn world_of(kubernetes: bool) -> World {
     };
     tokio::spawn(run(context, stop.clone()));
     tokio::spawn(stop.clone().run_until_cancelled_owned(instance::run(store.clone())));
-    World { store, workloads, _stop: stop.drop_guard() }
+    World { store, workloads, stop: stop.drop_guard() }
 }
 
 async fn create_node(store: &Store, n: u32) {
@@ -74,6 +76,12 @@ async fn create_node(store: &Store, n: u32) {
 }
 
 impl World {
+    /// Asks the controller to end.
+    pub fn end(self) -> Store {
+        drop(self.stop);
+        self.store
+    }
+
     pub async fn create_image(&self, name: &str) {
         let spec = BackingImageSpec {
             source_type: Some(SourceType::Download),

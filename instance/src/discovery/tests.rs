@@ -141,6 +141,7 @@ fn config(folder: &Path, store: &Store) -> Config {
         disk_owner: None,
         engines: EngineOptions::default(),
         security: Default::default(),
+        metrics: Default::default(),
     }
 }
 

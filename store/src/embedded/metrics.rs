@@ -3,12 +3,12 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
+use api::metrics::{STORE_COMMIT_SECONDS, STORE_OBJECTS};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::Registry;
+use runtime::metrics::{add, collect_gauges};
 
 use super::feed::Feed;
 
@@ -18,8 +18,7 @@ pub fn commit_seconds() -> Histogram {
 }
 
 pub fn register(registry: &mut Registry, feed: &Arc<Feed>, commits: &Histogram) {
-    let help = "Time of a durable commit of one or more writes";
-    registry.register_with_unit("store_commit", help, Unit::Seconds, commits.clone());
+    add(registry, &STORE_COMMIT_SECONDS, commits.clone());
     registry.register_collector(Box::new(Objects(Arc::downgrade(feed))));
 }
 
@@ -35,12 +34,11 @@ impl fmt::Debug for Objects {
 impl Collector for Objects {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let Some(feed) = self.0.upgrade() else { return Ok(()) };
-        let help = "Stored objects by kind";
-        let mut objects = encoder.encode_descriptor("store_objects", help, None, MetricType::Gauge)?;
-        for (kind, count) in feed.counts() {
-            let count = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
-            count.encode(objects.encode_family(&[("kind", kind)])?)?;
-        }
-        Ok(())
+        let counts = feed.counts();
+        collect_gauges(
+            &mut encoder,
+            &STORE_OBJECTS,
+            counts.iter().map(|(kind, count)| ([kind.as_str()], *count as u64)),
+        )
     }
 }

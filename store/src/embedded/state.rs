@@ -9,6 +9,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use serde_json::Value;
 
+use super::expiry;
 use crate::{Object, ObjectKey, Preconditions, ResourceType, StoreError, rules};
 
 /// Where an object is. Versions of one kind share their objects.
@@ -182,7 +183,20 @@ impl State {
         metadata.insert("generation".into(), 1.into());
         let stored = self.put(id.clone(), object, changes);
         self.collect(BTreeSet::from([id]), now, changes);
+        self.expire(resource, now, changes);
         Ok(Some(stored))
+    }
+
+    /// Removes Kubernetes' events that are too old or too many.
+    fn expire(&mut self, resource: &ResourceType, now: Timestamp, changes: &mut Vec<Change>) {
+        if !resource.group.is_empty() || resource.plural != "events" {
+            return;
+        }
+        for object in expiry::expired(self.of_kind(resource, None), now) {
+            if let Ok(id) = ObjectId::new(resource, &object.key()) {
+                self.delete_stored(id, object, now, changes);
+            }
+        }
     }
 
     /// The stored object that a new form of it is meant for.

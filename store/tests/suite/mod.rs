@@ -2,10 +2,12 @@
 
 #![allow(dead_code, unused_imports, unused_macros, reason = "each test binary uses its part")]
 
+mod news;
 mod objects;
 mod watches;
 mod writers;
 
+pub use news::*;
 pub use objects::*;
 pub use watches::*;
 pub use writers::*;
@@ -46,6 +48,7 @@ macro_rules! promises {
             lets_one_of_many_writers_win
             modifies_under_contention_without_losing_a_change
             writes_one_content_as_one_text
+            counts_news_of_one_reason_and_part_in_one_event
         }
     };
 }

@@ -3,11 +3,11 @@
 use std::fmt;
 use std::sync::{Arc, Weak};
 
+use api::metrics::WORKLOADS;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::registry::Registry;
+use runtime::metrics::collect_gauges;
 
 use super::{Inner, lock};
 use crate::WorkloadState;
@@ -38,11 +38,6 @@ impl Collector for States {
             };
             counts[index].1 += 1;
         }
-        let help = "Role processes by state";
-        let mut workloads = encoder.encode_descriptor("workloads", help, None, MetricType::Gauge)?;
-        for (state, count) in counts {
-            ConstGauge::<i64>::new(count).encode(workloads.encode_family(&[("state", state)])?)?;
-        }
-        Ok(())
+        collect_gauges(&mut encoder, &WORKLOADS, counts.map(|(state, count)| ([state], count)))
     }
 }

@@ -1,0 +1,122 @@
+//! Tells users what became of objects, as Kubernetes events: the one place that does, for all kinds.
+//!
+//! It compares the facts of each object ([`planner::news`]) with those of the last look, so a state that comes back is told again.
+//! What it sees for the first time may have been told by the controller before; only what began lately is told then, and counts only
+//! if nobody recorded it since it began.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use api::event::{Mood, News};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, Node, Replica, Volume};
+use jiff::Timestamp;
+use kube::Resource;
+use planner::disk::Disks;
+use planner::news::{self, Fact};
+use store::events::Recorder;
+
+/// How long a controller may be away for what began meanwhile to be told by the next one.
+const LATELY: Duration = Duration::from_secs(600);
+
+pub struct Teller {
+    recorder: Recorder,
+    nodes: BTreeMap<String, Node>,
+    /// Of the nodes: how users know them.
+    disks: Disks,
+    /// By uid, what was told last of each topic.
+    told: HashMap<String, BTreeMap<String, Told>>,
+}
+
+/// What makes two facts of a topic the same.
+#[derive(Clone, PartialEq)]
+struct Told {
+    mood: Mood,
+    reason: String,
+    again: String,
+}
+
+impl Teller {
+    /// One that has not looked at anything, but knows the disks of these nodes.
+    pub fn new(recorder: Recorder, nodes: Vec<Node>) -> Teller {
+        let disks = Disks::of(&nodes);
+        let nodes = nodes.into_iter().map(|node| (node.metadata.name.clone().unwrap_or_default(), node)).collect();
+        Teller { recorder, nodes, disks, told: HashMap::new() }
+    }
+
+    pub fn image(&mut self, image: &BackingImage, is_gone: bool) {
+        let facts = news::of_image(image, &self.disks);
+        self.look(image, facts, is_gone);
+    }
+
+    pub fn manager(&mut self, manager: &BackingImageManager, is_gone: bool) {
+        let facts = news::of_manager(manager, &self.disks);
+        self.look(manager, facts, is_gone);
+    }
+
+    pub fn data_source(&mut self, source: &BackingImageDataSource, is_gone: bool) {
+        let facts = news::of_data_source(source, &self.disks);
+        self.look(source, facts, is_gone);
+    }
+
+    pub fn volume(&mut self, volume: &Volume, is_gone: bool) {
+        self.look(volume, news::of_volume(volume), is_gone);
+    }
+
+    pub fn engine(&mut self, engine: &Engine, is_gone: bool) {
+        self.look(engine, news::of_engine(engine), is_gone);
+    }
+
+    pub fn replica(&mut self, replica: &Replica, is_gone: bool) {
+        let facts = news::of_replica(replica, &self.disks);
+        self.look(replica, facts, is_gone);
+    }
+
+    pub fn node(&mut self, node: &Node, is_gone: bool) {
+        let name = node.metadata.name.clone().unwrap_or_default();
+        if is_gone {
+            self.nodes.remove(&name);
+        } else {
+            self.nodes.insert(name, node.clone());
+        }
+        let nodes: Vec<Node> = self.nodes.values().cloned().collect();
+        self.disks = Disks::of(&nodes);
+        self.look(node, news::of_node(node), is_gone);
+    }
+
+    fn look<T: Resource<DynamicType = ()>>(&mut self, object: &T, facts: Vec<Fact>, is_gone: bool) {
+        let uid = object.meta().uid.clone().unwrap_or_default();
+        let before = self.told.remove(&uid);
+        if is_gone {
+            return;
+        }
+        let mut told = BTreeMap::new();
+        for Fact { topic, news, since, again } in facts {
+            let last = before.as_ref().and_then(|before| before.get(&topic));
+            let Some(news) = news else {
+                told.extend(last.cloned().map(|last| (topic, last)));
+                continue;
+            };
+            let now = Told { mood: news.mood, reason: news.reason.clone(), again };
+            match (&before, last) {
+                (None, _) => self.tell_if_lately(object, &news, &since),
+                (Some(_), Some(last)) if !is_news(last, &now) => {}
+                (Some(_), _) => self.recorder.record(object, &news, None),
+            }
+            told.insert(topic, now);
+        }
+        self.told.insert(uid, told);
+    }
+
+    fn tell_if_lately<T: Resource<DynamicType = ()>>(&self, object: &T, news: &News, since: &str) {
+        let Ok(since) = since.parse::<Timestamp>() else { return };
+        if since + LATELY > Timestamp::now() {
+            self.recorder.record(object, news, Some(since));
+        }
+    }
+}
+
+/// An attempt that becomes known, or is over, is not one more.
+fn is_news(last: &Told, now: &Told) -> bool {
+    let is_another = !last.again.is_empty() && !now.again.is_empty() && last.again != now.again;
+    is_another || (last.mood, &last.reason) != (now.mood, &now.reason)
+}

@@ -1,0 +1,180 @@
+//! What users read as events of each kind, and what makes none.
+
+use api::image::BackingImageStatus;
+use api::node::{DiskStatus, NodeStatus};
+use api::replica::{ReplicaSpec, ReplicaStatus};
+use api::volume::VolumeStatus;
+
+use super::*;
+
+fn disks() -> Disks {
+    let disk = |id: &str| crate::disk::ready_disk(id, 1 << 30);
+    Disks { list: vec![disk("a"), disk("b")], ..Default::default() }
+}
+
+fn condition(r#type: &str, status: ConditionStatus, reason: &str, message: &str) -> Condition {
+    Condition { last_transition_time: "T".into(), ..Condition::new(r#type, status, reason, message) }
+}
+
+fn said(facts: &[Fact]) -> Vec<String> {
+    let say = |f: &Fact| match &f.news {
+        Some(n) => format!("{} {} {} {}: {}", f.topic, n.mood.as_str(), n.reason, n.part, n.message),
+        None => format!("{} -", f.topic),
+    };
+    facts.iter().map(say).collect()
+}
+
+fn image(ready: Condition, copies: &[(&str, DiskFileStatus)]) -> BackingImage {
+    let mut image = BackingImage::new("ubuntu", Default::default());
+    image.status = Some(BackingImageStatus {
+        conditions: vec![ready],
+        disk_file_status_map: copies.iter().map(|(d, c)| ((*d).to_owned(), c.clone())).collect(),
+        ..Default::default()
+    });
+    image
+}
+
+#[test]
+fn an_image_tells_of_each_copy_by_the_name_of_its_disk() {
+    let copy = |state, message: &str, error_kind| DiskFileStatus {
+        state,
+        message: message.into(),
+        error_kind,
+        next_retry_time: "N".into(),
+        ..Default::default()
+    };
+    let ready = condition(READY, ConditionStatus::True, "Ready", "1 of 3 copies ready");
+    let full = copy(CopyState::Failed, "no space left", Some(ErrorKind::Exhausted));
+    let facts = of_image(
+        &image(
+            ready,
+            &[
+                ("a", copy(CopyState::Ready, "", None)),
+                ("b", full),
+                ("c", copy(CopyState::Unknown, "silent", None)),
+                ("d", copy(CopyState::Pending, "", None)),
+            ],
+        ),
+        &disks(),
+    );
+    assert_eq!(
+        said(&facts),
+        [
+            "Ready Normal Ready : 1 of 3 copies ready",
+            "copy/a Normal CopyReady a: the copy on a of node-a is ready",
+            "copy/b Warning CopyDiskFull b: the copy on b of node-b failed: no space left",
+            "copy/c -",
+        ]
+    );
+    assert_eq!(facts[2].again, "N", "each attempt counts");
+}
+
+#[test]
+fn damage_of_a_copy_is_news_once_for_each_sentence() {
+    let copy = DiskFileStatus { state: CopyState::Ready, damage: "chunk 7 differed".into(), ..Default::default() };
+    let ready = condition(READY, ConditionStatus::True, "Ready", "");
+    let facts = of_image(&image(ready, &[("a", copy)]), &disks());
+    assert_eq!(said(&facts)[2], "damage/a Warning CopyDamaged a: a of node-a: chunk 7 differed");
+    assert_eq!(facts[2].again, "chunk 7 differed");
+}
+
+#[test]
+fn a_failure_names_what_can_be_done_and_a_beginning_is_quiet() {
+    let failed = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", "SHA-512 is a, not b")
+        .with_hint("correct spec.checksum");
+    let facts = of_image(&image(failed, &[]), &disks());
+    assert_eq!(said(&facts), ["Ready Warning DataSourceFailed : SHA-512 is a, not b; correct spec.checksum"]);
+    let begun = Condition::new(READY, ConditionStatus::False, "Preparing", "the image was just created");
+    assert_eq!(of_image(&image(begun, &[]), &disks()), []);
+    let deleted = Condition::new(READY, ConditionStatus::False, "Deleting", "deletion waits for x");
+    assert_eq!(said(&of_image(&image(deleted, &[]), &disks())), ["Ready Normal Deleting : deletion waits for x"]);
+}
+
+#[test]
+fn a_volume_tells_where_it_is_attached_and_what_it_lacks() {
+    let check = |conditions: Vec<Condition>, expected: &[&str]| {
+        let mut volume = Volume::new("v", Default::default());
+        volume.status = Some(VolumeStatus { conditions, ..Default::default() });
+        let facts = of_volume(&volume);
+        assert_eq!(said(&facts), expected);
+        facts
+    };
+    let (yes, no) = (ConditionStatus::True, ConditionStatus::False);
+    let scheduled = condition(SCHEDULED, yes, "Scheduled", "every replica has a place");
+    check(
+        vec![scheduled, condition(READY, yes, "Attached", "attached to node n1")],
+        &["Ready Normal Attached : attached to node n1"],
+    );
+    let unplaced = condition(SCHEDULED, no, "NotAllPlaced", "no room");
+    let degraded = condition(READY, yes, "Degraded", "1 of 2 replicas are in sync: r1: gone");
+    let facts = check(
+        vec![unplaced, degraded],
+        &["Ready Warning Degraded : 1 of 2 replicas are in sync: r1: gone", "Scheduled Warning NotAllPlaced : no room"],
+    );
+    assert_eq!(facts[0].again, "1 of 2 replicas are in sync: r1: gone", "one more that is lost is news");
+    check(vec![condition(READY, no, "Creating", "the volume is being created")], &[]);
+    check(vec![condition(READY, no, "Attaching", "waits")], &["Ready Normal Attaching : waits"]);
+    check(vec![condition(READY, no, "EngineFailed", "why")], &["Ready Warning EngineFailed : why"]);
+}
+
+#[test]
+fn a_replica_that_failed_names_reason_disk_node_and_volume() {
+    let spec = ReplicaSpec {
+        volume_name: "v".into(),
+        disk_id: "a".into(),
+        failed_at: "F".into(),
+        failed_reason: "it did not answer for 8 s".into(),
+        ..Default::default()
+    };
+    let mut replica = Replica::new("v-r-1", spec);
+    let stopped = condition(READY, ConditionStatus::False, "Stopped", "it is not wanted now");
+    replica.status = Some(ReplicaStatus { conditions: vec![stopped], ..Default::default() });
+    let facts = of_replica(&replica, &disks());
+    assert_eq!(said(&facts), ["failed Warning ReplicaFailed : it did not answer for 8 s (a of node-a, volume v)"]);
+    assert_eq!((facts[0].since.as_str(), facts[0].again.as_str()), ("F", "F"));
+    replica.spec.failed_at.clear();
+    replica.status.as_mut().unwrap().conditions = vec![condition(READY, ConditionStatus::True, "Serving", "")];
+    assert_eq!(said(&of_replica(&replica, &disks())), ["Ready Normal Serving : it serves from a of node-a"]);
+}
+
+#[test]
+fn a_node_tells_of_its_disks() {
+    let disk = |conditions| DiskStatus { conditions, ..Default::default() };
+    let (yes, no) = (ConditionStatus::True, ConditionStatus::False);
+    let mut node = Node::new("n", Default::default());
+    node.status = Some(NodeStatus {
+        conditions: vec![condition(READY, yes, "Ready", ""), condition(ENGINE_REPLACEMENT, no, "TooOld", "Linux 6.1")],
+        disk_status: [
+            (
+                "d1".into(),
+                disk(vec![condition(READY, yes, "Ready", ""), condition(SCHEDULABLE, yes, "Schedulable", "")]),
+            ),
+            (
+                "d2".into(),
+                disk(vec![
+                    condition(READY, yes, "Ready", ""),
+                    condition(SCHEDULABLE, no, "DiskPressure", "1 byte is free"),
+                ]),
+            ),
+            (
+                "d3".into(),
+                disk(vec![
+                    condition(READY, no, "NoDirectory", "gone"),
+                    condition(SCHEDULABLE, no, "NoDirectory", "gone"),
+                ]),
+            ),
+        ]
+        .into(),
+        ..Default::default()
+    });
+    assert_eq!(
+        said(&of_node(&node)),
+        [
+            "Ready Normal Ready : the node reports",
+            "EngineReplacement Warning TooOld : Linux 6.1",
+            "disk/d1 Normal DiskReady d1: d1: it can be used",
+            "disk/d2 Warning DiskPressure d2: d2: 1 byte is free",
+            "disk/d3 Warning NoDirectory d3: d3: gone",
+        ]
+    );
+}
