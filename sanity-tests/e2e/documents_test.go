@@ -108,12 +108,7 @@ func TestVolumeOfWaitForFirstConsumerIsMadeForItsPod(t *testing.T) {
 	apply(t, image.class("late", "late", 1, "WaitForFirstConsumer"))
 	t.Cleanup(func() { remove(t, object("longhorn.io/v1beta2", "BackingImage", system, "late")) })
 	apply(t, claimOf("late", "late", "Filesystem", "ReadWriteOnce", 32))
-	eventually(t, "claim waits for a pod", 30*time.Second, func() string {
-		if all := eventsOf(t, "PersistentVolumeClaim", "late"); !strings.Contains(strings.Join(all, ";"), "WaitForFirstConsumer") {
-			return fmt.Sprint(all)
-		}
-		return ""
-	})
+	waitEvent(t, "default", "PersistentVolumeClaim", "late", "WaitForFirstConsumer")
 	if phase := claim(t, "late").Status.Phase; phase != corev1.ClaimPending {
 		t.Fatalf("without a pod the claim is %s", phase)
 	}
@@ -170,17 +165,28 @@ func TestClaimOfAnImageThatDoesNotMatchSaysWhy(t *testing.T) {
 	image.checksum = strings.Repeat("ab", 64)
 	apply(t, image.class("mismatch", "pinned", 1))
 	apply(t, claimOf("mismatch", "mismatch", "Filesystem", "ReadWriteOnce", 32))
-	eventually(t, "event of the claim", time.Minute, func() string {
-		all := strings.Join(eventsOf(t, "PersistentVolumeClaim", "mismatch"), "; ")
-		if !strings.Contains(all, "pinned") || !strings.Contains(all, "backingImageChecksum") {
-			return all
-		}
-		t.Log(all)
-		return ""
-	})
+	waitEvent(t, "default", "PersistentVolumeClaim", "mismatch", "pinned", "checksum")
 	if phase := claim(t, "mismatch").Status.Phase; phase != corev1.ClaimPending {
 		t.Errorf("the claim is %s", phase)
 	}
+}
+
+// An image that cannot be had says so where users look: in its columns, its condition, its events; and is what it is once it can be.
+func TestImageThatCannotBeDownloadedSaysWhy(t *testing.T) {
+	flow(t)
+	image := newImage(t, 16)
+	missing := image
+	missing.url = strings.Replace(image.url, "image.raw", "missing.raw", 1)
+	apply(t, missing.manifest("missing"))
+	eventually(t, "the image says why", time.Minute, func() string {
+		found, err := c.get(t.Context(), "backingimages.longhorn.io", system, "missing")
+		must(t, err)
+		if status, why := condition(found, "Ready"); status != "False" || !strings.Contains(why, "404") {
+			return why
+		}
+		return ""
+	})
+	waitEvent(t, system, "BackingImage", "missing", "404")
 }
 
 func TestReadWriteOncePodAdmitsOnePod(t *testing.T) {
@@ -192,11 +198,6 @@ func TestReadWriteOncePodAdmitsOnePod(t *testing.T) {
 	apply(t, podOf("first", "alone", "", false))
 	waitRunning(t, "first")
 	apply(t, podOf("second", "alone", "", false))
-	eventually(t, "the second pod is told why it waits", time.Minute, func() string {
-		if all := strings.Join(eventsOf(t, "Pod", "second"), "; "); !strings.Contains(all, "ReadWriteOncePod") {
-			return all
-		}
-		return ""
-	})
+	waitEvent(t, "default", "Pod", "second", "ReadWriteOncePod")
 	hasImage(t, "first")
 }

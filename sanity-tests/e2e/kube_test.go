@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -132,6 +133,10 @@ func remove(t *testing.T, object *unstructured.Unstructured) {
 		t.Error(err)
 		return
 	}
+	began := time.Now()
+	defer func() {
+		t.Logf("%s %s is gone: %.1f s", object.GetKind(), object.GetName(), time.Since(began).Seconds())
+	}()
 	ctx := context.Background()
 	background := metav1.DeletePropagationBackground
 	err = until(fmt.Sprintf("leave to delete %s %s", object.GetKind(), object.GetName()), time.Minute, func() string {
@@ -209,7 +214,7 @@ func waitBound(t *testing.T, name string) {
 	t.Helper()
 	eventually(t, "claim "+name+" bound", time.Minute, func() string {
 		if phase := claim(t, name).Status.Phase; phase != corev1.ClaimBound {
-			return fmt.Sprintf("it is %s; %s", phase, strings.Join(eventsOf(t, "PersistentVolumeClaim", name), "; "))
+			return fmt.Sprintf("it is %s; %s", phase, strings.Join(eventsOf(t, "default", "PersistentVolumeClaim", name), "; "))
 		}
 		return ""
 	})
@@ -237,16 +242,31 @@ func waitRunning(t *testing.T, name string) {
 	t.Helper()
 	eventually(t, "pod "+name+" running", 3*time.Minute, func() string {
 		if found := pod(t, name); !isReady(found) {
-			return fmt.Sprintf("it is %s; %s", found.Status.Phase, strings.Join(eventsOf(t, "Pod", name), "; "))
+			return fmt.Sprintf("it is %s; %s", found.Status.Phase, strings.Join(eventsOf(t, "default", "Pod", name), "; "))
 		}
 		return ""
 	})
 }
 
-// eventsOf are the sentences of an object's events.
-func eventsOf(t *testing.T, kind, name string) (found []string) {
+// waitEvent waits for an event of an object that has all these words.
+func waitEvent(t *testing.T, namespace, kind, name string, words ...string) {
 	t.Helper()
-	all, err := c.kube.CoreV1().Events("default").List(t.Context(), metav1.ListOptions{
+	eventually(t, "an event of "+kind+" "+name, time.Minute, func() string {
+		all := eventsOf(t, namespace, kind, name)
+		for _, event := range all {
+			if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(event, word) }) {
+				t.Log(event)
+				return ""
+			}
+		}
+		return fmt.Sprintf("none of its %d events has all of %q: %q", len(all), words, all)
+	})
+}
+
+// eventsOf are the sentences of an object's events.
+func eventsOf(t *testing.T, namespace, kind, name string) (found []string) {
+	t.Helper()
+	all, err := c.kube.CoreV1().Events(namespace).List(t.Context(), metav1.ListOptions{
 		FieldSelector: "involvedObject.kind=" + kind + ",involvedObject.name=" + name,
 	})
 	if err != nil {
