@@ -306,3 +306,46 @@ async fn work_that_fails_ends_the_candidate_and_frees_the_lease() {
     let _second = world.candidate("b", true);
     assert!(world.when("b leads").await <= 200);
 }
+
+/// A candidate whose terms can be looked at.
+fn watched(world: &World) -> (Running, tokio::sync::mpsc::UnboundedReceiver<Term>) {
+    let (link, shutdown) =
+        (Arc::new(Link { store: world.store.clone(), way: AtomicU8::new(0) }), CancellationToken::new());
+    let (sender, terms) = tokio::sync::mpsc::unbounded_channel();
+    let store = Store::new(link.clone(), "longhorn-system");
+    let candidate = Candidate { store, identity: "a".into(), timing: Timing::default() };
+    let stop = shutdown.clone();
+    let work = move |term: Term| {
+        sender.send(term.clone()).unwrap();
+        async move {
+            term.ending.cancelled().await;
+            Ok(())
+        }
+    };
+    let ended = tokio::spawn(async move { candidate.run(&stop, work).await });
+    (Running { link, shutdown, ended }, terms)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_still_runs_after_a_term_hears_that_it_is_over() {
+    let world = World::new();
+    let (candidate, mut terms) = watched(&world);
+    let term = terms.recv().await.unwrap();
+    assert!(!term.over.is_cancelled());
+    candidate.shutdown.cancel();
+    candidate.ended.await.unwrap().unwrap();
+    assert!(term.over.is_cancelled());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_ends_gives_back_nothing_of_another_one() {
+    let world = World::new();
+    let (candidate, mut terms) = watched(&world);
+    terms.recv().await.unwrap();
+    let steal = |lease: &mut Lease| lease.spec.get_or_insert_default().holder_identity = Some("thief".into());
+    world.store().modify::<Lease>(LEASE, steal).await.unwrap();
+    candidate.shutdown.cancel();
+    candidate.ended.await.unwrap().unwrap();
+    let lease: Lease = world.store().get(LEASE).await.unwrap().unwrap();
+    assert_eq!(lease.spec.unwrap().holder_identity.as_deref(), Some("thief"));
+}
