@@ -12,7 +12,7 @@ build:
 
 # All that CI runs (.ci/run calls it).
 test:
-	scripts/install-packages.sh build runtime quickstart test
+	scripts/install-packages.sh build runtime quickstart test cluster
 	cargo xtask ci
 
 # A real Kubernetes on this machine (sanity-tests/cluster; builds it first, about 20 minutes when cold), and the store against its API server.
@@ -20,7 +20,8 @@ cluster-test:
 	scripts/install-packages.sh build runtime cluster
 	sanity-tests/cluster/build.sh kube tools
 	REQUIRE_REAL=1 cargo test --locked -p backing-image-store --test kubernetes -- --include-ignored
-	REQUIRE_REAL=1 cargo test --locked -p backing-image-controller --test webhook -- --ignored
+	REQUIRE_REAL=1 cargo test --locked -p backing-image-workloads --test pods -- --ignored
+	REQUIRE_REAL=1 cargo test --locked -p backing-image-controller --test webhook --test leader -- --ignored
 	REQUIRE_REAL=1 cargo test --locked -p backing-image-csi --test metrics -- --ignored
 	sanity-tests/cluster/check.sh
 
@@ -29,7 +30,6 @@ cluster-test:
 e2e:
 	scripts/install-packages.sh build runtime cluster
 	cargo build --release --locked
-	sanity-tests/cluster/build.sh
 	deploy/render.sh --check
 	cd sanity-tests/e2e && go vet ./... && go test -count=1 -timeout=60m -v $(if $(FLOWS),-run '$(FLOWS)') .
 

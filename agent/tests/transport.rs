@@ -1,36 +1,18 @@
 //! Mutual TLS from end to end: a data source, a manager that takes its file over, one that syncs it; and who is let in nowhere.
 
+#[path = "../../runtime/tests/authority/mod.rs"]
+mod authority;
 mod support;
 
+use authority::Authority;
 use backing_image_agent::{client, data_source, manager};
 use proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient;
 use proto::bimrpc::{FetchRequest, SyncRequest};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use runtime::transport::{Identity, PEER_NAME, Security};
 use std::net::SocketAddr;
 use support::*;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
-
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    fn new() -> Authority {
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Authority(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
-    }
-
-    fn identity(&self) -> Identity {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec![PEER_NAME.to_owned()]).unwrap();
-        Identity::from_pem(&params.signed_by(&key, &self.0).unwrap().pem(), &key.serialize_pem()).unwrap()
-    }
-
-    fn member(&self) -> Security {
-        Security::mutual(&self.0.pem(), &self.identity()).unwrap()
-    }
-}
 
 struct Manager {
     address: SocketAddr,
@@ -96,7 +78,7 @@ async fn strangers_get_nothing_from_a_manager_and_a_data_source() {
     wait_until("the file is prepared and taken over", taken_over).await;
 
     // The second believes the manager, and shows a certificate of another authority.
-    let strange = Security::mutual(&authority.0.pem(), &stranger.identity()).unwrap();
+    let strange = Security::mutual(&authority.pem(), &stranger.identity(PEER_NAME)).unwrap();
     let other_disk = TestDisk::new();
     let url = manager.address.to_string();
     for security in [Security::default(), strange, stranger.member()] {

@@ -23,6 +23,13 @@ pub struct Entry<'a> {
     pub members: BTreeSet<&'a str>,
 }
 
+impl<'a> Entry<'a> {
+    /// What the record of that replica tells.
+    pub fn new(name: &'a str, generation: u64, members: impl IntoIterator<Item = &'a String>) -> Entry<'a> {
+        Entry { name, generation, members: members.into_iter().map(String::as_str).collect() }
+    }
+}
+
 /// What the highest of some records tell.
 #[derive(Clone, Debug)]
 pub struct Newest<'a> {

@@ -58,6 +58,8 @@ pub mod condition {
     pub const UPGRADED: &str = "Upgraded";
     /// Node: an engine that dies there is replaced under a mounted filesystem.
     pub const ENGINE_REPLACEMENT: &str = "EngineReplacement";
+    /// Node: Kubernetes runs it. While it is not `True`, the controller says with it whether the node is `Ready`.
+    pub const IN_SERVICE: &str = "InService";
     /// Node: it has disks, or what it waits for to get them by itself.
     pub const DEFAULT_DISKS: &str = "DefaultDisks";
     /// Volume: its detachment or deletion waits for something.

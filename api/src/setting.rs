@@ -144,9 +144,28 @@ pub fn known(name: &str) -> Option<&'static Known> {
     KNOWN.iter().find(|k| k.name == name)
 }
 
+/// The value of a known setting among those that are stored: one that is absent or not legal has its default. Empty when none is known.
+pub fn value<'a>(stored: &'a [Setting], name: &str) -> &'a str {
+    let Some(known) = known(name) else { return "" };
+    let found = stored.iter().find(|setting| setting.metadata.name.as_deref() == Some(name));
+    found.map(|setting| setting.value.as_str()).filter(|value| known.accepts(value)).unwrap_or(known.default)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_stored_or_not_legal_has_its_default() {
+        let stored =
+            [(DEFAULT_REPLICA_COUNT, "2"), (DEFAULT_MIN_COPIES, "-1"), ("color", "red")].map(|(name, value)| {
+                let mut setting = Setting { value: value.into(), ..Default::default() };
+                setting.metadata.name = Some(name.into());
+                setting
+            });
+        let values = [DEFAULT_REPLICA_COUNT, DEFAULT_MIN_COPIES, DEFAULT_DATA_PATH, "color"];
+        assert_eq!(values.map(|name| value(&stored, name)), ["2", "3", "/var/lib/longhorn", ""]);
+    }
 
     #[test]
     fn every_default_is_a_legal_value() {

@@ -3,6 +3,7 @@
 //! The rules are those of `api::validation`. The HTTP API and the admission webhook both ask here, so a mistake is the same sentence in
 //! both. Our own controllers write to the store directly and are not checked.
 
+use api::ids::ImageName;
 use api::names::{self, label};
 use api::validation::image::ImageRules;
 use api::validation::{self, FieldErrors};
@@ -48,7 +49,10 @@ impl Admission {
                 let result = match old {
                     Some(old) => validation::volume::check_change(&parsed(resource, old)?, &volume),
                     None => {
-                        let image: Option<BackingImage> = self.store.get(&volume.spec.backing_image).await?;
+                        let image: Option<BackingImage> = match volume.spec.backing_image.parse::<ImageName>() {
+                            Ok(name) => self.store.get(name.as_str()).await?,
+                            Err(_) => None,
+                        };
                         validation::volume::check_new(&volume, image.as_ref())
                     }
                 };
@@ -67,11 +71,8 @@ impl Admission {
 
     async fn rules(&self) -> Result<ImageRules, Failure> {
         let settings: Vec<Setting> = self.store.list(&Selector::default()).await?;
-        let copies = settings.iter().find(|s| s.metadata.name.as_deref() == Some(setting::DEFAULT_MIN_COPIES));
-        let default = setting::known(setting::DEFAULT_MIN_COPIES).map_or("1", |k| k.default);
-        let value = copies.map_or(default, |s| s.value.as_str());
         Ok(ImageRules {
-            default_min_copies: value.parse().or_else(|_| default.parse()).unwrap_or(1),
+            default_min_copies: setting::value(&settings, setting::DEFAULT_MIN_COPIES).parse().unwrap_or(1),
             allow_loopback_sources: self.allow_loopback_sources,
         })
     }

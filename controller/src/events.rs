@@ -8,6 +8,7 @@ use api::{
 };
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use k8s_openapi::api::core::v1::{Node as KubernetesNode, Pod};
 use serde::de::DeserializeOwned;
 use store::events::Recorder;
 use store::{Scoped, Store, StoreError, TypedEvent};
@@ -15,7 +16,7 @@ use store::{Scoped, Store, StoreError, TypedEvent};
 use crate::limits::RESYNC;
 use crate::queue::{Kind, Queue};
 use crate::teller::Teller;
-use crate::{ControllerError, Shared};
+use crate::{ControllerError, Shared, node};
 
 /// The prefix of data source workloads (see [`api::names::data_source_workload_name`]).
 const DATA_SOURCE_PREFIX: &str = "backing-image-ds-";
@@ -28,6 +29,8 @@ enum Event {
     Engine(Engine),
     Replica(Replica),
     Node(Node),
+    KubernetesNode(Box<KubernetesNode>),
+    Pod(Box<Pod>),
     /// A setting changed, or events were lost: everything is looked at.
     Everything,
 }
@@ -54,6 +57,12 @@ pub async fn run(shared: &Shared, recorder: Recorder) -> Result<(), ControllerEr
         watch::<Replica>(store, "replicas", Event::Replica).await?,
         watch::<Setting>(store, "settings", |_| Event::Everything).await?,
     ]);
+    if shared.kubernetes {
+        events.push(
+            watch::<KubernetesNode>(store, "Kubernetes nodes", |node| Event::KubernetesNode(Box::new(node))).await?,
+        );
+        events.push(watch::<Pod>(store, "pods", |pod| Event::Pod(Box::new(pod))).await?);
+    }
     let mut workloads = shared.workloads.changes();
     let mut resync = tokio::time::interval(RESYNC);
     resync.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -127,6 +136,8 @@ async fn tell(shared: &Shared, teller: &mut Teller, event: &Event, is_gone: bool
         Event::Engine(engine) => teller.engine(engine, is_gone),
         Event::Replica(replica) => teller.replica(replica, is_gone),
         Event::Node(node) => teller.node(node, is_gone),
+        // Kubernetes tells of its own.
+        Event::KubernetesNode(_) | Event::Pod(_) => {}
         Event::Everything => {
             list(store).await?.iter().for_each(|node| teller.node(node, false));
             list(store).await?.iter().for_each(|image| teller.image(image, false));
@@ -181,12 +192,15 @@ async fn concern(shared: &Shared, event: Event, known: &mut Known) -> Result<(),
         }
         Event::Node(node) => {
             let name = node.metadata.name.clone().unwrap_or_default();
+            queue.add(Kind::Node, &name);
             let essence = essence(node);
             if known.nodes.get(&name) != Some(&essence) {
                 known.nodes.insert(name, essence);
                 everything(shared).await?;
             }
         }
+        Event::KubernetesNode(node) => queue.add(Kind::Node, node.metadata.name.unwrap_or_default()),
+        Event::Pod(pod) => queue.add(Kind::Node, node::of_instance(&pod).unwrap_or_default()),
         Event::Everything => everything(shared).await?,
     }
     Ok(())
@@ -222,6 +236,9 @@ async fn everything(shared: &Shared) -> Result<(), ControllerError> {
     }
     for source in list::<BackingImageDataSource>(&shared.store).await? {
         queue.add(Kind::DataSource, source.metadata.name.unwrap_or_default());
+    }
+    for node in list::<Node>(&shared.store).await? {
+        queue.add(Kind::Node, node.metadata.name.unwrap_or_default());
     }
     for volume in list::<Volume>(&shared.store).await? {
         queue.add(Kind::Volume, volume.metadata.name.unwrap_or_default());

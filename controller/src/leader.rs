@@ -56,10 +56,12 @@ pub struct Term {
     pub over: CancellationToken,
 }
 
-/// What was seen of the lease, and since when it looks like that.
+/// What was seen of the lease, and since when it looks like that. Without a version it is absent.
 struct Seen {
     version: Option<String>,
     since: Instant,
+    /// It was there before: somebody removed it, which its holder may not know yet.
+    was_there: bool,
 }
 
 impl Candidate {
@@ -107,7 +109,7 @@ impl Candidate {
 
     /// Waits until the lease is ours; returns the time before it was asked for.
     async fn acquire(&self) -> Instant {
-        let mut seen = Seen { version: None, since: Instant::now() };
+        let mut seen = Seen { version: None, since: Instant::now(), was_there: false };
         loop {
             let asked = Instant::now();
             match timeout(self.timing.request, self.try_to_take(&mut seen)).await {
@@ -122,16 +124,21 @@ impl Candidate {
     }
 
     async fn try_to_take(&self, seen: &mut Seen) -> Result<bool, StoreError> {
-        let Some(mut lease) = self.store.get::<Lease>(LEASE).await? else {
+        let found = self.store.get::<Lease>(LEASE).await?;
+        let version = found.as_ref().and_then(|lease| lease.metadata.resource_version.clone());
+        if seen.version != version {
+            *seen = Seen { version, since: Instant::now(), was_there: true };
+        }
+        let Some(mut lease) = found else {
+            if seen.was_there && seen.since.elapsed() < self.timing.duration {
+                return Ok(false);
+            }
             let mut lease = Lease::default();
             lease.metadata.name = Some(LEASE.into());
             self.sign(&mut lease);
             self.store.create(&lease).await?;
             return Ok(true);
         };
-        if seen.version != lease.metadata.resource_version {
-            *seen = Seen { version: lease.metadata.resource_version.clone(), since: Instant::now() };
-        }
         let spec = lease.spec.clone().unwrap_or_default();
         let is_free = spec.holder_identity.as_deref().unwrap_or_default().is_empty();
         // What its holder promised counts, also when it is configured otherwise than we are.

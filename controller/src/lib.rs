@@ -52,6 +52,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// How agents are reached.
     pub security: Security,
+    /// Whether nodes are those of a Kubernetes cluster, which says of each whether it is there.
+    pub kubernetes: bool,
     /// Another controller may be at work from now on: passes stop where they are. Whoever is alone never cancels it.
     pub deposed: CancellationToken,
 }
@@ -67,6 +69,7 @@ pub(crate) struct Shared {
     manager_memory: Mutex<HashMap<String, planner::manager::Memory>>,
     /// Unwanted ends of engines by volume.
     volume_restarts: Mutex<HashMap<String, Retry>>,
+    kubernetes: bool,
     deposed: CancellationToken,
 }
 
@@ -84,6 +87,7 @@ pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), Co
         agents,
         manager_memory: Mutex::default(),
         volume_restarts: Mutex::default(),
+        kubernetes: context.kubernetes,
         deposed: context.deposed,
     });
     node::create_default_settings(&shared.store).await?;
@@ -147,5 +151,6 @@ async fn reconcile(shared: &Shared, key: &Key) -> Result<Option<Duration>, Recon
         Kind::Manager => manager::reconcile(&key.name, shared).await,
         Kind::DataSource => data_source::reconcile(&key.name, shared).await,
         Kind::Volume => volume::reconcile(&key.name, shared).await,
+        Kind::Node => node::reconcile(&key.name, shared).await,
     }
 }

@@ -13,6 +13,7 @@ pub enum Kind {
     Manager,
     DataSource,
     Volume,
+    Node,
 }
 
 impl Kind {
@@ -24,6 +25,7 @@ impl Kind {
             Kind::Manager => "manager",
             Kind::DataSource => "data_source",
             Kind::Volume => "volume",
+            Kind::Node => "node",
         }
     }
 }

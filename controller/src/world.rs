@@ -99,6 +99,7 @@ pub fn observed(workload: &Workload) -> workload::Workload {
             args: spec.args.clone(),
             disk_path: spec.disk_path.display().to_string(),
             ready_ports: spec.ready_ports.clone(),
+            owner: spec.owner.clone(),
         },
         state: match &workload.state {
             WorkloadState::Starting { message } => workload::State::Starting(message.clone()),
@@ -107,6 +108,7 @@ pub fn observed(workload: &Workload) -> workload::Workload {
             WorkloadState::Unknown { message } => workload::State::Unknown(message.clone()),
         },
         ip: workload.ip.map(|ip| ip.to_string()).unwrap_or_default(),
+        is_outdated: workload.is_outdated,
     }
 }
 
@@ -121,5 +123,6 @@ pub fn spec(wish: &workload::Wish) -> Result<WorkloadSpec, ReconcileError> {
         env: BTreeMap::new(),
         disk_path: wish.disk_path.clone().into(),
         ready_ports: wish.ready_ports.clone(),
+        owner: wish.owner.clone(),
     })
 }

@@ -1,5 +1,6 @@
 //! Reconcilers against an in-memory store, fake agents on real sockets, and a fake instance role.
 
+mod nodes;
 mod world;
 
 use api::engine::{InstanceState, ReplicaMode};
@@ -52,6 +53,23 @@ async fn an_image_gets_three_copies_soon() {
     assert_eq!(condition::find(&status.conditions, READY).unwrap().message, "3 of 3 copies ready");
     let counts = world.workloads.script.lock().unwrap().counts.clone();
     assert_eq!((counts["source"], counts["fetch"], counts["sync"]), (1, 1, 2), "{counts:?}");
+}
+
+#[tokio::test]
+async fn agents_of_another_version_make_room_and_their_copies_stay() {
+    let world = world().await;
+    world.create_image("ubuntu").await;
+    eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+    eventually("only agents", async || world.workloads.names().iter().all(|name| name.starts_with("bim-"))).await;
+    world.workloads.outdate();
+    eventually("agents of this version", async || world.workloads.all().iter().all(|w| !w.is_outdated)).await;
+    eventually("three copies again", async || world.ready_copies("ubuntu").await == 3).await;
+    for workload in world.workloads.all() {
+        let manager: BackingImageManager = world.store.get(&workload.spec.name).await.unwrap().unwrap();
+        assert!(workload.spec.owner.is_some() && workload.spec.owner == api::Owner::of(&manager));
+    }
+    let counts = world.workloads.script.lock().unwrap().counts.clone();
+    assert_eq!((counts["source"], counts["sync"]), (1, 2), "{counts:?}");
 }
 
 #[tokio::test]

@@ -184,11 +184,13 @@ async fn a_mistake_is_refused_in_the_same_sentence_as_by_the_standalone_mode() {
         "metadata": { "name": "v", "namespace": NAMESPACE },
         "spec": { "size": "1000", "numberOfReplicas": 30, "backingImage": "none" },
     });
+    let no_name = json!({ "size": "1048576", "numberOfReplicas": 1, "backingImage": ".." });
     for (resource, bad) in [
         (ours("BackingImage"), image("a", json!({ "sourceParameters": { "url": "ftp://x/y" }, "checksum": "abc" }))),
         (ours("BackingImage"), image("a", json!({ "sourceType": "download", "sourceParameters": { "ulr": "x" } }))),
         (ours("BackingImage"), image("b", json!({ "sourceType": "upload", "secret": "s", "nodeSelector": ["a,b"] }))),
         (ours("Volume"), object(volume)),
+        (ours("Volume"), image("v", no_name)),
         (ours("Node"), object(node)),
         (ours("Setting"), setting("default-replica-count", "0")),
         (ours("Setting"), setting("color", "red")),
@@ -220,6 +222,9 @@ async fn what_is_left_out_is_filled_in_as_by_the_standalone_mode() {
     }
     assert_eq!(stored.0["spec"]["minNumberOfCopies"], 3);
     assert_eq!(stored.0["spec"]["sourceParameters"]["url"], "https://example.com/x.qcow2");
+
+    let without_image = image("blank", json!({ "size": "1048576", "numberOfReplicas": 1 }));
+    user.create(&ours("Volume"), without_image).await.unwrap();
 
     let mut prefixed = image("", download());
     prefixed.0["metadata"] = json!({ "generateName": "made-", "namespace": NAMESPACE });

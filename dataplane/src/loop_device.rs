@@ -1,6 +1,8 @@
 //! Loop devices with direct I/O: a file seen as a block device.
 //!
-//! A node must never touch another's device, so a device is recognized by the whole path of its file, or by device and inode.
+//! A node must never touch another's device, so a device is recognized by device and inode of its file; where these cannot be asked
+//! any more, by the file's whole path and a mark of the node: several nodes on one kernel may have the same paths, each in mounts of
+//! its own.
 
 mod ioctl;
 
@@ -30,6 +32,22 @@ impl LoopDevice {
     }
 }
 
+/// Who attaches devices: a mark that the kernel keeps with each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner(String);
+
+impl Owner {
+    /// Whoever has this directory, which stays the same as long as its devices are there.
+    ///
+    /// # Errors
+    /// When the directory cannot be asked.
+    pub fn of(directory: &Path) -> Result<Owner, DataplaneError> {
+        let failed = |e| DataplaneError::io(format!("look at `{}`", directory.display()), e);
+        let (device, inode) = identity(directory).map_err(failed)?;
+        Ok(Owner(format!("backing-image-csi {device:x} {inode:x}")))
+    }
+}
+
 /// All attached loop devices of this machine, whoever attached them.
 pub fn list() -> Result<Vec<LoopDevice>, DataplaneError> {
     let entries = fs::read_dir("/sys/block").map_err(|e| DataplaneError::io("list `/sys/block`", e))?;
@@ -53,14 +71,14 @@ pub fn at(path: &Path) -> Option<LoopDevice> {
     read(&Path::new("/sys/block").join(path.file_name()?))
 }
 
-/// The device of a file: same whole path, or same device and inode when both can be asked.
-pub fn find(file: &Path) -> Result<Option<LoopDevice>, DataplaneError> {
-    let wanted = identity(file);
+/// The device of a file: same device and inode; or, where the file is not there any more, same whole path and the mark of `owner`.
+pub fn find(file: &Path, owner: &Owner) -> Result<Option<LoopDevice>, DataplaneError> {
+    let wanted = identity(file).ok();
     for device in list()? {
         let behind = File::open(&device.path).ok().and_then(|f| ioctl::status(&f).ok());
         let same_file = match (wanted, behind) {
-            (Some(wanted), Some(behind)) => wanted == behind,
-            _ => device.backing_file == file,
+            (Some(wanted), Some(behind)) => wanted == behind.identity,
+            (_, behind) => device.backing_file == file && behind.is_none_or(|behind| behind.name == owner.0),
         };
         if same_file {
             return Ok(Some(device));
@@ -71,23 +89,23 @@ pub fn find(file: &Path) -> Result<Option<LoopDevice>, DataplaneError> {
 
 /// Device and inode of a file, as far as they are known without asking a filesystem: behind a FUSE file may be an engine that
 /// does not answer, and whoever looks for its device wants to help with that rather than wait for it.
-fn identity(file: &Path) -> Option<(u64, u64)> {
+fn identity(file: &Path) -> io::Result<(u64, u64)> {
     use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
-    let found = statx(CWD, file, AtFlags::STATX_DONT_SYNC, StatxFlags::INO).ok()?;
-    Some((makedev(found.stx_dev_major, found.stx_dev_minor), found.stx_ino))
+    let found = statx(CWD, file, AtFlags::STATX_DONT_SYNC, StatxFlags::INO)?;
+    Ok((makedev(found.stx_dev_major, found.stx_dev_minor), found.stx_ino))
 }
 
 /// Attaches a file with direct I/O; the device of the file when it has one already.
-pub async fn attach(file: &Path) -> Result<LoopDevice, DataplaneError> {
-    if let Some(device) = find(file)? {
+pub async fn attach(file: &Path, owner: &Owner) -> Result<LoopDevice, DataplaneError> {
+    if let Some(device) = find(file, owner)? {
         return Ok(device);
     }
-    let owned = file.to_owned();
-    let attached = tokio::task::spawn_blocking(move || attach_blocking(&owned)).await;
+    let (file, owner) = (file.to_owned(), owner.clone());
+    let attached = tokio::task::spawn_blocking(move || attach_blocking(&file, &owner)).await;
     attached.map_err(|e| DataplaneError::io("attach a loop device", io::Error::other(e)))?
 }
 
-fn attach_blocking(file: &Path) -> Result<LoopDevice, DataplaneError> {
+fn attach_blocking(file: &Path, owner: &Owner) -> Result<LoopDevice, DataplaneError> {
     let failed = |e: io::Error| DataplaneError::io(format!("attach a loop device to `{}`", file.display()), e);
     let backing = OpenOptions::new().read(true).write(true).open(file).map_err(failed)?;
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| {
@@ -105,7 +123,7 @@ fn attach_blocking(file: &Path) -> Result<LoopDevice, DataplaneError> {
             }
             Err(e) => return Err(failed(e)),
         };
-        match ioctl::configure(&device, &backing, file) {
+        match ioctl::configure(&device, &backing, &owner.0) {
             Ok(()) => {
                 let sys = Path::new("/sys/block").join(format!("loop{number}"));
                 let attached =
@@ -164,10 +182,9 @@ pub async fn detach(device: &LoopDevice) -> Result<(), DataplaneError> {
 pub fn users(device: &LoopDevice) -> Result<Vec<String>, DataplaneError> {
     let mut users = vec![];
     let number = fs::read_to_string(device.sys().join("dev")).unwrap_or_default();
-    for mounted in mount::list()? {
-        if mounted.device == number.trim() || is_same_node(&mounted, &device.path) {
-            users.push(format!("the mount on `{}`", mounted.target.display()));
-        }
+    let is_of_it = |m: &mount::Mount| m.device == number.trim() || is_same_node(m, &device.path);
+    for mounted in mount::list()?.into_iter().filter(is_of_it) {
+        users.push(format!("the mount on `{}`", mounted.target.display()));
     }
     for holder in fs::read_dir(device.sys().join("holders")).into_iter().flatten().flatten() {
         users.push(format!("the device `{}`", holder.file_name().to_string_lossy()));
@@ -182,8 +199,7 @@ pub fn users(device: &LoopDevice) -> Result<Vec<String>, DataplaneError> {
         };
         if process.path().join("mountinfo").exists() && seen.insert(namespace(&process.path())) {
             let mounts = mount::list_of(&process.path()).unwrap_or_default();
-            let mounted = mounts.iter().find(|m| m.device == number.trim() || is_same_node(m, &device.path));
-            users.extend(mounted.map(|m| {
+            users.extend(mounts.into_iter().find(is_of_it).map(|m| {
                 format!("the mount on `{}` in another mount namespace, that of {}", m.target.display(), who())
             }));
         }
@@ -214,19 +230,47 @@ mod tests {
         path
     }
 
+    fn owner(folder: &tempfile::TempDir) -> Owner {
+        Owner::of(folder.path()).unwrap()
+    }
+
+    #[test]
+    fn a_device_of_another_node_with_the_same_paths_is_not_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("own/disk");
+        fs::create_dir(folder.path().join("own")).unwrap();
+        // Another node has mounts of its own; it lives as long as its input.
+        let script = "mount -t tmpfs none $0/own && truncate -s 1M $0/own/disk && losetup -f --show $0/own/disk; read end; losetup -d $(losetup -n -O NAME -j $0/own/disk)";
+        let other = std::process::Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", script])
+            .arg(folder.path())
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn();
+        let mut other = other.unwrap();
+        let mut line = String::new();
+        io::BufRead::read_line(&mut io::BufReader::new(other.stdout.take().unwrap()), &mut line).unwrap();
+        let theirs = at(Path::new(line.trim()));
+        let found = find(&path, &owner(&folder));
+        drop(other.stdin.take());
+        other.wait().unwrap();
+        assert_eq!(theirs.map(|device| device.backing_file), Some(path), "the same path: {line}");
+        assert_eq!(found.unwrap(), None);
+    }
+
     #[tokio::test]
     async fn attaches_once_finds_by_file_and_detaches() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder);
-        let device = attach(&path).await.unwrap();
-        let again = attach(&path).await.unwrap();
-        let found = find(&path).unwrap();
+        let device = attach(&path, &owner(&folder)).await.unwrap();
+        let again = attach(&path, &owner(&folder)).await.unwrap();
+        let found = find(&path, &owner(&folder)).unwrap();
         detach(&device).await.unwrap();
         detach(&device).await.unwrap();
         assert_eq!(device, again);
         assert!(device.direct_io);
         assert_eq!(found, Some(device));
-        assert_eq!(find(&path).unwrap(), None);
+        assert_eq!(find(&path, &owner(&folder)).unwrap(), None);
     }
 
     /// A FUSE file whose server never answers; taken away also when a test fails.
@@ -255,8 +299,9 @@ mod tests {
         let none = rustix::mount::MountFlags::empty();
         rustix::mount::mount("test", &path, "fuse", none, options.as_c_str()).unwrap();
         let unanswered = Unanswered { file: path.clone(), _server: server };
+        let owner = owner(&folder);
         let (sender, found) = std::sync::mpsc::channel();
-        std::thread::spawn(move || sender.send(find(&path)));
+        std::thread::spawn(move || sender.send(find(&path, &owner)));
         let found = found.recv_timeout(std::time::Duration::from_secs(10));
         drop(unanswered);
         assert_eq!(found.expect("it waits for the server").unwrap(), None);
@@ -268,7 +313,7 @@ mod tests {
         let path = file(&folder);
         let target = folder.path().join("mount");
         fs::create_dir(&target).unwrap();
-        let device = attach(&path).await.unwrap();
+        let device = attach(&path, &owner(&folder)).await.unwrap();
         let new = crate::filesystem::New { fs_type: "ext4", uuid: "5f1c1b2e-0000-4000-8000-00000000abcd", extra: &[] };
         let made = crate::filesystem::format(&device.path, &new, false).await;
         let mounted = mount::mount(&device.path, &target, "ext4", &[]);
@@ -288,7 +333,7 @@ mod tests {
         let path = file(&folder);
         let target = folder.path().join("mount");
         fs::create_dir(&target).unwrap();
-        let device = attach(&path).await.unwrap();
+        let device = attach(&path, &owner(&folder)).await.unwrap();
         let new = crate::filesystem::New { fs_type: "ext4", uuid: "5f1c1b2e-0000-4000-8000-00000000abce", extra: &[] };
         crate::filesystem::format(&device.path, &new, false).await.unwrap();
         mount::mount(&device.path, &target, "ext4", &[]).unwrap();

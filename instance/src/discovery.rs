@@ -89,8 +89,8 @@ pub async fn create(config: &Config) -> Result<(), InstanceError> {
     }
     let machine = machine(config).await?;
     let mut spec = NodeSpec { name: name.into(), ..NodeSpec::default() };
-    // Why there is none is told by the next look at the disks.
-    let _ = complete(&mut spec, true, &machine, &defaults(config).await?);
+    // What is wrong is told by the next look at the disks.
+    let _ = complete(config, &mut spec, true, &machine).await?;
     match config.store.create(&Node::new(name, spec)).await {
         Ok(node) => {
             info!(node = name, disks = node.spec.disks.len(), "node object made");
@@ -103,9 +103,9 @@ pub async fn create(config: &Config) -> Result<(), InstanceError> {
 
 /// Gives a node that has none its tags and disks; returns the node as it is then.
 pub async fn complete_node(config: &Config, mut node: Node) -> Result<(Node, Found), InstanceError> {
-    let (machine, defaults) = (machine(config).await?, defaults(config).await?);
+    let machine = machine(config).await?;
     let before = node.spec.clone();
-    let result = complete(&mut node.spec, false, &machine, &defaults);
+    let result = complete(config, &mut node.spec, false, &machine).await?;
     if node.spec != before {
         node = config.store.replace(&node).await?;
         info!(
@@ -132,43 +132,49 @@ async fn machine(config: &Config) -> Result<Machine, InstanceError> {
 
 async fn defaults(config: &Config) -> Result<Defaults, InstanceError> {
     let stored: Vec<Setting> = config.store.list(&Selector::default()).await?;
-    let text = |name: &str| -> String {
-        let stored = stored.iter().find(|s| s.metadata.name.as_deref() == Some(name)).map(|s| s.value.clone());
-        let known = setting::known(name);
-        let legal = stored.filter(|value| known.is_some_and(|known| known.accepts(value)));
-        legal.or(known.map(|known| known.default.to_owned())).unwrap_or_default()
-    };
+    let text = |name: &str| setting::value(&stored, name);
     Ok(Defaults {
         labeled_only: text(setting::CREATE_DEFAULT_DISK_LABELED_NODES) == "true",
-        path: text(setting::DEFAULT_DATA_PATH),
+        path: text(setting::DEFAULT_DATA_PATH).to_owned(),
         reserved_percent: text(setting::DEFAULT_DISK_RESERVED).parse().unwrap_or(0),
     })
 }
 
-/// Fills in what a node without tags or without disks gets.
-fn complete(spec: &mut NodeSpec, is_new: bool, machine: &Machine, defaults: &Defaults) -> Result<(), NoDisk> {
-    let annotation = |key: &str| machine.metadata.annotations.as_ref()?.get(key);
-    let mut wrong_tags = None;
-    if spec.tags.is_empty()
-        && let Some(text) = annotation(TAGS_ANNOTATION)
-    {
-        match serde_json::from_str::<Vec<String>>(text) {
-            Ok(tags) => spec.tags = tags,
-            Err(error) => wrong_tags = Some(not_understood(TAGS_ANNOTATION, &error.to_string())),
-        }
-    }
-    if spec.disks.is_empty() {
-        spec.disks = disks(is_new, machine, defaults, annotation(DISKS_ANNOTATION))?;
-    }
-    wrong_tags.map_or(Ok(()), Err)
-}
-
-fn disks(
+/// Fills in what a node without tags or without disks gets. Settings are read only for one without disks.
+async fn complete(
+    config: &Config,
+    spec: &mut NodeSpec,
     is_new: bool,
     machine: &Machine,
-    defaults: &Defaults,
-    annotation: Option<&String>,
-) -> Result<BTreeMap<String, DiskSpec>, NoDisk> {
+) -> Result<Result<(), NoDisk>, InstanceError> {
+    let tags = tags(spec, machine);
+    if !spec.disks.is_empty() {
+        return Ok(tags);
+    }
+    Ok(match disks(is_new, machine, &defaults(config).await?) {
+        Ok(disks) => {
+            spec.disks = disks;
+            tags
+        }
+        // Without disks nothing goes, so that is said first.
+        Err(no) => Err(no),
+    })
+}
+
+fn tags(spec: &mut NodeSpec, machine: &Machine) -> Result<(), NoDisk> {
+    if spec.tags.is_empty()
+        && let Some(text) = annotation(machine, TAGS_ANNOTATION)
+    {
+        spec.tags = serde_json::from_str(text).map_err(|error| not_understood(TAGS_ANNOTATION, &error.to_string()))?;
+    }
+    Ok(())
+}
+
+fn annotation<'a>(machine: &'a Machine, key: &str) -> Option<&'a String> {
+    machine.metadata.annotations.as_ref()?.get(key)
+}
+
+fn disks(is_new: bool, machine: &Machine, defaults: &Defaults) -> Result<BTreeMap<String, DiskSpec>, NoDisk> {
     let no = |reason, message: &str, hint| Err(NoDisk { reason, message: message.into(), hint });
     let label = machine.metadata.labels.as_ref().and_then(|all| all.get(CREATE_LABEL));
     if !defaults.labeled_only {
@@ -179,7 +185,7 @@ fn disks(
     }
     match label.map(|label| label.to_ascii_lowercase()).as_deref() {
         Some("true") => default_disk(defaults),
-        Some("config") => match annotation {
+        Some("config") => match annotation(machine, DISKS_ANNOTATION) {
             Some(text) => configured(text),
             None => no(
                 "NoAnnotation",

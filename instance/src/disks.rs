@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use api::names::condition::{READY, SCHEDULABLE};
+use api::names::condition::{IN_SERVICE, READY, SCHEDULABLE};
 use api::node::{DiskSpec, DiskStatus, NodeStatus};
 use api::{Condition, ConditionStatus, Node, condition};
 use jiff::Timestamp;
@@ -90,7 +90,10 @@ pub async fn reconcile(config: &Config, engine_replacement: &Condition) -> Resul
         (name, status)
     };
     let mut conditions = old.conditions.clone();
-    condition::set(&mut conditions, Condition::new(READY, ConditionStatus::True, "Ready", ""), now);
+    // Otherwise the controller says whether this node is ready: others may not reach what runs here.
+    if condition::find(&conditions, IN_SERVICE).is_none_or(Condition::is_true) {
+        condition::set(&mut conditions, Condition::new(READY, ConditionStatus::True, "Ready", ""), now);
+    }
     condition::set(&mut conditions, engine_replacement.clone(), now);
     let (mut region, mut zone) = (old.region.clone(), old.zone.clone());
     if let Some(found) = found {

@@ -76,7 +76,7 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
         Step::Nothing => return Ok(looks_again.then_some(SOON)),
         Step::Start => start(role, name, &wished, &place).await?,
         Step::AttachDevice => {
-            let device = loop_device::attach(&place.mount_file).await;
+            let device = loop_device::attach(&place.mount_file, &role.loops).await;
             let device = device.map_err(device_error("attach a block device"))?;
             info!(engine = name, device = %device.path.display(), "block device attached");
         }
@@ -145,11 +145,11 @@ async fn observe(role: &Arc<Role>, name: &str, wished: &Engine, place: &Place) -
         }
         Process::None | Process::Foreign(_) | Process::Ended(_) => None,
     };
-    let file = place.mount_file.clone();
+    let (file, owner) = (place.mount_file.clone(), role.loops.clone());
     // Looking for users goes through every process, so only where the decision asks for them.
     let needs_users = !matches!(process, Process::Running(_)) || !is_wished(wished);
     let looked = tokio::task::spawn_blocking(move || -> Result<_, DataplaneError> {
-        let Some(device) = loop_device::find(&file)? else { return Ok(None) };
+        let Some(device) = loop_device::find(&file, &owner)? else { return Ok(None) };
         let users = if needs_users { loop_device::users(&device)? } else { vec![] };
         Ok(Some((device, users)))
     });

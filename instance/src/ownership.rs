@@ -107,6 +107,8 @@ mod tests {
         fs::create_dir(disk.join("replicas")).unwrap();
         fs::write(disk.join("secret"), "x").unwrap();
         fs::set_permissions(&disk, fs::Permissions::from_mode(0o700)).unwrap();
+        let deep = "backing-images/1/2/3/4/5/6";
+        fs::create_dir_all(disk.join(deep)).unwrap();
         symlink("/etc/hostname", disk.join("backing-images/ubuntu-0a1b2c3d/link")).unwrap();
         symlink(&disk, disk.join("backing-images/loop")).unwrap();
         let of_host = fs::metadata("/etc/hostname").map(|m| m.uid()).ok();
@@ -119,7 +121,7 @@ mod tests {
         {
             assert_eq!(owner(path), ID, "{path}");
         }
-        for path in ["", "replicas", "secret"] {
+        for path in ["", "replicas", "secret", deep] {
             assert_eq!(owner(path), 0, "{path}");
         }
         assert_eq!(fs::metadata("/etc/hostname").map(|m| m.uid()).ok(), of_host, "no link was followed");

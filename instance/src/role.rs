@@ -10,6 +10,7 @@ use api::engine::InstanceState;
 use api::error::sentence;
 use api::ids::NodeName;
 use api::{BackingImage, Condition, Engine, Node, Replica};
+use dataplane::loop_device::Owner;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use jiff::Timestamp;
@@ -87,6 +88,8 @@ pub struct Role {
     pub cancelled: CancellationToken,
     /// One port is given at a time.
     pub ports: tokio::sync::Mutex<()>,
+    /// The mark of this node on its loop devices.
+    pub loops: Owner,
     /// Whether engines of this node can be replaced under their users; for the Node object.
     pub engine_replacement: Condition,
     state: Mutex<State>,
@@ -159,6 +162,8 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         Processes::open(path.clone()).map_err(|source| InstanceError::File { action: "open", path, source })
     };
     let (replicas, engines) = (open("replicas")?, open("engines")?);
+    let loops = Owner::of(&config.directory)
+        .map_err(|source| InstanceError::Device { action: "recognize block devices".into(), source })?;
     let engine_replacement = kernel::engine_replacement(&config).await;
     let role = Arc::new(Role {
         replicas,
@@ -167,6 +172,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         tasks: TaskTracker::new(),
         cancelled: cancelled.child_token(),
         ports: tokio::sync::Mutex::new(()),
+        loops,
         engine_replacement,
         state: Mutex::default(),
         config,

@@ -1,5 +1,8 @@
 //! The instance role with real replica processes: start, adoption, death, removal.
 
+#[path = "../../runtime/tests/authority/mod.rs"]
+mod authority;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +14,9 @@ use api::node::{DiskSpec, NodeSpec};
 use api::quantity::SizeBytes;
 use api::replica::{ReplicaSpec, ReplicaStatus};
 use api::{BackingImage, Engine, Node, Replica};
+use authority::Authority;
 use backing_image_instance::{Config, run};
+use runtime::transport::{Identity, PEER_NAME, Security};
 use store::embedded::Embedded;
 use store::{Preconditions, Store};
 use tokio_util::sync::CancellationToken;
@@ -218,11 +223,7 @@ async fn a_report_takes_over_the_generation_that_an_engine_left_and_never_lowers
 
 #[tokio::test]
 async fn a_node_that_shall_speak_tls_says_that_it_cannot_yet() {
-    let key = rcgen::KeyPair::generate().unwrap();
-    let name = vec![runtime::transport::PEER_NAME.to_owned()];
-    let chain = rcgen::CertificateParams::new(name).unwrap().self_signed(&key).unwrap().pem();
-    let identity = runtime::transport::Identity::from_pem(&chain, &key.serialize_pem()).unwrap();
-    let security = runtime::transport::Security::mutual(&chain, &identity).unwrap();
+    let security = Authority::new().member();
     let folder = tempfile::tempdir().unwrap();
     let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
     let config = Config { security: security.clone(), ..config(&store, folder.path()) };

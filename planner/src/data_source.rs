@@ -8,7 +8,7 @@ use api::ids::ImageName;
 use api::image::{CopyState, SourceType};
 use api::names::condition::READY;
 use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SYNC_PORT, data_source_workload_name, label};
-use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, condition};
+use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, Owner, condition};
 use jiff::Timestamp;
 
 use crate::disk::{Disks, Health};
@@ -158,7 +158,7 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         status.current_state = CopyState::Pending;
         status.progress = 0;
     }
-    let wish = wish(spec, &image);
+    let wish = Wish { owner: Owner::of(&o.source), ..wish(spec, &image) };
     match o.disks.get(&spec.disk_uuid).map(|d| &d.health) {
         Some(Health::Ready) => {}
         Some(Health::NotReady(why) | Health::Unknown(why)) => {
@@ -173,7 +173,7 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         }
     }
     match &o.workload {
-        Some(workload) if workload.wish != wish => {
+        Some(workload) if !workload.wish.is_same_work(&wish) => {
             status.current_state = CopyState::Pending;
             (vec![Action::RemoveWorkload(name), Action::EnsureWorkload(wish)], None)
         }
@@ -356,6 +356,7 @@ fn wish(spec: &BackingImageDataSourceSpec, image: &ImageName) -> Wish {
         disk_path: spec.disk_path.clone(),
         // Nobody asks a data source on the other port, so it serves nothing there.
         ready_ports: vec![MANAGER_PORT],
+        owner: None,
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use api::condition;
 use api::image::CopyState;
-use api::names::condition::{READY, SCHEDULABLE};
+use api::names::condition::{IN_SERVICE, READY, SCHEDULABLE};
 use api::{BackingImage, Condition, ConditionStatus, Node, Replica};
 
 /// Whether something can be used now.
@@ -62,6 +62,8 @@ pub struct Disks {
     pub list: Vec<Disk>,
     /// Nodes by name.
     pub nodes: BTreeMap<String, Health>,
+    /// Nodes that a user declared to be off: nothing of them writes any more.
+    pub out_of_service: BTreeSet<String>,
     /// Nodes that have not reported each of their disks yet: a disk that is missing may be one of theirs.
     pub incomplete: BTreeSet<String>,
 }
@@ -118,6 +120,10 @@ impl Disks {
                     available_bytes: seen.storage_available,
                     reserved_bytes: spec.storage_reserved,
                 });
+            }
+            let in_service = condition::find(&status.conditions, IN_SERVICE);
+            if in_service.is_some_and(|c| c.status == ConditionStatus::False) {
+                all.out_of_service.insert(name.clone());
             }
             all.nodes.insert(name, node_health);
         }

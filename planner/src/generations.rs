@@ -55,7 +55,8 @@ pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
             }
         }
     }
-    let entries: Vec<Entry<'_>> = seen.iter().map(|(name, record)| entry(name, record)).collect();
+    let entries: Vec<Entry<'_>> =
+        seen.iter().map(|(name, record)| Entry::new(name, record.generation, &record.members)).collect();
     let Some(newest) = Newest::of(&entries) else { return judgement };
     let highest = newest.generation;
     judgement.highest = highest;
@@ -96,10 +97,6 @@ pub fn judge(replicas: &BTreeMap<String, Sight>, recorded: u64) -> Judgement {
     let settled = |name: &String| seen.get(name.as_str()).is_some_and(|r| r.generation == highest && r.clean);
     judgement.compare = judgement.current.len() > 1 && !judgement.current.iter().all(settled);
     judgement
-}
-
-fn entry<'a>(name: &'a str, record: &'a Record) -> Entry<'a> {
-    Entry { name, generation: record.generation, members: record.members.iter().map(String::as_str).collect() }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ pub mod generations;
 pub mod image;
 pub mod manager;
 pub mod news;
+pub mod node;
 pub mod placement;
 pub mod retry;
 pub mod setting;

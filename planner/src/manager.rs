@@ -13,7 +13,7 @@ use api::manager::{BackingImageManagerSpec, BackingImageManagerStatus, FileInfo,
 use api::names::MANAGER_PORT;
 use api::names::condition::READY;
 use api::{
-    BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, ErrorKind, condition,
+    BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, ErrorKind, Owner, condition,
 };
 use jiff::Timestamp;
 
@@ -216,7 +216,7 @@ fn silence(status: &mut BackingImageManagerStatus, state: ManagerState, why: &st
 
 /// Keeps the agent running; returns what it says when it does.
 fn running<'a>(o: &'a Observed, disk: &Disk, decision: &mut Decision) -> Option<&'a Agent> {
-    let wish = wish(&o.name, disk);
+    let wish = Wish { owner: o.manager.as_ref().and_then(Owner::of), ..wish(&o.name, disk) };
     let Some(workload) = &o.workload else {
         let retry = &decision.memory.restart;
         if retry.is_due(o.now) {
@@ -230,10 +230,16 @@ fn running<'a>(o: &'a Observed, disk: &Disk, decision: &mut Decision) -> Option<
         }
         return None;
     };
-    if workload.wish != wish {
+    if !workload.wish.is_same_work(&wish) {
         // The disk moved to another node or path.
         decision.actions.extend([Action::RemoveWorkload, Action::EnsureWorkload(wish)]);
         silence(&mut decision.status, ManagerState::Starting, "the agent of the disk is started anew", o.now);
+        return None;
+    }
+    if must_be_replaced(workload, &wish, o.agent.as_ref()) {
+        decision.actions.extend([Action::RemoveWorkload, Action::EnsureWorkload(wish)]);
+        let why = "the agent of the disk is replaced by one of the present version";
+        silence(&mut decision.status, ManagerState::Starting, why, o.now);
         return None;
     }
     match (&workload.state, &o.agent) {
@@ -270,6 +276,21 @@ fn running<'a>(o: &'a Observed, disk: &Disk, decision: &mut Decision) -> Option<
         }
     }
     None
+}
+
+/// Whether an agent of another version, or of another object, makes room: once it has nothing in hand. One that does not get ready,
+/// such as one whose image cannot be pulled any more, has nothing.
+fn must_be_replaced(workload: &Workload, wish: &Wish, agent: Option<&Result<Agent, String>>) -> bool {
+    let is_idle = match (&workload.state, agent) {
+        (State::Starting(_), _) => true,
+        (State::Running, Some(Ok(agent))) => agent.files.iter().all(|file| {
+            let is_settled = matches!(file.state, CopyState::Ready | CopyState::Failed | CopyState::FailedAndCleanup);
+            is_settled && file.sending_reference == 0
+        }),
+        // What it does is not known, or it ended and is started anew anyway.
+        (State::Running | State::Unknown(_) | State::Failed(_), _) => false,
+    };
+    is_idle && (workload.is_outdated || workload.wish.owner != wish.owner)
 }
 
 fn set_next_retry(status: &mut BackingImageManagerStatus, at: String) {

@@ -30,16 +30,8 @@ impl Default for Settings {
 impl Settings {
     /// The values of stored settings.
     pub fn of(settings: &[Setting]) -> Settings {
-        let text = |wanted: &str| -> String {
-            let stored = settings.iter().find(|s| s.metadata.name.as_deref() == Some(wanted));
-            let known = name::known(wanted);
-            match (stored, known) {
-                (Some(stored), Some(known)) if known.accepts(&stored.value) => stored.value.clone(),
-                (_, Some(known)) => known.default.to_owned(),
-                (_, None) => String::new(),
-            }
-        };
-        let number = |wanted: &str| text(wanted).parse::<u32>().unwrap_or(0);
+        let text = |name: &str| name::value(settings, name);
+        let number = |name: &str| text(name).parse::<u32>().unwrap_or(0);
         Settings {
             replica_count: number(name::DEFAULT_REPLICA_COUNT),
             min_copies: number(name::DEFAULT_MIN_COPIES),

@@ -26,8 +26,7 @@ use crate::setting::Settings;
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the user can do about an engine on a silent node.
-const SILENT_ENGINE_HINT: &str =
-    "bring the node back; when it is certain that it is off for good, delete its Node object";
+const SILENT_ENGINE_HINT: &str = "bring the node back; when it is certain that it is off, give its Kubernetes node the taint node.kubernetes.io/out-of-service, or delete its Node object";
 
 /// One reading.
 #[derive(Clone, Debug)]
@@ -94,6 +93,14 @@ struct Pass<'a> {
     incompatible: Option<Condition>,
 }
 
+/// How it is known that an engine does not count any more.
+enum Ended {
+    /// It was seen to be gone.
+    Surely,
+    /// A user declared that its node is off. The process may live all the same, until it meets the next attachment at its replicas.
+    Declared,
+}
+
 /// Decides about one volume.
 pub fn decide(observed: &Observed) -> Decision {
     let o = observed;
@@ -146,36 +153,41 @@ impl Pass<'_> {
         self.o.engine.as_ref().and_then(|e| e.status.as_ref()).map_or(InstanceState::NotStarted, |s| s.current_state)
     }
 
-    /// Whether the engine process is certainly not there; otherwise who or what keeps it.
-    fn engine_ended(&self) -> Result<(), String> {
-        let Some(engine) = &self.o.engine else { return Ok(()) };
+    /// Whether a user declared that nothing of this node writes any more: by the taint, or by taking its Node object away.
+    fn is_declared_off(&self, node: &str) -> bool {
+        self.o.disks.out_of_service.contains(node) || !self.o.disks.nodes.contains_key(node)
+    }
+
+    /// Why the engine process counts as gone; otherwise who or what keeps it.
+    fn engine_ended(&self) -> Result<Ended, String> {
+        let Some(engine) = &self.o.engine else { return Ok(Ended::Surely) };
         let node = &engine.spec.node_id;
         if node.is_empty() {
-            return Ok(());
+            return Ok(Ended::Surely);
+        }
+        // Stopped, or never looked at and hence never started.
+        let is_over = matches!(self.engine_state(), InstanceState::NotStarted | InstanceState::Stopped);
+        if self.is_declared_off(node) {
+            return Ok(if is_over { Ended::Surely } else { Ended::Declared });
         }
         match self.o.disks.nodes.get(node) {
-            // The user took the node away: nothing of it writes any more.
-            None => return Ok(()),
+            None => {}
             Some(Health::Ready) if engine.spec.desire_state == DesireState::Running => {
                 return Err(format!("the engine on node {node} is being stopped"));
             }
             Some(Health::Ready) => {}
             Some(Health::NotReady(why) | Health::Unknown(why)) => {
-                if matches!(self.engine_state(), InstanceState::NotStarted | InstanceState::Stopped)
-                    && engine.spec.desire_state == DesireState::Stopped
-                {
-                    return Ok(());
+                if is_over && engine.spec.desire_state == DesireState::Stopped {
+                    return Ok(Ended::Surely);
                 }
                 let since = self.silence_of(node);
                 return Err(format!(
-                    "{why}{since}; the engine there may still write, so it is waited for until the node returns or its Node object is deleted"
+                    "{why}{since}; the engine there may still write, so it is waited for until the node returns, is declared out of service, or its Node object is deleted"
                 ));
             }
         }
         match self.engine_state() {
-            InstanceState::Stopped => Ok(()),
-            // It was never looked at, hence never started.
-            InstanceState::NotStarted => Ok(()),
+            _ if is_over => Ok(Ended::Surely),
             state => {
                 // Who uses its device says more than how it ended.
                 let said = engine.status.iter().flat_map(|s| &s.conditions);
@@ -211,10 +223,14 @@ impl Pass<'_> {
         }
     }
 
-    /// Takes what the engine says of its replicas: one that it dropped has failed.
+    /// Takes what the engine says of its replicas: one that it dropped has failed. One whose node was declared to be off is heard no
+    /// more: what it drops now it loses to the next attachment, and what it dropped before shows in the records.
     fn take_over_drops(&mut self) {
         let Some(status) = self.o.engine.as_ref().and_then(|e| e.status.clone()) else { return };
         let Some(engine) = self.engine.clone() else { return };
+        if self.is_declared_off(&engine.node_id) {
+            return;
+        }
         let is_before_start = matches!(
             status.current_state,
             InstanceState::Stopped | InstanceState::NotStarted | InstanceState::Starting
@@ -264,16 +280,18 @@ impl Pass<'_> {
             engine.desire_state = DesireState::Stopped;
             engine.active = false;
         }
-        if let Err(why) = self.engine_ended() {
-            self.undetached = Some(why.clone());
-            let condition =
-                Condition::new(READY, ConditionStatus::False, "Detaching", format!("detachment waits: {why}"));
-            self.wait_for(condition.with_hint(self.engine_hint()));
-            return;
-        }
-        // Replicas end after the engine, which closes them cleanly.
-        for spec in self.replicas.values_mut() {
-            spec.desire_state = DesireState::Stopped;
+        match self.engine_ended() {
+            // Replicas end after the engine, which closes them cleanly.
+            Ok(Ended::Surely) => self.replicas.values_mut().for_each(|spec| spec.desire_state = DesireState::Stopped),
+            // An engine that lives in spite of it would go on with those that are left; where all stay, the next attachment meets it.
+            // What they recorded while it served is looked at anew.
+            Ok(Ended::Declared) => self.replicas.values_mut().for_each(|spec| spec.active = false),
+            Err(why) => {
+                self.undetached = Some(why.clone());
+                let condition =
+                    Condition::new(READY, ConditionStatus::False, "Detaching", format!("detachment waits: {why}"));
+                self.wait_for(condition.with_hint(self.engine_hint()));
+            }
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use api::Owner;
+
 /// What shall run; the adapter turns it into a specification of the `workloads` room.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wish {
@@ -11,6 +13,16 @@ pub struct Wish {
     pub args: Vec<String>,
     pub disk_path: String,
     pub ready_ports: Vec<u16>,
+    /// With which it goes.
+    pub owner: Option<Owner>,
+}
+
+impl Wish {
+    /// Whether the other one does the same, whoever it belongs to.
+    pub fn is_same_work(&self, other: &Wish) -> bool {
+        let nobodys = |wish: &Wish| Wish { owner: None, ..wish.clone() };
+        nobodys(self) == nobodys(other)
+    }
 }
 
 /// How it does.
@@ -43,4 +55,6 @@ pub struct Workload {
     pub state: State,
     /// Empty until it has one.
     pub ip: String,
+    /// It would be started otherwise now: it is of another version of this program.
+    pub is_outdated: bool,
 }

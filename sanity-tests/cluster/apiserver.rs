@@ -8,6 +8,24 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
+/// A test of each promise of a contract, for `suite::promises!`. The test program says how one begins (`begin`, which is `None` where
+/// there is no server and none is demanded) and what of it is handed to the promise (`open`).
+#[allow(unused_macros, reason = "each test program uses its part")]
+macro_rules! real {
+    ($($promise:ident)*) => {
+        mod contract { $(
+            #[tokio::test]
+            #[ignore = "needs a kube-apiserver: make cluster-test"]
+            async fn $promise() {
+                let Some(begun) = super::begin().await else { return };
+                super::suite::$promise(super::open(&begun).await).await;
+            }
+        )* }
+    };
+}
+#[allow(unused_imports, reason = "each test program uses its part")]
+pub(crate) use real;
+
 pub struct ApiServer {
     commands: ChildStdin,
     answers: BufReader<ChildStdout>,

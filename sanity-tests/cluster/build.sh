@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds what the test cluster runs and Debian does not have, into $CLUSTER_CACHE/bin (default: target/cluster/bin); what is fresh stays.
 #
-#   build.sh [GROUP...]     kube, csi, tools and helm by default; etcd and containerd where Debian's will not do
+#   build.sh [GROUP...]     kube, csi, more-csi, tools and helm by default; etcd and containerd where Debian's will not do.
+#                           The flows (sanity-tests/e2e) need kube, csi and tools
 #
 # All comes from Go modules by the usual proxy, pinned in versions.env and k8s/. Cold it takes about 20 minutes on two cores, and
 # nothing from the network when all is fresh.
@@ -66,14 +67,16 @@ kube() {
   done
 }
 csi() {
+  sidecar csi-provisioner provisioner "$PROVISIONER"
+  sidecar csi-attacher attacher "$ATTACHER"
+}
+more-csi() {
   # Its go.mod points the client module at ./client, which the published archive leaves out; the released client stands in for it.
   local binary client="-replace=${SNAPSHOT_CLIENT%@*}=$SNAPSHOT_CLIENT"
   for binary in csi-snapshotter snapshot-controller; do
     sidecar $binary snapshotter "$SNAPSHOTTER" "$client"
   done
-  sidecar csi-provisioner provisioner "$PROVISIONER"
   sidecar csi-resizer resizer "$RESIZER"
-  sidecar csi-attacher attacher "$ATTACHER"
   if [ "$(cat "$CACHE/crd/.from" 2>/dev/null)" != "$SNAPSHOT_CLIENT" ]; then
     rm -rf "$CACHE/crd"
     mkdir -p "$CACHE/crd"
@@ -111,11 +114,11 @@ began=$(now)
 mkdir -p "$BIN"
 exec 8>"$CACHE/build.lock"
 flock 8 # a second build waits for the first
-[ $# -gt 0 ] || set -- kube csi tools helm
+[ $# -gt 0 ] || set -- kube csi more-csi tools helm
 for group; do
   case $group in
-  kube | csi | tools | helm | etcd | containerd) "$group" ;;
-  *) die "there is no group $group; there are kube, csi, tools, helm, etcd and containerd" ;;
+  kube | csi | more-csi | tools | helm | etcd | containerd) "$group" ;;
+  *) die "there is no group $group; there are kube, csi, more-csi, tools, helm, etcd and containerd" ;;
   esac
 done
 echo "build: $(since "$began") s in all"

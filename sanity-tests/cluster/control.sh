@@ -18,6 +18,9 @@ control_up() {
   ip link show "$BRIDGE" >/dev/null 2>&1 || ip link add "$BRIDGE" type bridge
   ip addr replace "$API/24" dev "$BRIDGE"
   ip link set "$BRIDGE" up
+  # No kube-proxy stands here: the API server asks webhooks at their pods (--enable-aggregator-routing), and whatever else goes to a
+  # service must not leave the machine.
+  ip route replace unreachable "$SERVICES.0/24"
   local client="http://127.0.0.1:$ETCD_PORT" peer="http://127.0.0.1:$((ETCD_PORT + 1))"
   # shellcheck disable=SC2086 # flags are words
   {
@@ -28,7 +31,8 @@ control_up() {
       --tls-cert-file="$PKI/apiserver.crt" --tls-private-key-file="$PKI/apiserver.key" \
       --service-account-issuer=https://kubernetes.default.svc --service-account-key-file="$PKI/sa.key" \
       --service-account-signing-key-file="$PKI/sa.key" --kubelet-client-certificate="$PKI/admin.crt" \
-      --kubelet-client-key="$PKI/admin.key" --kubelet-preferred-address-types=InternalIP --profiling=false ${APISERVER_FLAGS:-}
+      --kubelet-client-key="$PKI/admin.key" --kubelet-preferred-address-types=InternalIP \
+      --enable-aggregator-routing=true --profiling=false ${APISERVER_FLAGS:-}
     await 120 "apiserver ready" k get --raw /readyz
     local quick=
     [ "${FAST:-0}" = 1 ] && quick="--node-monitor-period=1s --node-monitor-grace-period=8s"
@@ -44,6 +48,7 @@ control_down() {
   local name
   for name in scheduler controller-manager apiserver; do kill_all $name; done
   stop etcd 20
+  ip route del unreachable "$SERVICES.0/24" 2>/dev/null || true
   for name in $SYSCTLS; do
     if [ -s "$STATE/sysctl.$name" ]; then
       sysctl -qw "$name=$(cat "$STATE/sysctl.$name")"

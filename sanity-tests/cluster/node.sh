@@ -54,6 +54,9 @@ sidecar_images() {
     csi-node-driver-registrar) binary=$BIN/csi-register ;;
     *) binary=$BIN/$name ;;
     esac
+    case $name in
+    csi-resizer | csi-snapshotter) [ -x "$binary" ] || { echo "no $name: the chart does not run it unless asked (build.sh more-csi)" && continue; } ;;
+    esac
     [ -x "$binary" ] || die "there is no $binary: run sanity-tests/cluster/build.sh"
     [ "$archive" -nt "$binary" ] || "$BIN/mkimage" -o "$archive" -ref "$reference" -add "$binary=/$name" -entrypoint "/$name"
   done

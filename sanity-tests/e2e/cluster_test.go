@@ -70,7 +70,7 @@ func (c *cluster) up() error {
 	}
 	c.before = inventory()
 	times.begin("sidecars and tools (built when not cached)")
-	if err := c.run("sanity-tests/cluster/build.sh"); err != nil {
+	if err := c.run("sanity-tests/cluster/build.sh", "kube", "csi", "tools"); err != nil {
 		return err
 	}
 	times.begin("image")
@@ -238,7 +238,8 @@ func (c *cluster) explain(to io.Writer) {
 		{"get", "pods", "-A", "-o", "wide"},
 		{"get", "backingimages,backingimagemanagers,backingimagedatasources,volumes.longhorn.io,engines.longhorn.io,replicas.longhorn.io,nodes.longhorn.io", "-A"},
 		{"get", "pvc,pv,volumeattachments", "-A"},
-		{"get", "events", "-A", "--sort-by=.lastTimestamp"},
+		// What the cluster's missing DNS makes a kubelet say of every pod is no news.
+		{"get", "events", "-A", "--sort-by=.lastTimestamp", "--field-selector=type!=Normal,reason!=MissingClusterDNS"},
 		{"-n", system, "logs", "-l", "app.kubernetes.io/component=controller", "-c", "controller", "--tail=40", "--prefix"},
 		{"-n", system, "logs", "-l", "app.kubernetes.io/component=instance", "--tail=30", "--prefix"},
 		{"-n", system, "logs", "-l", "app.kubernetes.io/component=node", "-c", "node", "--tail=30", "--prefix"},

@@ -4,6 +4,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -59,8 +60,6 @@ func waitDriver(t *testing.T) {
 
 func TestLeaderThatIsKilledWhileItProvisionsIsReplaced(t *testing.T) {
 	flow(t)
-	t.Cleanup(func() { nothingLeft(t) })
-	tagged(t)
 	image := newImage(t, 64)
 	apply(t, image.class("takeover", "takeover", 2))
 	t.Cleanup(func() { remove(t, object("longhorn.io/v1beta2", "BackingImage", system, "takeover")) })
@@ -78,27 +77,20 @@ func TestLeaderThatIsKilledWhileItProvisionsIsReplaced(t *testing.T) {
 	if next := leader(t); next.UID == first.UID {
 		t.Errorf("%s still leads, which was killed", first.Name)
 	}
-	if found := in(t, "takeover", "cat /data/hello.txt"); found != hello {
-		t.Errorf("the pod reads %q, the image has %q", found, hello)
-	}
+	hasImage(t, "takeover")
 	waitDriver(t)
 }
 
-// A pod writes a number every moment; each must be there afterwards, and no write may have failed.
 func TestEveryOtherPodOfOursIsReplacedWhileAPodWrites(t *testing.T) {
 	flow(t)
-	t.Cleanup(func() { nothingLeft(t) })
-	tagged(t)
 	image := newImage(t, 32)
 	image.copies = 2
 	apply(t, image.manifest("writer"))
 	waitImageReady(t, "writer")
-	apply(t, image.class("writer", "writer", 2, "", image.checksum))
+	apply(t, image.class("writer", "writer", 2))
 	apply(t, claimOf("writer", "writer", "Filesystem", "ReadWriteOnce", 64))
-	apply(t, podOf("writer", "writer", "n1", false))
+	apply(t, writerOf("writer", "writer", "n1"))
 	waitRunning(t, "writer")
-	in(t, "writer", `nohup sh -c 'n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); echo $n >>/data/log && sync /data/log || echo $n >>/tmp/failed; done; echo $n >/tmp/last' >/dev/null 2>&1 &`)
-	lines := func() string { return in(t, "writer", "wc -l </data/log") }
 	for _, kind := range []string{agents, nodePlugins, controllers} {
 		before := ours(t, kind, "")
 		for _, one := range before {
@@ -107,34 +99,51 @@ func TestEveryOtherPodOfOursIsReplacedWhileAPodWrites(t *testing.T) {
 		if kind != agents {
 			waitDriver(t)
 		}
-		seen := lines()
-		eventually(t, "the pod writes on", 30*time.Second, func() string {
-			if now := lines(); now == seen {
-				return "still " + now + " lines"
-			}
-			return ""
-		})
+		writesOn(t, "writer")
 	}
-	in(t, "writer", "touch /tmp/stop")
+	stopWriter(t, "writer")
+}
+
+// lines are how many numbers a writer has written.
+func lines(t *testing.T, writer string) int {
+	t.Helper()
+	count, err := strconv.Atoi(in(t, writer, "cat /data/log 2>/dev/null | wc -l"))
+	must(t, err)
+	return count
+}
+
+func writesOn(t *testing.T, writer string) {
+	t.Helper()
+	seen := lines(t, writer)
+	eventually(t, "the pod writes on", 30*time.Second, func() string {
+		if now := lines(t, writer); now == seen {
+			return fmt.Sprintf("still %d lines", now)
+		}
+		return ""
+	})
+}
+
+// stopWriter ends the writing: each number must be there, and no write may have failed.
+func stopWriter(t *testing.T, writer string) {
+	t.Helper()
+	in(t, writer, "touch /tmp/stop")
 	eventually(t, "the writer has ended", 30*time.Second, func() string {
-		if _, err := tryIn(t.Context(), "default", "writer", "", "test -e /tmp/last"); err != nil {
+		if _, err := tryIn(t.Context(), "default", writer, "", "test -e /tmp/last"); err != nil {
 			return err.Error()
 		}
 		return ""
 	})
-	if failed := in(t, "writer", "cat /tmp/failed 2>/dev/null || true"); failed != "" {
+	if failed := in(t, writer, "cat /tmp/failed 2>/dev/null || true"); failed != "" {
 		t.Errorf("these writes failed: %s", failed)
 	}
-	last := in(t, "writer", "cat /tmp/last")
-	if all := in(t, "writer", "seq 1 "+last+" | cmp - /data/log && echo same"); all != "same" {
+	last := in(t, writer, "cat /tmp/last")
+	if all := in(t, writer, "seq 1 "+last+" | cmp - /data/log && echo same"); all != "same" {
 		t.Errorf("the log is not 1 to %s: %s", last, all)
 	}
 }
 
 func TestManagerPodThatIsKilledDuringASyncGoesOn(t *testing.T) {
 	flow(t)
-	t.Cleanup(func() { nothingLeft(t) })
-	tagged(t)
 	image := newImage(t, 256)
 	apply(t, image.manifest("synced"))
 	waitImageReady(t, "synced")
@@ -173,11 +182,9 @@ func TestManagerPodThatIsKilledDuringASyncGoesOn(t *testing.T) {
 
 func TestKubeletThatStopsForAWhileFindsItsVolumesAgain(t *testing.T) {
 	flow(t)
-	t.Cleanup(func() { nothingLeft(t) })
-	tagged(t)
 	image := newImage(t, 32)
 	apply(t, image.manifest("kubelet"))
-	apply(t, image.class("kubelet", "kubelet", 1, "", image.checksum))
+	apply(t, image.class("kubelet", "kubelet", 1))
 	apply(t, claimOf("kubelet", "kubelet", "Filesystem", "ReadWriteOnce", 64))
 	apply(t, podOf("kubelet", "kubelet", "n2", false))
 	waitRunning(t, "kubelet")

@@ -5,11 +5,14 @@ import (
 	"crypto/sha512"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 )
 
@@ -78,14 +81,31 @@ spec:
 `, name, i.copies, i.url, i.checksum)
 }
 
-// class is the StorageClass of the second document. Another checksum or binding mode may stand in it.
-func (i image) class(name, image string, replicas int, change ...string) string {
-	checksum, mode := i.checksum, "Immediate"
-	if len(change) > 0 && change[0] != "" {
-		mode = change[0]
+// parameters are those of the second document's StorageClass.
+func (i image) parameters(image string, replicas int) map[string]string {
+	return map[string]string{
+		"numberOfReplicas":                 fmt.Sprint(replicas),
+		"staleReplicaTimeout":              "2880",
+		"backingImage":                     image,
+		"backingImageDataSourceType":       "download",
+		"backingImageDataSourceParameters": fmt.Sprintf(`{"url": "%s"}`, i.url),
+		"backingImageChecksum":             i.checksum,
+		"backingImageMinNumberOfCopies":    fmt.Sprint(i.copies),
+		"backingImageNodeSelector":         "node1",
+		"backingImageDiskSelector":         "disk1",
+		"dataEngine":                       "v1",
 	}
-	if len(change) > 1 {
-		checksum = change[1]
+}
+
+// class is the StorageClass of the second document. Another binding mode may stand in it.
+func (i image) class(name, image string, replicas int, mode ...string) string {
+	binding := "Immediate"
+	if len(mode) > 0 {
+		binding = mode[0]
+	}
+	var parameters strings.Builder
+	for _, key := range slices.Sorted(maps.Keys(i.parameters(image, replicas))) {
+		fmt.Fprintf(&parameters, "  %s: '%s'\n", key, i.parameters(image, replicas)[key])
 	}
 	return fmt.Sprintf(`kind: StorageClass
 apiVersion: storage.k8s.io/v1
@@ -96,17 +116,7 @@ allowVolumeExpansion: true
 reclaimPolicy: Delete
 volumeBindingMode: %s
 parameters:
-  numberOfReplicas: "%d"
-  staleReplicaTimeout: "2880"
-  backingImage: "%s"
-  backingImageDataSourceType: "download"
-  backingImageDataSourceParameters: '{"url": "%s"}'
-  backingImageChecksum: "%s"
-  backingImageMinNumberOfCopies: "%d"
-  backingImageNodeSelector: "node1"
-  backingImageDiskSelector: "disk1"
-  dataEngine: "v1"
-`, name, mode, replicas, image, i.url, checksum, i.copies)
+%s`, name, binding, parameters.String())
 }
 
 // claimOf is a PersistentVolumeClaim; mode is Filesystem or Block.
@@ -126,8 +136,22 @@ spec:
 `, name, access, mode, class, sizeMiB)
 }
 
+// idle is what a pod does that only holds its volume.
+const idle = "trap 'exit 0' TERM; sleep 100000 & wait"
+
 // podOf is a pod that holds a claim, at /data or as /dev/volume; node may be empty.
 func podOf(name, claim, node string, block bool) string {
+	return podDoing(idle, name, claim, node, block)
+}
+
+// writerOf is a pod that writes a number every moment, each on the disk before the next, until it is told to stop (stopWriter).
+func writerOf(name, claim, node string) string {
+	return podDoing("n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); echo $n | dd of=/data/log oflag=append conv=notrunc,fsync 2>/dev/null || echo $n >>/tmp/failed; done; "+
+		"echo $n >/tmp/last; "+idle, name, claim, node, false)
+}
+
+// podDoing is a pod that runs a script.
+func podDoing(script, name, claim, node string, block bool) string {
 	use := "volumeMounts: [{name: volume, mountPath: /data}]"
 	if block {
 		use = "volumeDevices: [{name: volume, devicePath: /dev/volume}]"
@@ -147,10 +171,10 @@ spec:
   containers:
     - name: main
       image: test.local/busybox:1
-      command: [sh, -c, "trap 'exit 0' TERM; sleep 100000 & wait"]
+      command: [sh, -c, %q]
       %s
   volumes:
     - name: volume
       persistentVolumeClaim: {claimName: %s}
-`, name, placed, use, claim)
+`, name, placed, script, use, claim)
 }

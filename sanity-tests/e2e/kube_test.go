@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -124,7 +125,7 @@ func apply(t *testing.T, text string) {
 	}
 }
 
-// remove deletes an object and waits until it is gone.
+// remove deletes an object and waits until it is gone. An image is refused as long as replicas of volumes use it that are on their way out.
 func remove(t *testing.T, object *unstructured.Unstructured) {
 	t.Helper()
 	at, err := c.of(object)
@@ -132,14 +133,21 @@ func remove(t *testing.T, object *unstructured.Unstructured) {
 		t.Error(err)
 		return
 	}
+	began := time.Now()
+	defer func() {
+		t.Logf("%s %s is gone: %.1f s", object.GetKind(), object.GetName(), time.Since(began).Seconds())
+	}()
 	ctx := context.Background()
 	background := metav1.DeletePropagationBackground
-	err = at.Delete(ctx, object.GetName(), metav1.DeleteOptions{PropagationPolicy: &background})
-	if apierrors.IsNotFound(err) {
-		return
-	}
+	err = until(fmt.Sprintf("leave to delete %s %s", object.GetKind(), object.GetName()), time.Minute, func() string {
+		err := at.Delete(ctx, object.GetName(), metav1.DeleteOptions{PropagationPolicy: &background})
+		if err == nil || apierrors.IsNotFound(err) {
+			return ""
+		}
+		return err.Error()
+	})
 	if err != nil {
-		t.Errorf("delete %s %s: %v", object.GetKind(), object.GetName(), err)
+		t.Error(err)
 		return
 	}
 	err = until(fmt.Sprintf("the end of %s %s", object.GetKind(), object.GetName()), 2*time.Minute, func() string {
@@ -206,7 +214,7 @@ func waitBound(t *testing.T, name string) {
 	t.Helper()
 	eventually(t, "claim "+name+" bound", time.Minute, func() string {
 		if phase := claim(t, name).Status.Phase; phase != corev1.ClaimBound {
-			return fmt.Sprintf("it is %s; %s", phase, strings.Join(eventsOf(t, "PersistentVolumeClaim", name), "; "))
+			return fmt.Sprintf("it is %s; %s", phase, strings.Join(eventsOf(t, "default", "PersistentVolumeClaim", name), "; "))
 		}
 		return ""
 	})
@@ -234,16 +242,31 @@ func waitRunning(t *testing.T, name string) {
 	t.Helper()
 	eventually(t, "pod "+name+" running", 3*time.Minute, func() string {
 		if found := pod(t, name); !isReady(found) {
-			return fmt.Sprintf("it is %s; %s", found.Status.Phase, strings.Join(eventsOf(t, "Pod", name), "; "))
+			return fmt.Sprintf("it is %s; %s", found.Status.Phase, strings.Join(eventsOf(t, "default", "Pod", name), "; "))
 		}
 		return ""
 	})
 }
 
-// eventsOf are the sentences of an object's events.
-func eventsOf(t *testing.T, kind, name string) (found []string) {
+// waitEvent waits for an event of an object that has all these words.
+func waitEvent(t *testing.T, namespace, kind, name string, words ...string) {
 	t.Helper()
-	all, err := c.kube.CoreV1().Events("default").List(t.Context(), metav1.ListOptions{
+	eventually(t, "an event of "+kind+" "+name, time.Minute, func() string {
+		all := eventsOf(t, namespace, kind, name)
+		for _, event := range all {
+			if !slices.ContainsFunc(words, func(word string) bool { return !strings.Contains(event, word) }) {
+				t.Log(event)
+				return ""
+			}
+		}
+		return fmt.Sprintf("none of its %d events has all of %q: %q", len(all), words, all)
+	})
+}
+
+// eventsOf are the sentences of an object's events.
+func eventsOf(t *testing.T, namespace, kind, name string) (found []string) {
+	t.Helper()
+	all, err := c.kube.CoreV1().Events(namespace).List(t.Context(), metav1.ListOptions{
 		FieldSelector: "involvedObject.kind=" + kind + ",involvedObject.name=" + name,
 	})
 	if err != nil {
@@ -280,4 +303,12 @@ func in(t *testing.T, pod, command string) string {
 		t.Fatalf("in pod %s: %s: %v\n%s", pod, command, err, out)
 	}
 	return out
+}
+
+// hasImage: a pod with a claim of an image sees the image's file.
+func hasImage(t *testing.T, pod string) {
+	t.Helper()
+	if found := in(t, pod, "cat /data/hello.txt"); found != hello {
+		t.Errorf("pod %s reads %q, the image has %q", pod, found, hello)
+	}
 }

@@ -81,8 +81,16 @@ func row(name string, took time.Duration) string {
 	return fmt.Sprintf("%8.1f s  %s", took.Seconds(), name)
 }
 
-// flow begins a test: its own namespace-wide mess is looked at when it ends, and its time is noted.
+// flow begins a test on nodes with the tags of the documents; when it ends, nothing of it may be left.
 func flow(t *testing.T) {
+	t.Helper()
+	timed(t)
+	t.Cleanup(func() { nothingLeft(t) })
+	tagged(t)
+}
+
+// timed notes a test's time; one that failed says what stands in the cluster.
+func timed(t *testing.T) {
 	t.Helper()
 	began := time.Now()
 	t.Cleanup(func() {

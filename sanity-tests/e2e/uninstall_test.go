@@ -10,7 +10,7 @@ import (
 
 // Go runs tests in the order of files and lines; this file's name comes after those of all other flows.
 func TestUninstallLeavesNothing(t *testing.T) {
-	flow(t)
+	timed(t)
 	nothingLeft(t)
 	manifests, err := c.manifests()
 	must(t, err)

@@ -42,7 +42,7 @@ impl World {
             return;
         }
         let state = if self.answers(&wish.node) { State::Running } else { State::Starting(String::new()) };
-        let workload = Workload { wish: wish.clone(), state, ip: format!("ip-{}", wish.name) };
+        let workload = Workload { wish: wish.clone(), state, ip: format!("ip-{}", wish.name), is_outdated: false };
         let disk = disk_of(wish);
         if let Some(disk) = self.disks.get_mut(&disk) {
             match wish.name.strip_prefix("backing-image-ds-") {

@@ -7,22 +7,18 @@ mod suite;
 
 use std::sync::Arc;
 
+use apiserver::{Server, real};
 use backing_image_store::{ObjectStore, Preconditions, Selector, StoreError, WatchEvent};
 use serde_json::json;
 use suite::{Any, brief, brief_events, kind, next, read, set, widget, widgets};
+use tokio::sync::MutexGuard;
 
-macro_rules! real {
-    ($($promise:ident)*) => {
-        mod contract { $(
-            #[tokio::test]
-            #[ignore = "needs a kube-apiserver: make cluster-test"]
-            async fn $promise() {
-                let Some(server) = super::apiserver::take().await else { return };
-                let store = std::sync::Arc::new(server.as_ref().unwrap().store("admin").await);
-                super::suite::$promise(store).await;
-            }
-        )* }
-    };
+async fn begin() -> Option<MutexGuard<'static, Option<Server>>> {
+    apiserver::take().await
+}
+
+async fn open(server: &Option<Server>) -> Any {
+    Arc::new(server.as_ref().unwrap().store("admin").await)
 }
 
 suite::promises!(real);

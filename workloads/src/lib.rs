@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use api::ErrorKind;
 use api::ids::NodeName;
+use api::{ErrorKind, Owner};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
@@ -25,12 +25,15 @@ pub struct WorkloadSpec {
     pub labels: BTreeMap<String, String>,
     /// Arguments of our binary: the role's subcommand and its flags. `$(POD_IP)` is replaced by the address of the workload.
     pub args: Vec<String>,
-    /// Files that args may carry no secret in; also `POD_IP` is set.
+    /// Beside `POD_IP`, which is always set. As arguments, these are for everybody to read who may see a pod.
     pub env: BTreeMap<String, String>,
     /// The directory of its disk; the only host directory that it sees.
     pub disk_path: PathBuf,
     /// TCP ports on its address that accept connections once it is ready.
     pub ready_ports: Vec<u16>,
+    /// The object with which it goes; local processes go with their starter's word only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
 }
 
 /// How a workload does.
@@ -52,6 +55,8 @@ pub struct Workload {
     pub spec: WorkloadSpec,
     pub state: WorkloadState,
     pub ip: Option<IpAddr>,
+    /// It would be started otherwise now: it is of another version of our program.
+    pub is_outdated: bool,
 }
 
 /// A failed call.

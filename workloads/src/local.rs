@@ -155,7 +155,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Entry {
     fn workload(&self) -> Workload {
         let ip = Some(IpAddr::V4(self.record.ip));
-        Workload { spec: self.record.spec.clone(), state: self.state.clone(), ip }
+        Workload { spec: self.record.spec.clone(), state: self.state.clone(), ip, is_outdated: false }
     }
 }
 

@@ -76,6 +76,9 @@ struct Inner {
     names: Mutex<BTreeSet<String>>,
 }
 
+/// What was seen of nodes, by name; `None`: that is not known.
+type Nodes = BTreeMap<String, Option<NodeView>>;
+
 /// What a call was about, for its error.
 #[derive(Clone, Copy)]
 struct About<'a> {
@@ -125,10 +128,20 @@ impl Inner {
         self.ask(About { action: "read", name }, self.pods.get_opt(name)).await
     }
 
-    /// A pod with what is known of its node, which is asked only where it makes a difference.
     async fn workload(&self, pod: &Pod, spec: WorkloadSpec) -> Workload {
-        let node = if state::depends_on_node(pod) { self.node(spec.node.as_str()).await } else { None };
-        Workload { state: state::of(pod, node.as_ref()), ip: state::ip(pod), spec }
+        self.workload_among(pod, spec, &mut Nodes::new()).await
+    }
+
+    /// A pod with what is known of its node, which is asked only where it makes a difference, and once.
+    async fn workload_among(&self, pod: &Pod, spec: WorkloadSpec, nodes: &mut Nodes) -> Workload {
+        let name = spec.node.as_str();
+        let depends = state::depends_on_node(pod);
+        if depends && !nodes.contains_key(name) {
+            nodes.insert(name.to_owned(), self.node(name).await);
+        }
+        let node = nodes.get(name).and_then(Option::as_ref).filter(|_| depends);
+        let is_outdated = make::is_outdated(pod, &self.config);
+        Workload { state: state::of(pod, node), ip: state::ip(pod), spec, is_outdated }
     }
 
     /// `None` when that is not known, so that the pod alone decides.
@@ -150,22 +163,21 @@ impl Inner {
         let mut asked = String::new();
         loop {
             let Some(pod) = self.pod(name).await? else { return Ok(()) };
-            let Some(spec) = make::spec_of(&pod) else {
-                let reason = "a pod of that name is there that this driver did not make; remove it".to_owned();
-                return Err(WorkloadError::Invalid { name: name.to_owned(), reason });
-            };
+            let Some(spec) = make::spec_of(&pod) else { return Err(foreign(name)) };
             let uid = pod.uid().unwrap_or_default();
             if uid != asked {
                 let preconditions = Some(Preconditions { uid: Some(uid.clone()), resource_version: None });
                 let grace_period_seconds = Some(limits::STOP_GRACE_SECONDS);
                 let options = DeleteParams { grace_period_seconds, preconditions, ..DeleteParams::default() };
                 match self.ask(about, async { Ok(self.pods.delete(name, &options).await) }).await? {
-                    Ok(_) => asked = uid,
-                    // Another one took its place, or it went by itself: look again.
+                    Ok(_) => {
+                        asked = uid;
+                        continue;
+                    }
+                    // Another one took its place, or it went by itself: both are news.
                     Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
                     Err(error) => return Err(failed(about, error)),
                 }
-                continue;
             }
             if Instant::now() >= deadline {
                 let state = self.workload(&pod, spec).await.state;
@@ -186,6 +198,12 @@ impl Inner {
         let names = move || inner.upgrade().map_or(vec![], |inner| inner.names().iter().cloned().collect());
         self.changes.listen(names)
     }
+}
+
+/// A pod that has the name of a workload and was not made here.
+fn foreign(name: &str) -> WorkloadError {
+    let reason = "a pod of that name is there that this driver did not make; remove it".to_owned();
+    WorkloadError::Invalid { name: name.to_owned(), reason }
 }
 
 /// A failed request, as callers know it.
@@ -215,10 +233,11 @@ impl Workloads for Pods {
                 Ok(inner.workload(&pod, spec.clone()).await)
             }
             Err(kube::Error::Api(status)) if status.code == 409 => match inner.pod(&spec.name).await? {
-                Some(found) if make::spec_of(&found).as_ref() == Some(spec) => {
-                    Ok(inner.workload(&found, spec.clone()).await)
-                }
-                Some(_) => Err(WorkloadError::Different { name: spec.name.clone() }),
+                Some(found) => match make::spec_of(&found) {
+                    Some(started) if started == *spec => Ok(inner.workload(&found, started).await),
+                    Some(_) => Err(WorkloadError::Different { name: spec.name.clone() }),
+                    None => Err(foreign(&spec.name)),
+                },
                 // It went in between; whoever wants it asks again.
                 None => Err(WorkloadError::Unavailable { source: Box::new(kube::Error::Api(status)) }),
             },
@@ -236,19 +255,10 @@ impl Workloads for Pods {
         let selection = ListParams::default().labels(&make::selector());
         let about = About { action: "list", name: "*" };
         let pods = self.inner.ask(about, self.inner.pods.list(&selection)).await?;
-        let mut nodes: BTreeMap<String, Option<NodeView>> = BTreeMap::new();
-        let mut workloads = vec![];
+        let (mut nodes, mut workloads) = (Nodes::new(), vec![]);
         for pod in pods {
             let Some(spec) = make::spec_of(&pod) else { continue };
-            let mut node = None;
-            if state::depends_on_node(&pod) {
-                let name = spec.node.to_string();
-                if !nodes.contains_key(&name) {
-                    nodes.insert(name.clone(), self.inner.node(&name).await);
-                }
-                node = nodes.get(&name).cloned().flatten();
-            }
-            workloads.push(Workload { state: state::of(&pod, node.as_ref()), ip: state::ip(&pod), spec });
+            workloads.push(self.inner.workload_among(&pod, spec, &mut nodes).await);
         }
         Ok(workloads)
     }

@@ -10,14 +10,17 @@ mod suite;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use apiserver::ApiServer;
+use api::{BackingImageManager, Owner};
+use apiserver::{ApiServer, real};
 use backing_image_workloads::pods::{Pods, PodsConfig};
-use backing_image_workloads::{WorkloadError, WorkloadState};
+use backing_image_workloads::{WorkloadSpec, WorkloadState};
+use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::{Client, ResourceExt};
+use kube::{Client, CustomResourceExt, ResourceExt};
 use kubelet::Kubelet;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -29,10 +32,10 @@ const NAMESPACE: &str = "longhorn-system";
 /// The one server; whoever has it has the cluster for himself.
 static SERVER: Mutex<Option<ApiServer>> = Mutex::const_new(None);
 
-/// An empty cluster with a node that works.
+/// An empty cluster with a node that works. The node ends first.
 struct Fixture {
-    server: MutexGuard<'static, Option<ApiServer>>,
     kubelet: Kubelet,
+    server: MutexGuard<'static, Option<ApiServer>>,
 }
 
 impl Fixture {
@@ -57,7 +60,7 @@ impl Fixture {
         }
         set_node(&client, "True", "kubelet is posting").await;
         let kubelet = Kubelet::begin(client, NAMESPACE);
-        Some(Fixture { server, kubelet })
+        Some(Fixture { kubelet, server })
     }
 
     async fn client(&self) -> Client {
@@ -65,7 +68,11 @@ impl Fixture {
     }
 
     async fn open(&self) -> Any {
-        let config = PodsConfig::new(NAMESPACE, "test.local/driver:1", "agent");
+        self.open_with("test.local/driver:1").await
+    }
+
+    async fn open_with(&self, image: &str) -> Any {
+        let config = PodsConfig::new(NAMESPACE, image, "agent");
         Arc::new(Pods::open(self.client().await, config).await.unwrap())
     }
 
@@ -87,17 +94,12 @@ async fn set_node(client: &Client, ready: &str, message: &str) {
     Api::<Node>::all(client.clone()).patch_status("node-1", &PatchParams::default(), &patch).await.unwrap();
 }
 
-macro_rules! real {
-    ($($promise:ident)*) => {
-        mod contract { $(
-            #[tokio::test]
-            #[ignore = "needs a kube-apiserver: make cluster-test"]
-            async fn $promise() {
-                let Some(fixture) = super::Fixture::new().await else { return };
-                super::suite::$promise(fixture.open().await).await;
-            }
-        )* }
-    };
+async fn begin() -> Option<Fixture> {
+    Fixture::new().await
+}
+
+async fn open(fixture: &Fixture) -> Any {
+    fixture.open().await
 }
 
 suite::promises!(real);
@@ -135,12 +137,67 @@ async fn leaves_pods_of_others_alone() {
         assert_eq!(workloads.list().await.unwrap().len(), 0);
         assert!(workloads.get("theirs").await.unwrap().is_none());
         let error = workloads.ensure(&spec("theirs", "serve")).await.unwrap_err();
-        assert!(matches!(error, WorkloadError::Different { .. }), "{error}");
+        assert!(error.to_string().contains("did not make"), "{error}");
         let error = workloads.remove("theirs").await.unwrap_err();
         assert!(error.to_string().contains("did not make"), "{error}");
         let now = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
         pods.delete("theirs", &now).await.unwrap();
     }
+}
+
+/// What is left of an upgrade of the driver.
+#[tokio::test]
+#[ignore = "needs a kube-apiserver: make cluster-test"]
+async fn tells_which_pods_are_of_another_image() {
+    let Some(fixture) = Fixture::new().await else { return };
+    let old = fixture.open().await;
+    old.ensure(&spec("a", "serve")).await.unwrap();
+    assert!(!wait_until_running(&old, "a").await.is_outdated);
+    let new = fixture.open_with("test.local/driver:2").await;
+    assert!(new.get("a").await.unwrap().unwrap().is_outdated && new.list().await.unwrap()[0].is_outdated);
+    assert!(new.ensure(&spec("a", "serve")).await.unwrap().is_outdated, "it is left alone until somebody removes it");
+    new.remove("a").await.unwrap();
+    new.ensure(&spec("a", "serve")).await.unwrap();
+    assert!(!wait_until_running(&new, "a").await.is_outdated);
+    let pod = fixture.pods().await.get("a").await.unwrap();
+    assert_eq!(pod.spec.unwrap().containers[0].image.as_deref(), Some("test.local/driver:2"));
+}
+
+/// By the garbage collector of the cluster, while nobody of ours does anything.
+#[tokio::test]
+#[ignore = "needs a kube-apiserver: make cluster-test"]
+async fn a_pod_goes_with_its_object() {
+    let Some(mut fixture) = Fixture::new().await else { return };
+    let client = fixture.client().await;
+    let definitions = Api::<CustomResourceDefinition>::all(client.clone());
+    definitions.create(&PostParams::default(), &BackingImageManager::crd()).await.unwrap();
+    let managers = Api::<BackingImageManager>::namespaced(client, NAMESPACE);
+    let new = BackingImageManager::new("a", Default::default());
+    let begun = Instant::now();
+    let manager = loop {
+        match managers.create(&PostParams::default(), &new).await {
+            Ok(manager) => break manager,
+            Err(error) => assert!(begun.elapsed() < Duration::from_secs(30), "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await; // poll
+    };
+    fixture.server.as_mut().unwrap().ask("collect");
+    let workloads = fixture.open().await;
+    let owned = WorkloadSpec { owner: Owner::of(&manager), ..spec("a", "serve") };
+    workloads.ensure(&owned).await.unwrap();
+    workloads.ensure(&spec("b", "serve")).await.unwrap();
+    let (running, other) = (wait_until_running(&workloads, "a").await, wait_until_running(&workloads, "b").await);
+    managers.delete("a", &DeleteParams::default()).await.unwrap();
+    let mut changes = workloads.changes();
+    let gone = async {
+        while workloads.get("a").await.unwrap().is_some() {
+            changes.next().await.unwrap();
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), gone).await.expect("it goes");
+    let address = (running.ip.unwrap(), suite::PORT);
+    assert!(tokio::net::TcpStream::connect(address).await.is_err(), "and its process with it");
+    ask(&other, "pid").await;
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -15,17 +16,31 @@ struct Step {
 enum Work {
     /// In this process.
     Call(fn(&Path) -> anyhow::Result<()>),
+    /// In this process, if the time that is left is enough for it: this long ago the first step began.
+    IfTimeIsLeft(fn(&Path, Duration) -> anyhow::Result<Outcome>),
     /// A program, its arguments, and the directory below the workspace root.
     Run(&'static [&'static str], &'static str),
 }
 
+/// What came of a step that did not fail.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Passed,
+    /// Why it was not done, to be shown in the table.
+    LeftOut(String),
+}
+
+/// When the first step began.
+static BEGAN: OnceLock<Instant> = OnceLock::new();
+
 /// Cheap ones first; each build's artifacts serve as many steps as possible: clippy and tests share the dev profile, the sanity tests run the release binary.
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 13] = [
     Step { name: "fmt", what: Work::Run(&["cargo", "fmt", "--all", "--check"], "") },
     Step { name: "tidy", what: Work::Call(crate::tidy::run) },
     Step { name: "generated", what: Work::Call(|_| crate::generate::run(true)) },
     Step { name: "supply", what: Work::Call(crate::supply::run) },
     Step { name: "vet", what: Work::Run(&["go", "vet", "./..."], "sanity-tests") },
+    Step { name: "vet-e2e", what: Work::Run(&["go", "vet", "./..."], "sanity-tests/e2e") },
     Step {
         name: "clippy",
         what: Work::Run(&["cargo", "clippy", "--workspace", "--tests", "--locked", "--", "-D", "warnings"], ""),
@@ -38,6 +53,7 @@ const STEPS: [Step; 11] = [
         name: "sanity",
         what: Work::Run(&["go", "test", "-count=1", "-timeout=15m", "-v", "./..."], "sanity-tests"),
     },
+    Step { name: "e2e", what: Work::IfTimeIsLeft(crate::e2e::run) },
 ];
 
 /// The long form of what searches at random: hours instead of seconds.
@@ -68,13 +84,19 @@ pub fn run(root: &Path, only: &[String], long: bool) -> anyhow::Result<()> {
         let names: Vec<&str> = steps.iter().map(|s| s.name).collect();
         bail!("there is no step `{name}`; there are {}", names.join(", "));
     }
-    let mut done: Vec<(&str, Duration, bool)> = vec![];
+    BEGAN.get_or_init(Instant::now);
+    let mut done: Vec<(&str, Duration, String)> = vec![];
     let mut failure = None;
     for step in steps.iter().filter(|s| only.is_empty() || only.iter().any(|name| name == s.name)) {
         eprintln!("== {}", step.name);
         let began = Instant::now();
         let result = step.run(root);
-        done.push((step.name, began.elapsed(), result.is_ok()));
+        let said = match &result {
+            Ok(Outcome::Passed) => "ok".to_owned(),
+            Ok(Outcome::LeftOut(why)) => format!("LEFT OUT: {why}"),
+            Err(_) => "FAILED".to_owned(),
+        };
+        done.push((step.name, began.elapsed(), said));
         if let Err(error) = result {
             failure = Some(error.context(format!(
                 "step `{}` failed (alone: cargo xtask ci {}{})",
@@ -93,9 +115,10 @@ pub fn run(root: &Path, only: &[String], long: bool) -> anyhow::Result<()> {
 }
 
 impl Step {
-    fn run(&self, root: &Path) -> anyhow::Result<()> {
+    fn run(&self, root: &Path) -> anyhow::Result<Outcome> {
         match self.what {
-            Work::Call(call) => call(root),
+            Work::Call(call) => call(root).map(|()| Outcome::Passed),
+            Work::IfTimeIsLeft(call) => call(root, BEGAN.get_or_init(Instant::now).elapsed()),
             Work::Run(command, directory) => {
                 let status = Command::new(command[0])
                     .args(&command[1..])
@@ -107,16 +130,16 @@ impl Step {
                 if !status.success() {
                     bail!("`{}` ended with {status}", command.join(" "));
                 }
-                Ok(())
+                Ok(Outcome::Passed)
             }
         }
     }
 }
 
-fn table(done: &[(&str, Duration, bool)]) -> String {
+fn table(done: &[(&str, Duration, String)]) -> String {
     let mut text = String::from("== summary\n");
-    for (name, took, ok) in done {
-        text += &format!("{:>8.1} s  {name:<10} {}\n", took.as_secs_f64(), if *ok { "ok" } else { "FAILED" });
+    for (name, took, said) in done {
+        text += &format!("{:>8.1} s  {name:<10} {said}\n", took.as_secs_f64());
     }
     let total: Duration = done.iter().map(|(_, took, _)| took).sum();
     text + &format!("{:>8.1} s  total\n", total.as_secs_f64())
@@ -136,8 +159,9 @@ mod tests {
 
     #[test]
     fn the_table_names_every_step_and_the_one_that_failed() {
-        let text = table(&[("fmt", Duration::from_millis(1500), true), ("test", Duration::from_secs(60), false)]);
-        assert_eq!(text, "== summary\n     1.5 s  fmt        ok\n    60.0 s  test       FAILED\n    61.5 s  total\n");
+        let seconds = Duration::from_secs;
+        let text = table(&[("fmt", seconds(1), "ok".into()), ("test", seconds(60), "FAILED".into())]);
+        assert_eq!(text, "== summary\n     1.0 s  fmt        ok\n    60.0 s  test       FAILED\n    61.0 s  total\n");
     }
 
     #[test]

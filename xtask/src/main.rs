@@ -2,6 +2,7 @@
 
 mod bench;
 mod ci;
+mod e2e;
 mod fuzz;
 mod generate;
 mod metadata;

@@ -144,6 +144,7 @@ pub async fn run(controller: Controller) -> anyhow::Result<()> {
         workloads: Arc::new(pods) as Arc<dyn Workloads>,
         metrics,
         security: security(),
+        kubernetes: true,
         deposed: CancellationToken::new(),
     };
     let shutdown = start.roles.shutdown();

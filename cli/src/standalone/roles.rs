@@ -53,6 +53,7 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
         workloads: workloads.clone(),
         metrics: controller::Metrics::default(),
         security: security(),
+        kubernetes: false,
         deposed: CancellationToken::new(),
     };
     metrics.register(|registry| reconcilers.metrics.register(registry));

@@ -259,6 +259,20 @@ async fn who_sees_that_another_one_has_the_lease_stops_at_once() {
     assert!(world.when("a has stopped").await - stolen <= 2_100);
 }
 
+/// Somebody removed the lease, and its holder does not hear of it.
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_was_removed_may_still_be_believed_in() {
+    let world = World::new();
+    let first = world.candidate("a", true);
+    world.when("a leads").await;
+    let _second = world.candidate("b", true);
+    sleep(Duration::from_secs(20)).await;
+    first.link.set(Way::Silent);
+    world.store().delete::<Lease>(LEASE, &Preconditions::default()).await.unwrap();
+    let (stopped, taken) = (world.when("a has stopped").await, world.when("b leads").await);
+    assert!(stopped <= taken, "{stopped} {taken}");
+}
+
 /// What stands in the lease of times is for people: clocks of machines differ.
 #[tokio::test(start_paused = true)]
 async fn a_lease_from_another_time_counts_from_when_it_was_seen() {

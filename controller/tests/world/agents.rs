@@ -74,6 +74,18 @@ impl FakeWorkloads {
         disks.get(disk).map(|d| d.lock().unwrap().keys().cloned().collect()).unwrap_or_default()
     }
 
+    /// As if all had been started by another version.
+    pub fn outdate(&self) {
+        for (name, running) in self.running.lock().unwrap().iter_mut() {
+            running.workload.is_outdated = true;
+            let _ = self.changed.send(name.clone());
+        }
+    }
+
+    pub fn all(&self) -> Vec<Workload> {
+        self.running.lock().unwrap().values().map(|running| running.workload.clone()).collect()
+    }
+
     /// As kill -9 does.
     pub fn kill(&self, name: &str) {
         if let Some(running) = self.running.lock().unwrap().get_mut(name) {
@@ -114,7 +126,12 @@ impl Workloads for FakeWorkloads {
                     }),
             );
         }
-        let workload = Workload { spec: spec.clone(), state: WorkloadState::Running, ip: Some(IpAddr::V4(ip)) };
+        let workload = Workload {
+            spec: spec.clone(),
+            state: WorkloadState::Running,
+            ip: Some(IpAddr::V4(ip)),
+            is_outdated: false,
+        };
         self.running.lock().unwrap().insert(spec.name.clone(), Running { workload: workload.clone(), stop });
         let _ = self.changed.send(spec.name.clone());
         Ok(workload)

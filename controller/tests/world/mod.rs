@@ -29,6 +29,11 @@ pub struct World {
 
 /// Three nodes with one disk each, and a running controller.
 pub async fn world() -> World {
+    world_of(false).await
+}
+
+/// The same, whose nodes are those of a Kubernetes cluster or not.
+pub async fn world_of(kubernetes: bool) -> World {
     let store = Store::new(Arc::new(store::embedded::Embedded::in_memory()), "longhorn-system");
     for n in 1..=3 {
         create_node(&store, n).await;
@@ -40,6 +45,7 @@ pub async fn world() -> World {
         workloads: Arc::new(workloads.clone()),
         metrics: Metrics::default(),
         security: Default::default(),
+        kubernetes,
         deposed: CancellationToken::new(),
     };
     tokio::spawn(run(context, stop.clone()));

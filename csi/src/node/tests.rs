@@ -8,7 +8,7 @@ use std::sync::Arc;
 use api::engine::{DesireState, EngineStatus, InstanceState};
 use api::volume::{Robustness, VolumeStatus};
 use api::{Engine, ErrorKind, Volume, names};
-use dataplane::loop_device::{self, LoopDevice};
+use dataplane::loop_device::{self, LoopDevice, Owner};
 use proto::csi::volume_capability::access_mode::Mode;
 use proto::csi::volume_capability::{AccessType, BlockVolume, MountVolume};
 use proto::csi::{VolumeCapability, volume_usage::Unit};
@@ -32,7 +32,7 @@ impl World {
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::File::create(&file).unwrap().set_len(320 << 20).unwrap();
         prepare(&file);
-        let device = loop_device::attach(&file).await.unwrap();
+        let device = loop_device::attach(&file, &Owner::of(folder.path()).unwrap()).await.unwrap();
         let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
         let mut volume = Volume::new("v", Default::default());
         volume.spec.node_id = "node-1".into();
@@ -385,7 +385,7 @@ async fn a_device_of_something_else_is_neither_formatted_nor_mounted() {
 
     let foreign = world.path("foreign");
     fs::File::create(&foreign).unwrap().set_len(320 << 20).unwrap();
-    let theirs = loop_device::attach(&foreign).await.unwrap();
+    let theirs = loop_device::attach(&foreign, &Owner::of(foreign.parent().unwrap()).unwrap()).await.unwrap();
     let mut engine = world.context.store.get::<Engine>(&names::engine_name("v")).await.unwrap().unwrap();
     engine.status.as_mut().unwrap().endpoint = theirs.path.display().to_string();
     world.context.store.replace_status(&engine).await.unwrap();

@@ -4,8 +4,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
 const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
@@ -67,24 +65,32 @@ pub(super) fn get_free(control: &File) -> io::Result<u32> {
 }
 
 /// Puts a file behind a device, in one step, with direct I/O. EBUSY: it has one already.
-pub(super) fn configure(device: &File, backing: &File, name: &Path) -> io::Result<()> {
+pub(super) fn configure(device: &File, backing: &File, name: &str) -> io::Result<()> {
     let mut info = Info { flags: LO_FLAGS_DIRECT_IO, ..Info::EMPTY };
-    // For people who look with losetup; the whole path is in sysfs. The last byte stays zero.
-    let name = name.as_os_str().as_bytes();
-    let shown = &name[name.len().saturating_sub(info.file_name.len() - 1)..];
-    info.file_name[..shown.len()].copy_from_slice(shown);
+    // The last byte stays zero.
+    let kept = &name.as_bytes()[..name.len().min(info.file_name.len() - 1)];
+    info.file_name[..kept.len()].copy_from_slice(kept);
     let configuration = Configuration { fd: backing.as_raw_fd() as u32, block_size: 0, info, reserved: [0; 8] };
     // SAFETY: the structure has the layout of `struct loop_config`, lives across the call, and is only read by the kernel.
     check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const configuration) })
 }
 
-/// Device and inode of the file behind a device. ENXIO: there is none.
-pub(super) fn status(device: &File) -> io::Result<(u64, u64)> {
+/// What the kernel tells of the file behind a device.
+pub(super) struct Behind {
+    /// Its device, as stat(2) has it, and its inode.
+    pub identity: (u64, u64),
+    /// What [`configure`] was given.
+    pub name: String,
+}
+
+/// ENXIO: there is no file behind it.
+pub(super) fn status(device: &File) -> io::Result<Behind> {
     let mut info = Info::EMPTY;
     // SAFETY: the structure has the layout of `struct loop_info64` and is writable for the length of the call.
     check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) })?;
+    let name = info.file_name.split(|byte| *byte == 0).next().unwrap_or_default();
     // `huge_encode_dev` of the kernel is what stat(2) returns too.
-    Ok((info.device, info.inode))
+    Ok(Behind { identity: (info.device, info.inode), name: String::from_utf8_lossy(name).into_owned() })
 }
 
 /// Takes the file away; the kernel does it when the last opener of the device goes.

@@ -329,12 +329,10 @@ impl Core {
     /// Fails everything that is there, when no replica is left.
     pub(super) fn fail_everything(&mut self) {
         self.held.clear();
-        let all: Vec<usize> = self.active.iter().chain(&self.waiting).copied().collect();
-        self.note_lost_changes(all);
-        for id in std::mem::take(&mut self.waiting) {
-            self.active.push(id);
-        }
-        for id in self.active.clone() {
+        self.active.extend(std::mem::take(&mut self.waiting));
+        let all = self.active.clone();
+        self.note_lost_changes(all.iter().copied());
+        for id in all {
             self.finish(id, Err(Failure::Io));
         }
     }

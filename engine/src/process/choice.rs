@@ -64,7 +64,8 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
     let answered: Vec<usize> = (0..situation.names.len()).filter(|r| situation.answers[*r].is_some()).collect();
     let answer = |replica: usize| situation.answers[replica].as_ref().expect("it answered");
     let record = |replica: usize| &answer(replica).record;
-    let entries: Vec<Entry<'_>> = answered.iter().map(|r| entry(&situation.names[*r], record(*r))).collect();
+    let entry = |r: &usize| Entry::new(&situation.names[*r], record(*r).generation, &record(*r).members);
+    let entries: Vec<Entry<'_>> = answered.iter().map(entry).collect();
     let newest = Newest::of(&entries).ok_or("none of them answers")?;
     let highest = newest.generation;
     if attachment_of(highest) > situation.attachment {
@@ -133,10 +134,6 @@ pub fn choose(situation: &Situation<'_>) -> Result<Choice, String> {
         ));
     }
     Ok(choice)
-}
-
-fn entry<'a>(name: &'a str, record: &'a Record) -> Entry<'a> {
-    Entry { name, generation: record.generation, members: record.members.iter().map(String::as_str).collect() }
 }
 
 /// Why an engine has nothing to say any more.

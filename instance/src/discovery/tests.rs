@@ -21,9 +21,8 @@ fn given(
     path: &Path,
 ) -> Result<Vec<(String, String)>, &'static str> {
     let defaults = Defaults { labeled_only, path: path.display().to_string(), reserved_percent: 30 };
-    let mut spec = NodeSpec::default();
-    complete(&mut spec, is_new, &machine(metadata), &defaults).map_err(|no| no.reason)?;
-    Ok(spec.disks.into_iter().map(|(name, disk)| (name, disk.path)).collect())
+    let disks = disks(is_new, &machine(metadata), &defaults).map_err(|no| no.reason)?;
+    Ok(disks.into_iter().map(|(name, disk)| (name, disk.path)).collect())
 }
 
 #[test]
@@ -92,17 +91,42 @@ fn the_annotation_lists_disks_as_longhorn_does() {
 #[test]
 fn tags_come_from_the_annotation_only_while_there_are_none() {
     let metadata = json!({"annotations": {TAGS_ANNOTATION: r#"["fast","storage"]"#}});
-    let defaults = Defaults { labeled_only: true, path: "/nowhere".into(), reserved_percent: 0 };
-    let disk = BTreeMap::from([("a".to_owned(), DiskSpec::default())]);
-    let mut spec = NodeSpec { disks: disk, ..NodeSpec::default() };
-    assert!(complete(&mut spec, false, &machine(metadata.clone()), &defaults).is_ok());
+    let mut spec = NodeSpec::default();
+    assert!(tags(&mut spec, &machine(metadata.clone())).is_ok());
     assert_eq!(spec.tags, ["fast", "storage"]);
     spec.tags = vec!["mine".into()];
-    assert!(complete(&mut spec, false, &machine(metadata), &defaults).is_ok());
+    assert!(tags(&mut spec, &machine(metadata)).is_ok());
     assert_eq!(spec.tags, ["mine"]);
     spec.tags.clear();
     let wrong = machine(json!({"annotations": {TAGS_ANNOTATION: "fast"}}));
-    assert_eq!(complete(&mut spec, false, &wrong, &defaults).map_err(|no| no.reason), Err("BadAnnotation"));
+    assert_eq!(tags(&mut spec, &wrong).map_err(|no| no.reason), Err("BadAnnotation"));
+}
+
+#[tokio::test]
+async fn wrong_tags_are_told_unless_disks_are_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let config = config(folder.path(), &store);
+    let wrong = json!({"name": "n1", "annotations": {TAGS_ANNOTATION: "fast"}});
+    store.create(&machine(wrong)).await.unwrap();
+    let mut node = Node::new("n1", NodeSpec::default());
+    let node_without = store.create(&node).await.unwrap();
+    let (_, found) = complete_node(&config, node_without.clone()).await.unwrap();
+    assert_eq!((found.condition.is_true(), found.condition.reason.as_str()), (false, "NoDisks"));
+    let mut disks_too = machine(json!({"labels": {CREATE_LABEL: "config"}, "annotations": {TAGS_ANNOTATION: "fast"}}));
+    let path = folder.path().join("a");
+    let annotations = disks_too.metadata.annotations.as_mut().unwrap();
+    annotations.insert(DISKS_ANNOTATION.into(), json!([{ "path": path }]).to_string());
+    let mut both = NodeSpec::default();
+    let mut labeled = Setting { value: "true".into(), ..Setting::default() };
+    labeled.metadata.name = Some(setting::CREATE_DEFAULT_DISK_LABELED_NODES.into());
+    store.create(&labeled).await.unwrap();
+    let told = complete(&config, &mut both, false, &disks_too).await.unwrap().map_err(|no| no.reason);
+    assert_eq!((told, both.disks.len()), (Err("BadAnnotation"), 1), "wrong tags cost no disk");
+    node.metadata = node_without.metadata;
+    node.spec.disks = BTreeMap::from([("a".to_owned(), DiskSpec::default())]);
+    let (_, found) = complete_node(&config, node).await.unwrap();
+    assert_eq!((found.condition.is_true(), found.condition.reason.as_str()), (false, "BadAnnotation"));
 }
 
 fn config(folder: &Path, store: &Store) -> Config {

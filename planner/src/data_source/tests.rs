@@ -43,7 +43,8 @@ fn observed() -> Observed {
 
 fn running(o: &mut Observed, state: State, report: Option<Report>) {
     let image = "ubuntu".parse().unwrap();
-    o.workload = Some(Workload { wish: wish(&o.source.spec, &image), state, ip: "1.2.3.4".into() });
+    let wish = wish(&o.source.spec, &image);
+    o.workload = Some(Workload { wish, state, ip: "1.2.3.4".into(), is_outdated: false });
     o.report = report.map(Ok);
 }
 

@@ -59,5 +59,6 @@ pub(super) fn wish(name: &str, disk: &Disk) -> Wish {
         args: args.map(str::to_owned).into(),
         disk_path: disk.path.clone(),
         ready_ports: vec![MANAGER_PORT, SYNC_PORT],
+        owner: None,
     }
 }

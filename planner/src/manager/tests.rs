@@ -34,7 +34,7 @@ fn world(text: &str) -> Observed {
         scrub_interval: Duration::ZERO,
         memory: Memory::default(),
     };
-    let mut files = vec![];
+    let mut files: Vec<FileInfo> = vec![];
     for part in text.split(';').map(str::trim).filter(|p| !p.is_empty()) {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         match key {
@@ -84,8 +84,12 @@ fn world(text: &str) -> Observed {
                     "pulling" => State::Starting("no such image".into()),
                     _ => State::Failed("killed by signal 9".into()),
                 };
-                o.workload = Some(Workload { wish: wish("bim-d", &disk(Health::Ready)), state, ip: "1.1.1.1".into() });
+                let wish = wish("bim-d", &disk(Health::Ready));
+                o.workload = Some(Workload { wish, state, ip: "1.1.1.1".into(), is_outdated: false });
             }
+            "outdated" => o.workload.as_mut().unwrap().is_outdated = true,
+            "owned" => o.manager.as_mut().unwrap().metadata.uid = Some("u".into()),
+            "sending" => files.last_mut().unwrap().sending_reference = 1,
             "file" => {
                 let message = if value == "failed" { "broken".into() } else { String::new() };
                 let checksum = if value == "ready" { "c" } else { "" };
@@ -172,6 +176,40 @@ fn check(text: &str, expected: Expect) {
         .collect();
     let actions = if actions.is_empty() { "nothing".to_owned() } else { actions.join("; ") };
     expected.assert_eq(&format!("{actions} | {:?} {}", decision.status.current_state, files.join(", ")));
+}
+
+/// Whether the agent is replaced in that world.
+fn is_replaced(text: &str) -> bool {
+    let actions = decide(&world(text)).actions;
+    let removed = actions.contains(&Action::RemoveWorkload);
+    let owner = world(text).manager.as_ref().and_then(Owner::of);
+    let started = actions.iter().any(|a| matches!(a, Action::EnsureWorkload(wish) if wish.owner == owner));
+    assert_eq!(removed, started, "{text}");
+    removed
+}
+
+#[test]
+fn one_of_another_version_is_replaced_when_it_has_nothing_in_hand() {
+    for idle in ["process=running", "process=running; file=ready", "process=running; file=failed", "process=pulling"] {
+        assert!(!is_replaced(&format!("wanted; held; {idle}")), "{idle}");
+        assert!(is_replaced(&format!("wanted; held; {idle}; outdated")), "{idle}");
+        // An agent without an owner, as former versions started them.
+        assert!(is_replaced(&format!("wanted; held; {idle}; owned")), "{idle}");
+    }
+    for busy in ["file=pending", "file=starting", "file=in-progress", "file=ready; sending"] {
+        assert!(!is_replaced(&format!("wanted; held; process=running; {busy}; outdated")), "{busy}");
+    }
+    let mut o = world("wanted; held; process=running; outdated");
+    o.agent = Some(Err("it is silent".into()));
+    assert_eq!(decide(&o).actions, [], "what it does is not known");
+    o.workload.as_mut().unwrap().state = State::Unknown("its node does not answer".into());
+    assert_eq!(decide(&o).actions, []);
+    check(
+        "wanted; held=ready; process=running; file=ready; outdated",
+        expect![
+            "RemoveWorkload; start backing-image-manager daemon --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --disk-uuid d --disk-path /d | Starting unknown the agent of the disk is replaced by one of the present version"
+        ],
+    );
 }
 
 #[test]

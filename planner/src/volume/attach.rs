@@ -211,7 +211,7 @@ impl Pass<'_> {
             None => Some(format!("there is no node {node} any more")),
         };
         if let Some(why) = why {
-            let is_gone = !self.o.disks.nodes.contains_key(node);
+            let is_gone = !self.o.disks.nodes.contains_key(node) || self.o.disks.out_of_service.contains(node);
             let limit = self.o.silent_since.get(node).map(|since| after(*since, SILENCE_LIMIT));
             return match limit.filter(|limit| !is_gone && *limit > self.o.now) {
                 Some(limit) => {
@@ -342,7 +342,7 @@ impl Pass<'_> {
         if let Some(Health::NotReady(why) | Health::Unknown(why)) = self.o.disks.nodes.get(node) {
             let since = self.silence_of(node);
             let message = format!(
-                "{why}{since}; the volume stays attached to node {node}, whose engine is waited for until the node returns or its Node object is deleted"
+                "{why}{since}; the volume stays attached to node {node}, whose engine is waited for until the node returns, is declared out of service, or its Node object is deleted"
             );
             let condition = Condition::new(READY, ConditionStatus::Unknown, "NodeNotReady", message);
             self.wait_for(condition.with_hint(SILENT_ENGINE_HINT));

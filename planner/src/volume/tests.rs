@@ -51,6 +51,7 @@ fn world(text: &str) -> Observed {
                 o.disks.nodes.insert(value.into(), health.clone());
                 o.disks.list.iter_mut().filter(|d| d.node == value).for_each(|d| d.health = health.clone());
             }
+            "off" => drop(o.disks.out_of_service.insert(value.into())),
             "since" => drop(o.silent_since.insert(value.into(), "2025-12-31T23:00:00Z".parse().unwrap())),
             "just" => drop(o.silent_since.insert(value.into(), "2025-12-31T23:59:50Z".parse().unwrap())),
             "said" => {
@@ -314,7 +315,7 @@ fn never_attaches_elsewhere_while_an_engine_may_still_write() {
             r2 Running
             r3 Running
             engine Stopped at n1 with r1,r2,r3 above 4
-            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns or its Node object is deleted"#]],
+            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns, is declared out of service, or its Node object is deleted"#]],
     );
     check(
         "on=n2; engine=stopping:4@n1; map=r1,r2,r3; recorded=4; r1=running:4{r1,r2,r3} r2=running:4{r1,r2,r3} r3=running:4{r1,r2,r3}",
@@ -342,7 +343,7 @@ fn an_engine_on_a_silent_node_is_waited_for_and_the_volume_says_so() {
     check(
         text,
         expect![
-            "Attached Healthy NodeNotReady: node n1 does not answer since 2025-12-31T23:00:00Z; the volume stays attached to node n1, whose engine is waited for until the node returns or its Node object is deleted"
+            "Attached Healthy NodeNotReady: node n1 does not answer since 2025-12-31T23:00:00Z; the volume stays attached to node n1, whose engine is waited for until the node returns, is declared out of service, or its Node object is deleted"
         ],
     );
     let hint = |text: &str, r#type: &str| {
@@ -352,6 +353,64 @@ fn an_engine_on_a_silent_node_is_waited_for_and_the_volume_says_so() {
     let detaching = text.replace("on=n1; ", "");
     assert!(hint(&detaching, READY).contains("delete its Node object"));
     assert!(hint(&detaching, DETACHED).contains("delete its Node object"));
+}
+
+#[test]
+fn a_node_that_is_declared_out_of_service_keeps_no_volume() {
+    // What stands there of its engine holds nobody up, and that of a silent node does.
+    let all = "{r1,r2,r3}";
+    let replicas =
+        format!("silent=n1; recorded=4; map=r1,r2,r3; r1=running:4{all} r2=running:4{all} r3=running:4{all}");
+    let engine = format!("since=n1; engine=running:4@n1; {replicas}");
+    let undetached =
+        |text: &str| condition::find(&decide(&world(text)).status.conditions, DETACHED).is_some_and(|c| !c.is_true());
+    assert!(undetached(&engine) && !undetached(&format!("off=n1; {engine}")));
+    check(
+        &format!("off=n1; on=n2; {engine}"),
+        expect![[r#"
+        fail r1: the volume was attached without it: node n1 does not answer
+        engine Running at n2 with r2,r3 above 4 compare
+        Attaching Unknown Attaching: the engine on node n2 is starting"#]],
+    );
+    // It may live: the replicas stay for the next attachment, and what it says of them now fails none.
+    check(
+        &format!("off=n1; dropped=r2; {engine}"),
+        expect![[r#"
+        r1 Running
+        r2 Running
+        r3 Running
+        Detached Unknown Detached: it can be attached"#]],
+    );
+    check(
+        &format!("off=n1; on=n2; dropped=r2; {engine}"),
+        expect![[r#"
+        fail r1: the volume was attached without it: node n1 does not answer
+        engine Running at n2 with r2,r3 above 4 compare
+        Attaching Unknown Attaching: the engine on node n2 is starting"#]],
+    );
+    check(
+        &format!("off=n1; {}", engine.replace("running:4@", "stopped:4@")),
+        expect![[r#"
+        r1 Stopped
+        r2 Stopped
+        r3 Stopped
+        Detached Unknown Detached: it can be attached"#]],
+    );
+    // Nor is its replica waited for, however short it is away.
+    let stopped = format!("on=n2; just=n1; engine=stopped:4@n2; {replicas}");
+    check(
+        &stopped,
+        expect![
+            "Attaching Unknown Attaching: waits for replica r1 on node n1: node n1 does not answer; the attachment goes on without it at 2026-01-01T00:00:20Z"
+        ],
+    );
+    check(
+        &format!("off=n1; {stopped}"),
+        expect![[r#"
+        fail r1: the volume was attached without it: node n1 does not answer
+        engine Running at n2 with r2,r3 above 4 compare
+        Attaching Unknown Attaching: the engine on node n2 is starting"#]],
+    );
 }
 
 #[test]
@@ -487,7 +546,7 @@ fn an_engine_that_is_to_run_on_a_silent_node_may_run_whatever_it_said_last() {
         expect![[r#"
             r2 Running
             engine Stopped at n1 with r2 above 4
-            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns or its Node object is deleted"#]],
+            Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns, is declared out of service, or its Node object is deleted"#]],
     );
 }
 

@@ -1,42 +1,19 @@
 //! Who is let in, who is believed, and what a replaced certificate does.
 
+#[path = "../../tests/authority/mod.rs"]
+mod authority;
+
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::*;
+use authority::Authority;
 
 const LIMIT: Duration = Duration::from_secs(30);
-
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    fn new() -> Authority {
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Authority(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
-    }
-
-    fn pair(&self, name: &str) -> (String, String) {
-        let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        (params.signed_by(&key, &self.0).unwrap().pem(), key.serialize_pem())
-    }
-
-    fn identity(&self, name: &str) -> Identity {
-        let (chain, key) = self.pair(name);
-        Identity::from_pem(&chain, &key).unwrap()
-    }
-
-    /// A process that trusts this authority and has a certificate of it.
-    fn member(&self) -> Security {
-        Security::mutual(&self.0.pem(), &self.identity(PEER_NAME)).unwrap()
-    }
-}
 
 async fn listen(security: &Security) -> (Listener, SocketAddr) {
     let listener = security.listen("127.0.0.1:0".parse().unwrap(), Protocol::Lines).await.unwrap();
@@ -92,11 +69,11 @@ async fn who_has_no_certificate_of_the_authority_is_refused() {
     let serving = echo(listener);
     let stranger = Authority::new();
     // It believes the server, and is not believed.
-    let strange = Security::mutual(&authority.0.pem(), &stranger.identity(PEER_NAME)).unwrap();
+    let strange = Security::mutual(&authority.pem(), &stranger.identity(PEER_NAME)).unwrap();
     assert!(ask(&strange, address).await.is_err());
     assert!(ask(&Security::default(), address).await.ok() != Some(*b"ping"), "plain");
     let believing = OneName {
-        inner: WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&authority.0.pem()).unwrap()), provider())
+        inner: WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&authority.pem()).unwrap()), provider())
             .build()
             .unwrap(),
         name: peer_name(),
@@ -119,7 +96,7 @@ async fn a_server_of_another_authority_or_name_is_not_believed() {
     let authority = Authority::new();
     let other = Authority::new();
     // Each lets our client in.
-    let trusting = format!("{}{}", authority.0.pem(), other.0.pem());
+    let trusting = format!("{}{}", authority.pem(), other.pem());
     for wrong in [other.identity(PEER_NAME), authority.identity("somebody-else")] {
         let (listener, address) = listen(&Security::mutual(&trusting, &wrong).unwrap()).await;
         let serving = echo(listener);
@@ -173,10 +150,10 @@ fn a_certificate_is_accepted_for_its_name_and_time_and_by_its_authority() {
     let authority = Authority::new();
     let now = 1_790_000_000;
     let (chain, _) = authority.pair("webhook.example");
-    let trusted = authority.0.pem();
+    let trusted = authority.pem();
     assert!(is_accepted(&trusted, &chain, "webhook.example", now));
     assert!(!is_accepted(&trusted, &chain, "other.example", now));
-    assert!(!is_accepted(&Authority::new().0.pem(), &chain, "webhook.example", now));
+    assert!(!is_accepted(&Authority::new().pem(), &chain, "webhook.example", now));
     // rcgen's certificates end in the year 4096.
     assert!(!is_accepted(&trusted, &chain, "webhook.example", 80_000_000_000));
     assert!(!is_accepted("", &chain, "webhook.example", now) && !is_accepted(&trusted, "", "webhook.example", now));

@@ -10,6 +10,8 @@ use backing_image_store::kubernetes::Kubernetes;
 use backing_image_store::{Object, ObjectKey, ObjectStore, Preconditions, ResourceType, Selector};
 use futures::StreamExt;
 use program::ApiServer;
+#[allow(unused_imports, reason = "each test program uses its part")]
+pub(crate) use program::real;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use api::names::{AGENT_UID, DISK_MOUNT, MANAGED_BY, label};
+use api::Owner;
+use api::names::{AGENT_UID, DISK_MOUNT, GROUP, MANAGED_BY, VERSION, label};
 use k8s_openapi::api::core::v1::{
     Capabilities, Container, ContainerPort, EnvVar, EnvVarSource, HostPathVolumeSource, LocalObjectReference,
     ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile,
     SecurityContext, TCPSocketAction, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::{PodsConfig, limits};
@@ -17,6 +18,8 @@ use crate::{WorkloadError, WorkloadSpec};
 
 /// What the workload was started as (JSON).
 const SPEC: &str = "longhorn.io/workload";
+/// The image as it was asked for. What stands in the pod may be another name of it: clusters rewrite images to their own registry.
+const IMAGE: &str = "longhorn.io/workload-image";
 /// The name of the one container: a role of the workload in Longhorn's words, where it says one.
 const CONTAINER: &str = "workload";
 /// The name of the volume that is the disk.
@@ -49,9 +52,28 @@ pub fn selector() -> String {
     format!("{}={MANAGED_BY}", label::MANAGED_BY)
 }
 
-/// What a pod of ours was started as.
+/// What a pod of ours was started as. A copy of one under another name is none of ours (`kubectl debug --copy-to`).
 pub fn spec_of(pod: &Pod) -> Option<WorkloadSpec> {
-    serde_json::from_str(pod.metadata.annotations.as_ref()?.get(SPEC)?).ok()
+    let spec: WorkloadSpec = serde_json::from_str(pod.metadata.annotations.as_ref()?.get(SPEC)?).ok()?;
+    Some(spec).filter(|spec| Some(&spec.name) == pod.metadata.name.as_ref())
+}
+
+/// Whether a pod was made for another image than pods are now.
+pub fn is_outdated(pod: &Pod, config: &PodsConfig) -> bool {
+    pod.metadata.annotations.as_ref().and_then(|all| all.get(IMAGE)) != Some(&config.image)
+}
+
+/// The object with which a pod goes, also when it is removed by force while we are away. It never waits for the pod, so nobody needs
+/// a right to say so.
+fn owner(owner: &Owner) -> OwnerReference {
+    OwnerReference {
+        api_version: format!("{GROUP}/{VERSION}"),
+        kind: owner.kind.clone(),
+        name: owner.name.clone(),
+        uid: owner.uid.clone(),
+        controller: Some(true),
+        block_owner_deletion: None,
+    }
 }
 
 /// The pod of a workload.
@@ -70,7 +92,8 @@ pub fn pod(spec: &WorkloadSpec, config: &PodsConfig) -> Result<Pod, WorkloadErro
             name: Some(spec.name.clone()),
             namespace: Some(config.namespace.clone()),
             labels: Some(labels),
-            annotations: Some(BTreeMap::from([(SPEC.to_owned(), written)])),
+            annotations: Some(BTreeMap::from([(SPEC.to_owned(), written), (IMAGE.to_owned(), config.image.clone())])),
+            owner_references: spec.owner.as_ref().map(|of| vec![owner(of)]),
             ..ObjectMeta::default()
         },
         spec: Some(PodSpec {
@@ -200,6 +223,7 @@ mod tests {
             env: [("POD_IP".to_owned(), "10.0.0.1".to_owned()), ("RUST_LOG".to_owned(), "debug".to_owned())].into(),
             disk_path: "/var/lib/longhorn".into(),
             ready_ports: vec![8000, 8001],
+            owner: None,
         }
     }
 
@@ -267,6 +291,9 @@ mod tests {
     fn a_pod_is_found_again_and_known_by_what_it_was_made_from() {
         let pod = pod(&spec(), &PodsConfig::new("longhorn-system", "i", "a")).unwrap();
         assert_eq!(spec_of(&pod), Some(spec()));
+        let mut copy = pod.clone();
+        copy.metadata.name = Some("bim-1-debug".into());
+        assert_eq!(spec_of(&copy), None);
         let labels = pod.metadata.labels.unwrap();
         assert_eq!(labels[label::COMPONENT], "backing-image-manager");
         assert_eq!(format!("{}={}", label::MANAGED_BY, labels[label::MANAGED_BY]), selector());
@@ -294,6 +321,25 @@ mod tests {
             json!([{"key": "a", "operator": "Equal", "value": "b", "effect": "NoExecute"}])
         );
         assert_eq!(container["resources"]["limits"], json!({"memory": "1Gi"}));
+    }
+
+    #[test]
+    fn a_pod_goes_with_its_object_and_knows_its_image() {
+        let config = PodsConfig::new("longhorn-system", "example.org/driver:1", "agent");
+        assert!(made(&config)["metadata"]["ownerReferences"].is_null());
+        let [kind, name, uid] = ["BackingImageManager", "bim-1", "u"].map(str::to_owned);
+        let owned = WorkloadSpec { owner: Some(Owner { kind, name, uid }), ..spec() };
+        let mut pod = pod(&owned, &config).unwrap();
+        assert_eq!(
+            serde_json::to_value(&pod).unwrap()["metadata"]["ownerReferences"],
+            json!([{"apiVersion": "longhorn.io/v1beta2", "kind": "BackingImageManager", "name": "bim-1", "uid": "u",
+                "controller": true}])
+        );
+        assert_eq!(spec_of(&pod), Some(owned));
+        // As a cluster with a registry of its own writes it.
+        pod.spec.as_mut().unwrap().containers[0].image = Some("mirror.local/driver:1".into());
+        assert!(!is_outdated(&pod, &config));
+        assert!(is_outdated(&pod, &PodsConfig { image: "example.org/driver:2".into(), ..config }));
     }
 
     #[test]

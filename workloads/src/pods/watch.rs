@@ -53,7 +53,8 @@ pub async fn run(inner: Weak<Inner>, mut version: String) {
 /// Follows one connection until it ends; whether it brought anything. The version is empty when it is not known any more.
 async fn follow(inner: &Inner, version: &mut String) -> bool {
     let selection = WatchParams::default().labels(&make::selector()).timeout(limits::WATCH_SECONDS);
-    let mut events = match inner.pods.watch(&selection, version).await {
+    let watched = inner.ask(About { action: "watch", name: "*" }, inner.pods.watch(&selection, version)).await;
+    let mut events = match watched {
         Ok(events) => events.boxed(),
         Err(error) => {
             warn!(error = &error as &dyn std::error::Error, "pods cannot be watched; it is tried again");
@@ -79,7 +80,7 @@ async fn follow(inner: &Inner, version: &mut String) -> bool {
             }
             Ok(Some(Ok(WatchEvent::Bookmark(mark)))) => *version = mark.metadata.resource_version,
             // The API server ended it as it was asked to.
-            Ok(None) => return true,
+            Ok(None) => return brought,
             Ok(Some(Ok(WatchEvent::Error(status)))) => {
                 debug!(message = %status.message, "watch of the pods failed; they are listed again");
                 version.clear();

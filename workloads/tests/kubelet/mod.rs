@@ -8,12 +8,12 @@ use std::net::Ipv4Addr;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Container, Pod};
-use kube::api::{Api, DeleteParams, Patch, PatchParams, WatchEvent, WatchParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, WatchEvent, WatchParams};
 use kube::{Client, ResourceExt};
 use runtime::process::ProcessIdentity;
 use serde_json::{Value, json};
@@ -42,40 +42,54 @@ impl Kubelet {
 async fn work(pods: Api<Pod>, is_cut_off: Arc<AtomicBool>) {
     let mut tasks = JoinSet::new();
     let mut deletions: BTreeMap<String, CancellationToken> = BTreeMap::new();
-    let mut next_address = 0;
-    let mut version = "0".to_owned();
+    let mut see = |pod: Pod, is_gone: bool| {
+        if is_gone && !deletions.contains_key(&pod.uid().unwrap()) {
+            return;
+        }
+        let token = deletions.entry(pod.uid().unwrap()).or_insert_with(|| {
+            let token = CancellationToken::new();
+            tasks.spawn(live(pods.clone(), pod.clone(), token.clone(), is_cut_off.clone()));
+            token
+        });
+        if is_gone || pod.metadata.deletion_timestamp.is_some() {
+            token.cancel();
+        }
+    };
     loop {
-        let events = match pods.watch(&WatchParams::default(), &version).await {
-            Ok(events) => events,
-            Err(error) => {
-                eprintln!("the kubelet cannot watch: {error}");
-                tokio::time::sleep(Duration::from_millis(50)).await; // poll
-                continue;
-            }
-        };
-        let mut events = events.boxed();
-        while let Some(Ok(event)) = events.next().await {
-            let (WatchEvent::Added(pod) | WatchEvent::Modified(pod) | WatchEvent::Deleted(pod)) = event else {
-                continue;
-            };
-            version = pod.resource_version().unwrap_or_default();
-            let token = deletions.entry(pod.uid().unwrap()).or_insert_with(|| {
-                next_address += 1;
-                let token = CancellationToken::new();
-                tasks.spawn(live(pods.clone(), pod.clone(), next_address, token.clone(), is_cut_off.clone()));
-                token
-            });
-            if pod.metadata.deletion_timestamp.is_some() {
-                token.cancel();
-            }
+        if let Err(error) = follow(&pods, &mut see).await {
+            eprintln!("the kubelet cannot watch: {error}");
+            tokio::time::sleep(Duration::from_millis(50)).await; // poll
         }
     }
 }
 
+/// What is there, and what comes after it until the connection ends. An API server over an old etcd refuses to watch from version 0.
+async fn follow(pods: &Api<Pod>, see: &mut impl FnMut(Pod, bool)) -> Result<(), kube::Error> {
+    let listed = pods.list(&ListParams::default()).await?;
+    let version = listed.metadata.resource_version.clone().unwrap();
+    listed.into_iter().for_each(|pod| see(pod, false));
+    let mut events = pods.watch(&WatchParams::default(), &version).await?.boxed();
+    while let Some(event) = events.next().await {
+        match event? {
+            WatchEvent::Added(pod) | WatchEvent::Modified(pod) => see(pod, false),
+            WatchEvent::Deleted(pod) => see(pod, true),
+            WatchEvent::Bookmark(_) => {}
+            WatchEvent::Error(status) => return Err(kube::Error::Api(status)),
+        }
+    }
+    Ok(())
+}
+
+/// Addresses are not used twice: the process of a former test may not have ended yet.
+fn next_address() -> Ipv4Addr {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    Ipv4Addr::new(127, 201, (std::process::id() % 256) as u8, NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
 /// From the first sight of a pod to its removal.
-async fn live(pods: Api<Pod>, pod: Pod, number: u8, deleted: CancellationToken, is_cut_off: Arc<AtomicBool>) {
+async fn live(pods: Api<Pod>, pod: Pod, deleted: CancellationToken, is_cut_off: Arc<AtomicBool>) {
     let container = pod.spec.as_ref().unwrap().containers[0].clone();
-    let ip = Ipv4Addr::new(127, 201, (std::process::id() % 256) as u8, number);
+    let ip = next_address();
     let report = async |status: Value| {
         if !is_cut_off.load(Ordering::Relaxed) {
             let patch = Patch::Merge(json!({"status": status}));

@@ -41,6 +41,7 @@ pub fn spec(name: &str, role: &str) -> WorkloadSpec {
         env: BTreeMap::from([("WORKLOADS_TEST_ROLE".to_owned(), role.to_owned())]),
         disk_path: PathBuf::from("/"),
         ready_ports: vec![PORT],
+        owner: None,
     }
 }
 
