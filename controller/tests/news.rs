@@ -119,7 +119,6 @@ async fn a_controller_that_is_started_anew_counts_nothing_twice() {
         security: Default::default(),
         kubernetes: false,
         deposed: CancellationToken::new(),
-        kubernetes: false,
     };
     let running = tokio::spawn(run(context, stop.clone()));
     // The next one is at work once it tells of something new.
