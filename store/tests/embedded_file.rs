@@ -262,6 +262,6 @@ async fn shows_how_many_objects_there_are() {
     store.create(&widgets(), widget("a", 1)).await.unwrap();
     store.create(&widgets(), widget("b", 1)).await.unwrap();
     let text = metrics.render();
-    assert!(text.contains("backing_image_store_objects{kind=\"widgets.example.org\"} 2"), "{text}");
-    assert!(text.contains("backing_image_store_commit_seconds_count 2"), "{text}");
+    assert!(text.contains("backing_image_csi_store_objects{kind=\"widgets.example.org\"} 2"), "{text}");
+    assert!(text.contains("backing_image_csi_store_commit_seconds_count 2"), "{text}");
 }
