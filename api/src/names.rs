@@ -20,6 +20,9 @@ pub const MANAGER_PORT: u16 = 8000;
 /// Chunk transfer between managers (LF 5.5: the sync server).
 pub const SYNC_PORT: u16 = 8001;
 
+/// Environment variable of a data source: its source parameters, a JSON object. Arguments of processes can be read by others.
+pub const SOURCE_PARAMETERS: &str = "BACKING_IMAGE_SOURCE_PARAMETERS";
+
 /// Where the directory of its disk is in the container of a manager or a data source (LF 1.7).
 pub const DISK_MOUNT: &str = "/data";
 /// User and group that managers and data sources run as in pods; the instance role gives them what they write.

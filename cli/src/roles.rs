@@ -10,7 +10,7 @@ use anyhow::Context;
 use api::ErrorKind;
 use api::ids::{DiskId, ImageName, ImageUuid, Sha512Digest};
 use api::image::SourceType;
-use api::names::DISK_MOUNT;
+use api::names::{DISK_MOUNT, SOURCE_PARAMETERS};
 use clap::{Args, Subcommand};
 use runtime::transport::Security;
 
@@ -98,6 +98,9 @@ pub struct DataSource {
     /// A source parameter, KEY=VALUE; may be given several times.
     #[arg(long, value_parser = pair)]
     parameters: Vec<(String, String)>,
+    /// More of them, as a JSON object; meant for the environment, since arguments can be read by others.
+    #[arg(long, env = SOURCE_PARAMETERS, hide_env_values = true, default_value = "{}", value_parser = object)]
+    source_parameters: Parameters,
     /// SHA-512 that the file must have.
     #[arg(long, default_value = "", value_parser = checksum)]
     checksum: Option<Checksum>,
@@ -125,6 +128,20 @@ fn pair(text: &str) -> Result<(String, String), String> {
         Some((key, value)) => Ok((key.to_owned(), value.to_owned())),
         None => Err(format!("`{text}` is not of the form KEY=VALUE")),
     }
+}
+
+/// A JSON object of texts. Its values are not for messages.
+#[derive(Clone)]
+struct Parameters(BTreeMap<String, String>);
+
+impl std::fmt::Debug for Parameters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+fn object(text: &str) -> Result<Parameters, String> {
+    serde_json::from_str(text).map(Parameters).map_err(|_| "it is not a JSON object of texts".to_owned())
 }
 
 fn source_type(text: &str) -> Result<SourceType, String> {
@@ -199,8 +216,18 @@ async fn file(url: &str, command: FileCommand) -> anyhow::Result<()> {
 
 /// Runs `data-source …`.
 pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
-    let DataSource { listen, sync_listen: _, name, uuid, source_type, parameters, checksum, credential, disk_path } =
-        source;
+    let DataSource {
+        listen,
+        sync_listen: _,
+        name,
+        uuid,
+        source_type,
+        parameters,
+        source_parameters,
+        checksum,
+        credential,
+        disk_path,
+    } = source;
     start_logs(false);
     if !credential.is_empty() {
         return failed(ErrorKind::Unsupported, "credentials are for source types that are not offered yet");
@@ -211,7 +238,7 @@ pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
         name,
         uuid,
         source_type,
-        parameters: BTreeMap::from_iter(parameters),
+        parameters: source_parameters.0.into_iter().chain(parameters).collect(),
         checksum: checksum.and_then(|c| c.0),
         patience: Patience::default(),
         security: security(),

@@ -100,6 +100,8 @@ pub fn observed(workload: &Workload) -> workload::Workload {
             disk_path: spec.disk_path.display().to_string(),
             ready_ports: spec.ready_ports.clone(),
             owner: spec.owner.clone(),
+            secrets: spec.secrets.clone(),
+            revision: spec.revision.clone(),
         },
         state: match &workload.state {
             WorkloadState::Starting { message } => workload::State::Starting(message.clone()),
@@ -124,5 +126,7 @@ pub fn spec(wish: &workload::Wish) -> Result<WorkloadSpec, ReconcileError> {
         disk_path: wish.disk_path.clone().into(),
         ready_ports: wish.ready_ports.clone(),
         owner: wish.owner.clone(),
+        secrets: wish.secrets.clone(),
+        revision: wish.revision.clone(),
     })
 }

@@ -7,9 +7,10 @@ use api::data_source::{BackingImageDataSourceSpec, BackingImageDataSourceStatus}
 use api::ids::ImageName;
 use api::image::{CopyState, SourceType};
 use api::names::condition::READY;
-use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SYNC_PORT, data_source_workload_name, label};
-use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, Owner, condition};
+use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SOURCE_PARAMETERS, SYNC_PORT, data_source_workload_name, label};
+use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, Owner, Secrets, condition};
 use jiff::Timestamp;
+use serde_json::json;
 
 use crate::disk::{Disks, Health};
 use crate::retry::{MAX, Retry, after, delay, parse, until};
@@ -52,7 +53,7 @@ pub struct Observed {
 /// One step; each can be repeated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    EnsureWorkload(Wish),
+    EnsureWorkload(Box<Wish>),
     RemoveWorkload(String),
     RemoveFinalizer,
 }
@@ -158,7 +159,7 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         status.current_state = CopyState::Pending;
         status.progress = 0;
     }
-    let wish = Wish { owner: Owner::of(&o.source), ..wish(spec, &image) };
+    let wish = wish(&o.source, &image);
     match o.disks.get(&spec.disk_uuid).map(|d| &d.health) {
         Some(Health::Ready) => {}
         Some(Health::NotReady(why) | Health::Unknown(why)) => {
@@ -175,7 +176,7 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
     match &o.workload {
         Some(workload) if !workload.wish.is_same_work(&wish) => {
             status.current_state = CopyState::Pending;
-            (vec![Action::RemoveWorkload(name), Action::EnsureWorkload(wish)], None)
+            (vec![Action::RemoveWorkload(name), Action::EnsureWorkload(Box::new(wish))], None)
         }
         Some(workload) => follow(o, status, workload, &name),
         None => start(o, status, wish),
@@ -196,7 +197,7 @@ fn start(o: &Observed, status: &mut BackingImageDataSourceStatus, wish: Wish) ->
     status.progress = 0;
     status.ip.clear();
     status.storage_ip.clear();
-    (vec![Action::EnsureWorkload(wish)], None)
+    (vec![Action::EnsureWorkload(Box::new(wish))], None)
 }
 
 fn follow(
@@ -325,7 +326,8 @@ fn attempt_of(spec: &BackingImageDataSourceSpec) -> BTreeMap<String, String> {
     attempt
 }
 
-fn wish(spec: &BackingImageDataSourceSpec, image: &ImageName) -> Wish {
+fn wish(source: &BackingImageDataSource, image: &ImageName) -> Wish {
+    let spec = &source.spec;
     let mut args: Vec<String> = ["data-source", "--listen"].map(String::from).into();
     args.push(format!("$(POD_IP):{MANAGER_PORT}"));
     args.push("--sync-listen".into());
@@ -333,9 +335,6 @@ fn wish(spec: &BackingImageDataSourceSpec, image: &ImageName) -> Wish {
     let source_type = spec.source_type.map_or("", SourceType::as_str);
     for (flag, value) in [("--name", image.as_str()), ("--uuid", &spec.uuid), ("--source-type", source_type)] {
         args.extend([flag.to_owned(), value.to_owned()]);
-    }
-    for (key, value) in &spec.parameters {
-        args.extend(["--parameters".to_owned(), format!("{key}={value}")]);
     }
     if !spec.checksum.is_empty() {
         args.extend(["--checksum".to_owned(), spec.checksum.clone()]);
@@ -356,8 +355,18 @@ fn wish(spec: &BackingImageDataSourceSpec, image: &ImageName) -> Wish {
         disk_path: spec.disk_path.clone(),
         // Nobody asks a data source on the other port, so it serves nothing there.
         ready_ports: vec![MANAGER_PORT],
-        owner: None,
+        owner: Owner::of(source),
+        // An address may hold a password or a signature.
+        secrets: Secrets([(SOURCE_PARAMETERS.to_owned(), json!(spec.parameters).to_string())].into()),
+        revision: revision(source),
     }
+}
+
+/// Which parameters of which object these are, without telling them: every change of a spec is counted.
+fn revision(source: &BackingImageDataSource) -> String {
+    let uid = source.metadata.uid.as_deref().unwrap_or_default();
+    let uid: String = uid.chars().filter(char::is_ascii_hexdigit).take(12).collect();
+    format!("{uid}-{}", source.metadata.generation.unwrap_or_default())
 }
 
 #[cfg(test)]

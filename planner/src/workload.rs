@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use api::Owner;
+use api::{Owner, Secrets};
 
 /// What shall run; the adapter turns it into a specification of the `workloads` room.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,12 +15,16 @@ pub struct Wish {
     pub ready_ports: Vec<u16>,
     /// With which it goes.
     pub owner: Option<Owner>,
+    /// Environment that must not be seen. What was started does not tell it any more.
+    pub secrets: Secrets,
+    /// Another one with other secrets.
+    pub revision: String,
 }
 
 impl Wish {
-    /// Whether the other one does the same, whoever it belongs to.
+    /// Whether the other one does the same, whoever it belongs to. The revision speaks for the secrets.
     pub fn is_same_work(&self, other: &Wish) -> bool {
-        let nobodys = |wish: &Wish| Wish { owner: None, ..wish.clone() };
+        let nobodys = |wish: &Wish| Wish { owner: None, secrets: Secrets::default(), ..wish.clone() };
         nobodys(self) == nobodys(other)
     }
 }

@@ -3,6 +3,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
@@ -63,6 +64,18 @@ func nothingLeft(t *testing.T) {
 		var left []string
 		for _, one := range pods.Items {
 			left = append(left, one.Name)
+		}
+		return strings.Join(left, ", ")
+	})
+	// The garbage collector takes them with their objects.
+	eventually(t, "no secret of a data source", time.Minute, func() string {
+		secrets, err := c.kube.CoreV1().Secrets(system).List(context.Background(), metav1.ListOptions{})
+		must(t, err)
+		var left []string
+		for _, one := range secrets.Items {
+			if strings.HasPrefix(one.Name, "backing-image-ds-") {
+				left = append(left, one.Name)
+			}
 		}
 		return strings.Join(left, ", ")
 	})
@@ -187,6 +200,36 @@ func TestImageThatCannotBeDownloadedSaysWhy(t *testing.T) {
 		return ""
 	})
 	waitEvent(t, system, "BackingImage", "missing", "404")
+}
+
+func TestPasswordOfASourceStandsInNoPod(t *testing.T) {
+	flow(t)
+	image := newImage(t, 16)
+	const password = "word-7f3a"
+	image.url = strings.Replace(image.url, "http://", "http://somebody:"+password+"@", 1)
+	apply(t, image.manifest("guarded"))
+	seen := 0
+	eventually(t, "image guarded ready", 2*time.Minute, func() string {
+		for _, one := range ours(t, agents, "") {
+			if one.Name == "backing-image-ds-guarded" {
+				seen++
+			}
+			text, err := json.Marshal(one)
+			must(t, err)
+			if strings.Contains(string(text), password) {
+				t.Fatalf("pod %s shows the password: %s", one.Name, text)
+			}
+		}
+		found, err := c.get(t.Context(), "backingimages.longhorn.io", system, "guarded")
+		must(t, err)
+		if status, why := condition(found, "Ready"); status != "True" {
+			return why
+		}
+		return ""
+	})
+	if seen == 0 {
+		t.Error("nobody saw the pod that downloads")
+	}
 }
 
 func TestReadWriteOncePodAdmitsOnePod(t *testing.T) {

@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use api::ids::NodeName;
-use api::{ErrorKind, Owner};
+use api::{ErrorKind, Owner, Secrets};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
@@ -34,6 +34,19 @@ pub struct WorkloadSpec {
     /// The object with which it goes; local processes go with their starter's word only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
+    /// Environment that nobody sees who sees the workload: a Secret of its own for a pod. What was started does not tell it any more.
+    #[serde(skip)]
+    pub secrets: Secrets,
+    /// Another one with other secrets; with the name it names the Secret, so a DNS label's characters.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub revision: String,
+}
+
+impl WorkloadSpec {
+    /// Whether what was started as `self` is what `wish` asks for. The revision speaks for the secrets.
+    fn is_same(&self, wish: &WorkloadSpec) -> bool {
+        WorkloadSpec { secrets: wish.secrets.clone(), ..self.clone() } == *wish
+    }
 }
 
 /// How a workload does.

@@ -193,7 +193,7 @@ impl Inner {
 
     async fn ensure_alone(self: &Arc<Self>, spec: &WorkloadSpec) -> Result<Workload, WorkloadError> {
         if let Some(found) = self.observed(&spec.name) {
-            return if found.spec == *spec {
+            return if found.spec.is_same(spec) {
                 Ok(found)
             } else {
                 Err(WorkloadError::Different { name: spec.name.clone() })
@@ -238,6 +238,7 @@ impl Inner {
         let mut launch = Launch::new(&self.config.program);
         launch.args = record.spec.args.iter().map(|arg| arg.replace("$(POD_IP)", &ip).into()).collect();
         launch.env = record.spec.env.clone();
+        launch.env.extend(record.spec.secrets.0.clone());
         launch.env.insert("POD_IP".into(), ip);
         launch.env.extend([self.records.marker(&record.token)]);
         launch.log_file = Some(self.records.log(&record.spec.name));

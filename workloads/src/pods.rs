@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use k8s_openapi::api::core::v1::{Node, Pod, Toleration};
+use k8s_openapi::api::core::v1::{Node, Pod, Secret, Toleration};
 use kube::api::{Api, DeleteParams, ListParams, PostParams, Preconditions};
 use kube::{Client, ResourceExt};
 use tokio::time::{Instant, timeout};
@@ -71,6 +71,7 @@ struct Inner {
     config: PodsConfig,
     pods: Api<Pod>,
     nodes: Api<Node>,
+    secrets: Api<Secret>,
     changes: Changes,
     /// The names that the watch has seen, for listeners that were too slow.
     names: Mutex<BTreeSet<String>>,
@@ -94,6 +95,7 @@ impl Pods {
     pub async fn open(client: Client, config: PodsConfig) -> Result<Pods, WorkloadError> {
         let inner = Arc::new(Inner {
             pods: Api::namespaced(client.clone(), &config.namespace),
+            secrets: Api::namespaced(client.clone(), &config.namespace),
             nodes: Api::all(client),
             config,
             changes: Changes::default(),
@@ -226,6 +228,17 @@ impl Workloads for Pods {
         let inner = &self.inner;
         let about = About { action: "start", name: &spec.name };
         let pod = make::pod(spec, &inner.config)?;
+        if let Some(secret) = make::secret(spec, &inner.config) {
+            let about = About { action: "make the secret of", name: &spec.name };
+            let made =
+                inner.ask(about, async { Ok(inner.secrets.create(&PostParams::default(), &secret).await) }).await?;
+            // One of that name holds the same: a revision never changes.
+            if let Err(error) = made
+                && !matches!(&error, kube::Error::Api(status) if status.code == 409)
+            {
+                return Err(failed(about, error));
+            }
+        }
         let created = inner.ask(about, async { Ok(inner.pods.create(&PostParams::default(), &pod).await) }).await?;
         match created {
             Ok(pod) => {
@@ -234,7 +247,7 @@ impl Workloads for Pods {
             }
             Err(kube::Error::Api(status)) if status.code == 409 => match inner.pod(&spec.name).await? {
                 Some(found) => match make::spec_of(&found) {
-                    Some(started) if started == *spec => Ok(inner.workload(&found, started).await),
+                    Some(started) if started.is_same(spec) => Ok(inner.workload(&found, started).await),
                     Some(_) => Err(WorkloadError::Different { name: spec.name.clone() }),
                     None => Err(foreign(&spec.name)),
                 },

@@ -76,6 +76,8 @@ fn spec(name: &str) -> WorkloadSpec {
         disk_path: "/".into(),
         ready_ports: vec![],
         owner: None,
+        secrets: Default::default(),
+        revision: String::new(),
     }
 }
 

@@ -43,7 +43,7 @@ fn observed() -> Observed {
 
 fn running(o: &mut Observed, state: State, report: Option<Report>) {
     let image = "ubuntu".parse().unwrap();
-    let wish = wish(&o.source.spec, &image);
+    let wish = wish(&o.source, &image);
     o.workload = Some(Workload { wish, state, ip: "1.2.3.4".into(), is_outdated: false });
     o.report = report.map(Ok);
 }
@@ -69,9 +69,27 @@ fn check(o: &Observed, expected: Expect) -> Observed {
         s.message
     );
     expected.assert_eq(&text);
+    assert!(!format!("{:?}", decision.actions).contains("http://x"), "an address is a secret: {:?}", decision.actions);
     let mut next = o.clone();
     next.source.status = Some(decision.status);
     next
+}
+
+#[test]
+fn other_parameters_are_another_process_although_nobody_sees_them() {
+    let mut o = observed();
+    o.source.metadata.generation = Some(1);
+    running(&mut o, State::Running, Some(Report { state: CopyState::InProgress, ..Default::default() }));
+    // What was started does not tell its secrets.
+    o.workload.as_mut().unwrap().wish.secrets = Secrets::default();
+    assert_eq!(actions(&o), []);
+    o.source.spec.parameters.insert("url".into(), "http://other".into());
+    o.source.metadata.generation = Some(2);
+    let [Action::RemoveWorkload(_), Action::EnsureWorkload(wish)] = &actions(&o)[..] else {
+        panic!("{:?}", actions(&o))
+    };
+    assert_eq!(wish.secrets.0["BACKING_IMAGE_SOURCE_PARAMETERS"], r#"{"url":"http://other"}"#);
+    assert!(!wish.args.concat().contains("http://other"), "{:?}", wish.args);
 }
 
 #[test]
@@ -79,7 +97,7 @@ fn starts_follows_and_hands_over() {
     let mut o = check(
         &observed(),
         expect![[r#"
-        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --parameters url=http://x/ubuntu.qcow2 --disk-path /d
+        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --disk-path /d
         starting 0 % 0 failures, next `` "#]],
     );
     running(
@@ -143,7 +161,7 @@ fn backs_off_longer_with_each_failure() {
     let mut o = check(
         &o,
         expect![[r#"
-        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --parameters url=http://x/ubuntu.qcow2 --disk-path /d
+        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --disk-path /d
         starting 0 % 1 failures, next `2026-01-01T00:00:01Z` killed by signal 9"#]],
     );
     let report = Report {
@@ -217,7 +235,7 @@ fn tries_a_new_wish_at_once() {
     check(
         &o,
         expect![[r#"
-        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --parameters url=http://x/ubuntu.qcow2 --checksum c --disk-path /d
+        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --checksum c --disk-path /d
         starting 0 % 0 failures, next `` "#]],
     );
 }
@@ -289,6 +307,7 @@ fn a_process_that_is_not_wanted_any_more_is_removed() {
     transferred.source.spec.file_transferred = true;
     assert_eq!(actions(&transferred), std::slice::from_ref(&remove));
     o.source.spec.parameters.insert("url".into(), "http://x/other".into());
+    o.source.metadata.generation = Some(2);
     let changed = actions(&o);
     assert!(matches!(&changed[..], [first, Action::EnsureWorkload(_)] if *first == remove), "{changed:?}");
 }

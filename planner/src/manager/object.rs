@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use api::BackingImageManager;
 use api::manager::BackingImageManagerSpec;
 use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SYNC_PORT, label};
+use api::{BackingImageManager, Secrets};
 
 use super::Observed;
 use crate::disk::Disk;
@@ -60,5 +60,7 @@ pub(super) fn wish(name: &str, disk: &Disk) -> Wish {
         disk_path: disk.path.clone(),
         ready_ports: vec![MANAGER_PORT, SYNC_PORT],
         owner: None,
+        secrets: Secrets::default(),
+        revision: String::new(),
     }
 }

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use api::Owner;
+#[cfg(test)]
+use api::Secrets;
 use api::names::{AGENT_UID, DISK_MOUNT, GROUP, MANAGED_BY, VERSION, label};
 use k8s_openapi::api::core::v1::{
     Capabilities, Container, ContainerPort, EnvVar, EnvVarSource, HostPathVolumeSource, LocalObjectReference,
-    ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile,
-    SecurityContext, TCPSocketAction, Volume, VolumeMount,
+    ObjectFieldSelector, Pod, PodSecurityContext, PodSpec, Probe, ResourceRequirements, SeccompProfile, Secret,
+    SecretKeySelector, SecurityContext, TCPSocketAction, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -127,6 +129,27 @@ pub fn pod(spec: &WorkloadSpec, config: &PodsConfig) -> Result<Pod, WorkloadErro
     })
 }
 
+/// What holds the secrets of a workload, where it has any. It is never changed, and goes with the owner; nobody needs a right but to
+/// make it.
+pub fn secret(spec: &WorkloadSpec, config: &PodsConfig) -> Option<Secret> {
+    (!spec.secrets.0.is_empty()).then(|| Secret {
+        metadata: ObjectMeta {
+            name: Some(secret_name(spec)),
+            namespace: Some(config.namespace.clone()),
+            labels: Some(BTreeMap::from([(label::MANAGED_BY.to_owned(), MANAGED_BY.to_owned())])),
+            owner_references: spec.owner.as_ref().map(|of| vec![owner(of)]),
+            ..ObjectMeta::default()
+        },
+        immutable: Some(true),
+        string_data: Some(spec.secrets.0.clone()),
+        ..Secret::default()
+    })
+}
+
+fn secret_name(spec: &WorkloadSpec) -> String {
+    format!("{}-{}", spec.name, spec.revision)
+}
+
 fn container(spec: &WorkloadSpec, disk: &str, config: &PodsConfig) -> Container {
     let startup = limits::STARTUP_PERIOD_SECONDS;
     Container {
@@ -175,7 +198,12 @@ fn environment(spec: &WorkloadSpec) -> Vec<EnvVar> {
     let ip = EnvVar { name: "POD_IP".into(), value: None, value_from: Some(source) };
     let more = spec.env.iter().filter(|(name, _)| *name != "POD_IP");
     let more = more.map(|(name, value)| EnvVar { name: name.clone(), value: Some(value.clone()), value_from: None });
-    std::iter::once(ip).chain(more).collect()
+    let secret = |name: &String| {
+        let key = SecretKeySelector { name: secret_name(spec), key: name.clone(), optional: None };
+        let source = EnvVarSource { secret_key_ref: Some(key), ..EnvVarSource::default() };
+        EnvVar { name: name.clone(), value: None, value_from: Some(source) }
+    };
+    std::iter::once(ip).chain(more).chain(spec.secrets.0.keys().map(secret)).collect()
 }
 
 fn port_of(port: u16) -> ContainerPort {
@@ -224,7 +252,28 @@ mod tests {
             disk_path: "/var/lib/longhorn".into(),
             ready_ports: vec![8000, 8001],
             owner: None,
+            secrets: Secrets::default(),
+            revision: String::new(),
         }
+    }
+
+    #[test]
+    fn no_secret_stands_in_a_pod() {
+        let config = PodsConfig::new("longhorn-system", "i", "a");
+        let secrets = Secrets([("ADDRESS".to_owned(), "http://user:word@host".to_owned())].into());
+        let spec = WorkloadSpec { secrets, revision: "abc-1".into(), ..spec() };
+        let (pod, secret) = (pod(&spec, &config).unwrap(), secret(&spec, &config).unwrap());
+        assert!(spec_of(&pod).unwrap().is_same(&spec));
+        assert!(!serde_json::to_string(&pod).unwrap().contains("word"));
+        let container = json!(pod.spec.unwrap().containers[0]);
+        let name = secret.metadata.name.clone().unwrap();
+        let referred = json!({"name": "ADDRESS", "valueFrom": {"secretKeyRef": {"name": name, "key": "ADDRESS"}}});
+        assert!(container["env"].as_array().unwrap().contains(&referred), "{container}");
+        assert_eq!(json!(secret)["stringData"], json!({"ADDRESS": "http://user:word@host"}));
+        let other = WorkloadSpec { revision: "abc-2".into(), ..spec.clone() };
+        assert_ne!(super::secret(&other, &config).unwrap().metadata.name, Some(name));
+        let none = WorkloadSpec { secrets: Secrets::default(), ..spec };
+        assert_eq!(super::secret(&none, &config), None);
     }
 
     fn made(config: &PodsConfig) -> Value {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, WatchEvent, WatchParams};
 use kube::{Client, ResourceExt};
 use runtime::process::ProcessIdentity;
@@ -98,7 +98,8 @@ async fn live(pods: Api<Pod>, pod: Pod, deleted: CancellationToken, is_cut_off: 
             assert!(told.is_ok() || is_gone, "{told:?}");
         }
     };
-    let mut process = command(&container, ip).spawn().unwrap();
+    let secrets = secrets(Api::namespaced(pods.clone().into_client(), &pod.namespace().unwrap()), &container).await;
+    let mut process = command(&container, ip, &secrets).spawn().unwrap();
     report(status(ip, "Running", "False", json!({"running": {}}))).await;
     let identity = ProcessIdentity::of(process.id().unwrap()).unwrap();
     let output = {
@@ -142,7 +143,21 @@ async fn live(pods: Api<Pod>, pod: Pod, deleted: CancellationToken, is_cut_off: 
     let _ = pods.delete(&pod.name_any(), &now).await;
 }
 
-fn command(container: &Container, ip: Ipv4Addr) -> Command {
+/// The values of environment variables that refer to Secrets.
+async fn secrets(api: Api<Secret>, container: &Container) -> BTreeMap<String, String> {
+    let mut values = BTreeMap::new();
+    for variable in container.env.iter().flatten() {
+        let Some(key) = variable.value_from.as_ref().and_then(|source| source.secret_key_ref.as_ref()) else {
+            continue;
+        };
+        let secret = api.get(&key.name).await.unwrap();
+        let value = secret.data.unwrap()[&key.key].0.clone();
+        values.insert(variable.name.clone(), String::from_utf8(value).unwrap());
+    }
+    values
+}
+
+fn command(container: &Container, ip: Ipv4Addr, secrets: &BTreeMap<String, String>) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let args = container.args.iter().flatten().map(|arg| arg.replace("$(POD_IP)", &ip.to_string()));
     // Both streams into one pipe, as a container's log has them.
@@ -154,7 +169,7 @@ fn command(container: &Container, ip: Ipv4Addr) -> Command {
         let field = variable.value_from.as_ref().and_then(|source| source.field_ref.as_ref());
         let value = match field {
             Some(field) if field.field_path == "status.podIP" => ip.to_string(),
-            _ => variable.value.clone().unwrap_or_default(),
+            _ => secrets.get(&variable.name).or(variable.value.as_ref()).cloned().unwrap_or_default(),
         };
         command.env(&variable.name, value);
     }

@@ -21,6 +21,7 @@ macro_rules! promises {
             removes_one_that_just_starts
             tells_listeners_of_every_change
             refuses_a_name_that_is_no_name
+            hands_secrets_to_the_process_alone
         }
     };
 }
@@ -42,6 +43,8 @@ pub fn spec(name: &str, role: &str) -> WorkloadSpec {
         disk_path: PathBuf::from("/"),
         ready_ports: vec![PORT],
         owner: None,
+        secrets: Default::default(),
+        revision: String::new(),
     }
 }
 
@@ -188,6 +191,22 @@ pub async fn tells_listeners_of_every_change(workloads: Any) {
             ask(&seen, "exit").await;
         }
     }
+}
+
+pub async fn hands_secrets_to_the_process_alone(workloads: Any) {
+    let mut spec = spec("a", "");
+    spec.secrets.0 = std::mem::take(&mut spec.env);
+    spec.secrets.0.insert("WORKLOADS_TEST_ROLE".into(), "serve".into());
+    spec.revision = "u-1".into();
+    workloads.ensure(&spec).await.unwrap();
+    // The program does nothing without its role.
+    let running = wait_until_running(&workloads, "a").await;
+    assert!(!format!("{running:?}").contains("serve"), "{running:?}");
+    workloads.ensure(&spec).await.unwrap();
+    let other = WorkloadSpec { revision: "u-2".into(), ..spec };
+    let refused = workloads.ensure(&other).await.unwrap_err();
+    assert!(matches!(refused, backing_image_workloads::WorkloadError::Different { .. }), "{refused}");
+    workloads.remove("a").await.unwrap();
 }
 
 pub async fn refuses_a_name_that_is_no_name(workloads: Any) {
