@@ -14,6 +14,7 @@ use api::image::{CopyState, SourceType};
 use runtime::transport::{Protocol, Security};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::config_file::{FileConfig, Format};
 use crate::download::{Download, Event, Patience, download};
@@ -75,15 +76,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     tracing::info!(image = %key, disk = %disk_uuid, source = config.source_type.as_str(), "data source started");
 
     let server = http::serve(listener, status.clone(), shutdown.clone());
+    let span = tracing::info_span!("data_source", image = %key, disk = %disk_uuid);
     let work = async {
         match prepare(&config, &files, &status, &shutdown).await {
             Ok(()) | Err(AgentError::Cancelled) => {}
             Err(error) => {
-                tracing::error!(image = %key, error = error.chain(), "preparation failed");
+                tracing::error!(error = error.chain(), "preparation failed");
                 status.send_modify(|s| s.fail(&error));
             }
         }
-    };
+    }
+    .instrument(span);
     // The server decides about the end; the work may still remove what it has.
     let ended = async {
         let served = server.await;

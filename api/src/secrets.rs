@@ -9,7 +9,7 @@ pub struct Secrets(pub BTreeMap<String, String>);
 
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
+        f.debug_map().entries(self.0.keys().map(|name| (name, format_args!("<redacted>")))).finish()
     }
 }
 
@@ -20,6 +20,6 @@ mod tests {
     #[test]
     fn shows_names_and_no_value() {
         let secrets = Secrets([("URL".to_owned(), "http://user:word@host".to_owned())].into());
-        assert_eq!(format!("{secrets:?}"), "{\"URL\"}");
+        assert_eq!(format!("{secrets:?}"), "{\"URL\": <redacted>}");
     }
 }

@@ -1,16 +1,15 @@
 //! Roles that run as processes of their own: flags in, the role's `run` until a signal.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use agent::download::Patience;
 use agent::{client, data_source, manager};
 use anyhow::Context;
-use api::ErrorKind;
 use api::ids::{DiskId, ImageName, ImageUuid, Sha512Digest};
 use api::image::SourceType;
 use api::names::{DISK_MOUNT, SOURCE_PARAMETERS};
+use api::{ErrorKind, Secrets};
 use clap::{Args, Subcommand};
 use runtime::transport::Security;
 
@@ -100,7 +99,7 @@ pub struct DataSource {
     parameters: Vec<(String, String)>,
     /// More of them, as a JSON object; meant for the environment, since arguments can be read by others.
     #[arg(long, env = SOURCE_PARAMETERS, hide_env_values = true, default_value = "{}", value_parser = object)]
-    source_parameters: Parameters,
+    source_parameters: Secrets,
     /// SHA-512 that the file must have.
     #[arg(long, default_value = "", value_parser = checksum)]
     checksum: Option<Checksum>,
@@ -130,18 +129,9 @@ fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// A JSON object of texts. Its values are not for messages.
-#[derive(Clone)]
-struct Parameters(BTreeMap<String, String>);
-
-impl std::fmt::Debug for Parameters {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
-    }
-}
-
-fn object(text: &str) -> Result<Parameters, String> {
-    serde_json::from_str(text).map(Parameters).map_err(|_| "it is not a JSON object of texts".to_owned())
+/// A JSON object of texts, whose values are not for messages.
+fn object(text: &str) -> Result<Secrets, String> {
+    serde_json::from_str(text).map(Secrets).map_err(|_| "it is not a JSON object of texts".to_owned())
 }
 
 fn source_type(text: &str) -> Result<SourceType, String> {

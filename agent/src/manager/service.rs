@@ -15,6 +15,7 @@ use proto::bimrpc::{
 use tokio_stream::wrappers::WatchStream;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Request, Response, Status};
+use tracing::instrument;
 
 use super::operations::Wanted;
 use super::registry::Registry;
@@ -62,6 +63,7 @@ fn unsupported<T>(what: &str, instead: &str) -> Result<Response<T>, Status> {
 
 #[tonic::async_trait]
 impl BackingImageManagerService for Service {
+    #[instrument(name = "rpc", skip_all, fields(call = "delete", image = %request.get_ref().name))]
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<()>, Status> {
         let request = request.into_inner();
         let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
@@ -69,6 +71,7 @@ impl BackingImageManagerService for Service {
         Ok(Response::new(()))
     }
 
+    #[instrument(name = "rpc", skip_all, fields(call = "get", image = %request.get_ref().name))]
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<BackingImageResponse>, Status> {
         let request = request.into_inner();
         let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
@@ -100,6 +103,7 @@ impl BackingImageManagerService for Service {
         }))
     }
 
+    #[instrument(name = "rpc", skip_all, fields(call = "sync", image = request.get_ref().spec.as_ref().map(|spec| &*spec.name)))]
     async fn sync(&self, request: Request<SyncRequest>) -> Result<Response<BackingImageResponse>, Status> {
         let request = request.into_inner();
         let wanted = Wanted::parse(request.spec).map_err(status)?;
@@ -108,6 +112,7 @@ impl BackingImageManagerService for Service {
         Ok(Response::new(copy.response(&key)))
     }
 
+    #[instrument(name = "rpc", skip_all, fields(call = "send", image = %request.get_ref().name))]
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<()>, Status> {
         let request = request.into_inner();
         let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
@@ -115,6 +120,7 @@ impl BackingImageManagerService for Service {
         Ok(Response::new(()))
     }
 
+    #[instrument(name = "rpc", skip_all, fields(call = "fetch", image = request.get_ref().spec.as_ref().map(|spec| &*spec.name)))]
     async fn fetch(&self, request: Request<FetchRequest>) -> Result<Response<BackingImageResponse>, Status> {
         let request = request.into_inner();
         let wanted = Wanted::parse(request.spec).map_err(status)?;
@@ -123,6 +129,7 @@ impl BackingImageManagerService for Service {
         Ok(Response::new(copy.response(&key)))
     }
 
+    #[instrument(name = "rpc", skip_all, fields(call = "verify", image = %request.get_ref().name))]
     async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<BackingImageResponse>, Status> {
         let request = request.into_inner();
         let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
