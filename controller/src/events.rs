@@ -192,7 +192,6 @@ async fn concern(shared: &Shared, event: Event, known: &mut Known) -> Result<(),
         }
         Event::Node(node) => {
             let name = node.metadata.name.clone().unwrap_or_default();
-            queue.add(Kind::Node, &name);
             let essence = essence(node);
             if known.nodes.get(&name) != Some(&essence) {
                 known.nodes.insert(name, essence);

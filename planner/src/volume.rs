@@ -171,11 +171,10 @@ impl Pass<'_> {
             return Ok(if is_over { Ended::Surely } else { Ended::Declared });
         }
         match self.o.disks.nodes.get(node) {
-            None => {}
             Some(Health::Ready) if engine.spec.desire_state == DesireState::Running => {
                 return Err(format!("the engine on node {node} is being stopped"));
             }
-            Some(Health::Ready) => {}
+            Some(Health::Ready) | None => {}
             Some(Health::NotReady(why) | Health::Unknown(why)) => {
                 if is_over && engine.spec.desire_state == DesireState::Stopped {
                     return Ok(Ended::Surely);
@@ -186,16 +185,15 @@ impl Pass<'_> {
                 ));
             }
         }
-        match self.engine_state() {
-            _ if is_over => Ok(Ended::Surely),
-            state => {
-                // Who uses its device says more than how it ended.
-                let said = engine.status.iter().flat_map(|s| &s.conditions);
-                let said = said.filter(|c| !c.message.is_empty() && !c.is_true()).max_by_key(|c| c.r#type == DETACHED);
-                let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
-                Err(format!("the engine on node {node} is {}{said}", format!("{state:?}").to_lowercase()))
-            }
+        if is_over {
+            return Ok(Ended::Surely);
         }
+        let state = self.engine_state();
+        // Who uses its device says more than how it ended.
+        let said = engine.status.iter().flat_map(|s| &s.conditions);
+        let said = said.filter(|c| !c.message.is_empty() && !c.is_true()).max_by_key(|c| c.r#type == DETACHED);
+        let said = said.map(|c| format!(": {}", c.message)).unwrap_or_default();
+        Err(format!("the engine on node {node} is {}{said}", format!("{state:?}").to_lowercase()))
     }
 
     /// ` since TIME`, when a node is silent.

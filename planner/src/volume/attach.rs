@@ -211,7 +211,7 @@ impl Pass<'_> {
             None => Some(format!("there is no node {node} any more")),
         };
         if let Some(why) = why {
-            let is_gone = !self.o.disks.nodes.contains_key(node) || self.o.disks.out_of_service.contains(node);
+            let is_gone = self.is_declared_off(node);
             let limit = self.o.silent_since.get(node).map(|since| after(*since, SILENCE_LIMIT));
             return match limit.filter(|limit| !is_gone && *limit > self.o.now) {
                 Some(limit) => {

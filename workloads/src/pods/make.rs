@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 
 use api::Owner;
-#[cfg(test)]
-use api::Secrets;
 use api::names::{AGENT_UID, DISK_MOUNT, GROUP, MANAGED_BY, VERSION, label};
 use k8s_openapi::api::core::v1::{
     Capabilities, Container, ContainerPort, EnvVar, EnvVarSource, HostPathVolumeSource, LocalObjectReference,
@@ -236,6 +234,7 @@ fn requirements(resources: &Resources) -> ResourceRequirements {
 
 #[cfg(test)]
 mod tests {
+    use api::Secrets;
     use serde_json::{Value, json};
 
     use super::*;
