@@ -137,7 +137,13 @@ func stopWriter(t *testing.T, writer string) {
 		t.Errorf("these writes failed: %s", failed)
 	}
 	last := in(t, writer, "cat /tmp/last")
-	if all := in(t, writer, "seq 1 "+last+" | cmp - /data/log && echo same"); all != "same" {
+	hasWritten(t, writer, last)
+}
+
+// hasWritten: a writer's log, seen by a pod, is every number up to the last one.
+func hasWritten(t *testing.T, pod, last string) {
+	t.Helper()
+	if all := in(t, pod, "seq 1 "+last+" | cmp - /data/log && echo same"); all != "same" {
 		t.Errorf("the log is not 1 to %s: %s", last, all)
 	}
 }
@@ -193,16 +199,21 @@ func TestKubeletThatStopsForAWhileFindsItsVolumesAgain(t *testing.T) {
 	t.Cleanup(func() { must(t, c.script("kubelet-start", "2")) })
 	eventually(t, "node n2 not ready", time.Minute, func() string { return nodeIs("n2", corev1.ConditionTrue) })
 	must(t, c.script("kubelet-start", "2"))
-	eventually(t, "node n2 ready", time.Minute, func() string {
-		if nodeIs("n2", corev1.ConditionTrue) == "" {
-			return "it is not"
-		}
-		return ""
-	})
+	waitNodeReady(t, "n2")
 	waitRunning(t, "kubelet")
 	if found := in(t, "kubelet", "cat /data/mark"); found != "before" {
 		t.Errorf("the pod reads %q, it wrote `before`", found)
 	}
+}
+
+func waitNodeReady(t *testing.T, name string) {
+	t.Helper()
+	eventually(t, "node "+name+" ready", time.Minute, func() string {
+		if nodeIs(name, corev1.ConditionTrue) == "" {
+			return "it is not"
+		}
+		return ""
+	})
 }
 
 // nodeIs says that a node's Ready condition has that status; nothing when it has another one.

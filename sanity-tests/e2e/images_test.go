@@ -103,9 +103,10 @@ func (i image) class(name, image string, replicas int, mode ...string) string {
 	if len(mode) > 0 {
 		binding = mode[0]
 	}
+	given := i.parameters(image, replicas)
 	var parameters strings.Builder
-	for _, key := range slices.Sorted(maps.Keys(i.parameters(image, replicas))) {
-		fmt.Fprintf(&parameters, "  %s: '%s'\n", key, i.parameters(image, replicas)[key])
+	for _, key := range slices.Sorted(maps.Keys(given)) {
+		fmt.Fprintf(&parameters, "  %s: '%s'\n", key, given[key])
 	}
 	return fmt.Sprintf(`kind: StorageClass
 apiVersion: storage.k8s.io/v1
