@@ -16,7 +16,7 @@ use store::{Scoped, Store, StoreError, TypedEvent};
 use crate::limits::RESYNC;
 use crate::queue::{Kind, Queue};
 use crate::teller::Teller;
-use crate::{ControllerError, Shared, node};
+use crate::{Beginning, ControllerError, Shared, node};
 
 /// The prefix of data source workloads (see [`api::names::data_source_workload_name`]).
 const DATA_SOURCE_PREFIX: &str = "backing-image-ds-";
@@ -45,7 +45,7 @@ struct Known {
 }
 
 /// Turns changes into passes, and into news for users, until the store ends.
-pub async fn run(shared: &Shared, recorder: Recorder) -> Result<(), ControllerError> {
+pub async fn run(shared: &Shared, recorder: Recorder, beginning: Beginning) -> Result<(), ControllerError> {
     let store = &shared.store;
     let mut events = futures::stream::select_all([
         watch::<Node>(store, "nodes", Event::Node).await?,
@@ -68,6 +68,7 @@ pub async fn run(shared: &Shared, recorder: Recorder) -> Result<(), ControllerEr
     resync.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut known = Known::default();
     let mut teller = Teller::new(recorder, list(store).await?);
+    drop(beginning);
     loop {
         tokio::select! {
             event = events.next() => match event {

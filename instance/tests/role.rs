@@ -41,6 +41,7 @@ fn config(store: &Store, folder: &Path) -> Config {
         engines: Default::default(),
         security: Default::default(),
         metrics: Default::default(),
+        ready: Default::default(),
     }
 }
 
@@ -172,6 +173,38 @@ async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
     until(&store, "gone", |r| r.is_none()).await;
     assert!(!disk_path.join("replicas/vol-01234567").exists());
     assert!(!folder.path().join("instance/replicas").join(NAME).exists());
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
+
+/// A node is in service from then on, so what is known of it is to be true by then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_ready_when_its_disks_are_reported_and_its_replicas_were_looked_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let path = folder.path().join("disk-1").display().to_string();
+    let disks = [("d".to_owned(), DiskSpec { path: path.clone(), ..Default::default() })];
+    let node = NodeSpec { name: "node-1".into(), disks: disks.into(), ..Default::default() };
+    store.create(&Node::new("node-1", node)).await.unwrap();
+    let spec = |node: &str| ReplicaSpec {
+        volume_name: "vol".into(),
+        node_id: node.into(),
+        disk_path: path.clone(),
+        data_directory_name: "vol-01234567".into(),
+        desire_state: DesireState::Stopped,
+        ..Default::default()
+    };
+    store.create(&Replica::new(NAME, spec("node-1"))).await.unwrap();
+    store.create(&Replica::new("elsewhere", spec("node-2"))).await.unwrap();
+    let (ready, mut is_ready) = tokio::sync::watch::channel(false);
+    let token = CancellationToken::new();
+    let role = tokio::spawn(run(Config { ready, ..config(&store, folder.path()) }, token.clone()));
+    let in_time = tokio::time::timeout(Duration::from_secs(20), is_ready.wait_for(|ready| *ready)).await;
+    in_time.expect("it is ready in time").unwrap();
+    let replica = store.get::<Replica>(NAME).await.unwrap().unwrap();
+    assert_eq!(replica.status.map(|status| status.owner_id).as_deref(), Some("node-1"));
+    let node = store.get::<Node>("node-1").await.unwrap().unwrap();
+    assert!(!node.status.unwrap().disk_status["d"].disk_uuid.is_empty());
     token.cancel();
     role.await.unwrap().unwrap();
 }

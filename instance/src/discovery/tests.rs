@@ -142,6 +142,7 @@ fn config(folder: &Path, store: &Store) -> Config {
         engines: EngineOptions::default(),
         security: Default::default(),
         metrics: Default::default(),
+        ready: Default::default(),
     }
 }
 
