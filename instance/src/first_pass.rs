@@ -48,7 +48,7 @@ impl FirstPass {
         let mut left = self.left();
         let before = left.len();
         left.retain(|key| keep(key));
-        if left.is_empty() && before > 0 {
+        if left.is_empty() {
             self.done.send_replace(true);
         }
         before - left.len()
