@@ -196,7 +196,7 @@ async fn agents_show_what_is_declared_and_count_bytes_and_copies() {
 #[ignore = "needs a kube-apiserver: make cluster-test"]
 fn the_roles_of_a_cluster_show_what_is_declared_once_they_are_ready() {
     let Some(cluster) = Cluster::begin() else { return };
-    let (_instance, instance) = cluster.instance();
+    let (_instance, instance) = cluster.instance(&cluster.admin());
     // A disk, so that there is something to show.
     let disk = cluster.path("disk");
     std::fs::create_dir(&disk).unwrap();

@@ -26,17 +26,19 @@ fn a_role_is_ready_while_it_does_what_it_promises() {
     let (_node, node) = cluster.node();
     let (_one, one) = cluster.controller("one", &cluster.admin());
     let (_two, two) = cluster.controller("two", &cluster.admin());
-    let (_instance, instance) = cluster.instance();
+    let (_instance, instance) = cluster.instance(&cluster.admin());
     let all = [("node", node), ("one", one), ("two", two), ("instance", instance)];
     all.iter().for_each(|(name, address)| becomes_ready(name, *address));
 
-    let (socket, away) = (cluster.path("node.sock"), cluster.path("node.away"));
-    std::fs::rename(&socket, &away).unwrap();
-    let missing = becomes_unready("its socket is away", node, Duration::from_secs(20));
-    assert_eq!(missing, format!("the CSI socket `{socket}` does not answer"));
-    assert_eq!(get(node, "/healthz").as_deref(), Ok("ok"));
-    std::fs::rename(&away, &socket).unwrap();
-    becomes_ready("its socket is back", node);
+    for (name, address) in [("node", node), ("one", one)] {
+        let (socket, away) = (cluster.path(&format!("{name}.sock")), cluster.path("away"));
+        std::fs::rename(&socket, &away).unwrap();
+        let missing = becomes_unready("its socket is away", address, Duration::from_secs(20));
+        assert_eq!(missing, format!("the CSI socket `{socket}` does not answer"));
+        assert_eq!(get(address, "/healthz").as_deref(), Ok("ok"));
+        std::fs::rename(&away, &socket).unwrap();
+        becomes_ready("its socket is back", address);
+    }
 
     cluster.server.ask("stop");
     let stopped = Instant::now();
@@ -64,24 +66,48 @@ fn a_controller_is_not_ready_before_its_webhook_has_a_certificate() {
     let Some(cluster) = Cluster::begin() else { return };
     cluster.kubectl(&["create", "-f", "-"], WITHOUT_SECRETS);
     cluster.kubectl(&["create", "clusterrolebinding", "some", "--clusterrole=some", "--user=some"], "");
-    let kubeconfig = cluster.path("some.kubeconfig");
-    let text = std::fs::read_to_string(cluster.admin()).unwrap();
-    std::fs::write(&kubeconfig, as_somebody(&text)).unwrap();
-    let (_controller, address) = cluster.controller("c", kubeconfig.as_ref());
-    let only_webhook = "the admission webhook does not listen yet: it has no certificate, the log says why";
-    wait("all but the webhook", || match ask(address, "GET", "/readyz", "")? {
-        (503, missing) if missing == only_webhook => Ok(()),
-        (code, text) => Err(format!("{code} {text}")),
-    });
+    let (_controller, address) = cluster.controller("c", somebody(&cluster).as_ref());
+    lacks_only(address, "the admission webhook does not listen yet: it has no certificate, the log says why");
     let create = ["create", "clusterrole", "secrets", "--verb=*", "--resource=secrets"];
     cluster.kubectl(&create, "");
     cluster.kubectl(&["create", "clusterrolebinding", "secrets", "--clusterrole=secrets", "--user=some"], "");
     becomes_ready("it has a certificate", address);
 }
 
-/// The same credentials, used in the name of the user `some`.
-fn as_somebody(kubeconfig: &str) -> String {
-    let mut file: serde_json::Value = serde_yaml_ng::from_str(kubeconfig).unwrap();
+/// Reads everything, and may not say what it saw.
+const MUTE: &str = r#"{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"ClusterRole","metadata":{"name":"mute"},"rules":[
+    {"apiGroups":["longhorn.io"],"resources":["*"],"verbs":["get","list","watch","create"]},
+    {"apiGroups":[""],"resources":["nodes"],"verbs":["get","list","watch"]}]}"#;
+
+#[test]
+#[ignore = "needs a kube-apiserver: make cluster-test"]
+fn an_instance_is_not_ready_before_it_has_reported_its_disks() {
+    let Some(cluster) = Cluster::begin() else { return };
+    cluster.kubectl(&["create", "-f", "-"], MUTE);
+    cluster.kubectl(&["create", "clusterrolebinding", "mute", "--clusterrole=mute", "--user=some"], "");
+    let (_instance, address) = cluster.instance(somebody(&cluster).as_ref());
+    let missing = "the first look at the disks and replicas of this node is not over; the log says what it meets";
+    lacks_only(address, missing);
+    let may = ["create", "clusterrole", "report", "--verb=*", "--resource=nodes.longhorn.io/status"];
+    cluster.kubectl(&may, "");
+    cluster.kubectl(&["create", "clusterrolebinding", "report", "--clusterrole=report", "--user=some"], "");
+    becomes_ready("it reports", address);
+}
+
+/// Waits until nothing but this is missing.
+fn lacks_only(address: SocketAddr, what: &str) {
+    wait(what, || match ask(address, "GET", "/readyz", "")? {
+        (503, missing) if missing == what => Ok(()),
+        (code, text) => Err(format!("{code} {text}")),
+    });
+}
+
+/// The credentials of the user `some`.
+fn somebody(cluster: &Cluster) -> String {
+    let text = std::fs::read_to_string(cluster.admin()).unwrap();
+    let mut file: serde_json::Value = serde_yaml_ng::from_str(&text).unwrap();
     file["users"][0]["user"]["as"] = "some".into();
-    file.to_string()
+    let path = cluster.path("some.kubeconfig");
+    std::fs::write(&path, file.to_string()).unwrap();
+    path
 }

@@ -129,19 +129,19 @@ impl Cluster {
         (Process::start(&args, &[("KUBECONFIG", kubeconfig)], log), address)
     }
 
-    /// The role, and where it answers probes.
-    pub fn instance(&self) -> (Process, SocketAddr) {
+    /// The role with these credentials, and where it answers probes.
+    pub fn instance(&self, kubeconfig: &Path) -> (Process, SocketAddr) {
         let directory = format!("--directory={}", self.path("instance"));
-        self.start("instance", &self.admin(), &["instance", "--node=machine-1", "--ip=127.0.0.1", &directory])
+        self.start("instance", kubeconfig, &["instance", "--node=machine-1", "--ip=127.0.0.1", &directory])
     }
 
-    /// As [`Cluster::instance`]; its CSI socket is `node.sock`.
+    /// The same of a node plugin of an administrator; its CSI socket is `node.sock`.
     pub fn node(&self) -> (Process, SocketAddr) {
         let socket = format!("--csi-socket={}", self.path("node.sock"));
         self.start("node", &self.admin(), &["node", "--node=machine-1", &socket])
     }
 
-    /// As [`Cluster::instance`], with these credentials.
+    /// The same of a controller; its CSI socket is `NAME.sock`.
     pub fn controller(&self, name: &str, kubeconfig: &Path) -> (Process, SocketAddr) {
         let webhook = format!("--webhook-listen={}", free_address());
         let socket = format!("--csi-socket={}", self.path(&format!("{name}.sock")));

@@ -559,7 +559,10 @@ fn an_engine_that_is_to_run_on_a_silent_node_may_run_whatever_it_said_last() {
             Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns, is declared out of service, or its Node object is deleted"#]],
     );
     // Its end was reported before the node fell silent.
-    check("silent=n1; engine=stopped:4@n1; recorded=4; map=r2; r1=failed r2=stopped:4{r2} r3=failed", expect!["Detached Unknown Degraded: it can be attached; failed are r1 on node n1: gone; r3 on node n3: gone"]);
+    check(
+        "silent=n1; engine=stopped:4@n1; recorded=4; map=r2; r1=failed r2=stopped:4{r2} r3=failed",
+        expect!["Detached Unknown Degraded: it can be attached; failed are r1 on node n1: gone; r3 on node n3: gone"],
+    );
 }
 
 #[test]
