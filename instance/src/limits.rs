@@ -14,6 +14,9 @@ pub const RESYNC: Duration = Duration::from_secs(30);
 /// socket and the end of a process may take together.
 pub const FIRST_PASS: Duration = Duration::from_secs(60);
 
+/// How often it is glanced at whether disks are what they were: a fault of one is told within 10 s.
+pub const GLANCE: Duration = Duration::from_secs(3);
+
 /// How many objects are reconciled at a time; starting a process is mostly waiting.
 pub const WORKERS: usize = 8;
 
