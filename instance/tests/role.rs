@@ -41,6 +41,7 @@ fn config(store: &Store, folder: &Path) -> Config {
         engines: Default::default(),
         security: Default::default(),
         metrics: Default::default(),
+        ready: Default::default(),
     }
 }
 
@@ -172,6 +173,53 @@ async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
     until(&store, "gone", |r| r.is_none()).await;
     assert!(!disk_path.join("replicas/vol-01234567").exists());
     assert!(!folder.path().join("instance/replicas").join(NAME).exists());
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
+
+/// A node is in service from then on, so what is known of it is to be true by then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_ready_when_its_disks_are_reported_and_its_replicas_were_come_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let path = folder.path().join("disk-1").display().to_string();
+    let disks = [("d".to_owned(), DiskSpec { path: path.clone(), ..Default::default() })];
+    let node = NodeSpec { name: "node-1".into(), disks: disks.into(), ..Default::default() };
+    store.create(&Node::new("node-1", node)).await.unwrap();
+    let run_until_ready = async || {
+        let (ready, mut is_ready) = tokio::sync::watch::channel(false);
+        let token = CancellationToken::new();
+        let role = tokio::spawn(run(Config { ready, ..config(&store, folder.path()) }, token.clone()));
+        let in_time = tokio::time::timeout(Duration::from_secs(20), is_ready.wait_for(|ready| *ready)).await;
+        in_time.expect("it is ready in time").unwrap();
+        (token, role)
+    };
+    let (token, role) = run_until_ready().await;
+    let node = store.get::<Node>("node-1").await.unwrap().unwrap();
+    let uuid = node.status.unwrap().disk_status["d"].disk_uuid.clone();
+    assert!(!uuid.is_empty());
+    token.cancel();
+    role.await.unwrap().unwrap();
+
+    let spec = |node: &str| ReplicaSpec {
+        volume_name: "vol".into(),
+        volume_size: SizeBytes(16 << 20),
+        node_id: node.into(),
+        disk_id: uuid.clone(),
+        disk_path: path.clone(),
+        data_directory_name: "vol-01234567".into(),
+        desire_state: DesireState::Running,
+        ..Default::default()
+    };
+    let mut replica = Replica::new(NAME, spec("node-1"));
+    replica.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    store.create(&replica).await.unwrap();
+    store.create(&Replica::new("elsewhere", spec("node-2"))).await.unwrap();
+    let (token, role) = run_until_ready().await;
+    // Its process was started meanwhile, which takes longer than a look at the disk.
+    assert_eq!(state(store.get::<Replica>(NAME).await.unwrap().as_ref()), Some(InstanceState::Running));
+    store.delete::<Replica>(NAME, &Preconditions::default()).await.unwrap();
+    until(&store, "gone", |r| r.is_none()).await;
     token.cancel();
     role.await.unwrap().unwrap();
 }
