@@ -165,6 +165,7 @@ impl Engine {
             silence_limit_ms: 60_000,
             replace_engine: true,
             program: None,
+            certificates: None,
         };
         let (file, log) = (folder.join("config.json"), folder.join("log"));
         std::fs::write(&file, serde_json::to_vec(&config).unwrap()).unwrap();

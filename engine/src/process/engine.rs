@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use proto::engine::{Config, ReplicaState, Status};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
+use runtime::transport::Security;
 use tracing::{error, info, warn};
 
 use super::control::Client;
@@ -134,6 +135,7 @@ pub(super) struct Engine {
 impl Engine {
     pub(super) fn new(
         config: Config,
+        security: Security,
         names: Vec<String>,
         life: LifeFiles,
         lives: u32,
@@ -168,7 +170,7 @@ impl Engine {
             let (link, control, export) = match connection {
                 Some(member) => {
                     let address = config.replicas[name].clone();
-                    let control = ReplicaControl::new(address, member.control).map_err(events)?;
+                    let control = ReplicaControl::new(address, security.clone(), member.control).map_err(events)?;
                     (Some(Link::new(member.data.into_socket()).map_err(events)?), Some(control), member.export)
                 }
                 None => (None, None, String::new()),

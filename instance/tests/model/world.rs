@@ -140,6 +140,7 @@ impl World {
                 size_bytes: volume_bytes,
                 image: image.clone(),
                 listen: free_address(),
+                certificates: None,
             };
             Replica { file: folder.path().join(format!("r{number}.json")), config, child: None }
         };
@@ -160,6 +161,7 @@ impl World {
             silence_limit_ms: 10_000,
             replace_engine: true,
             program: None,
+            certificates: None,
         };
         World {
             volume_bytes,
