@@ -102,8 +102,7 @@ impl ReplicaError {
 /// Serves a replica until `shutdown` (everything is flushed then) or until its daemon dies (an error).
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ReplicaError> {
     let security = Security::from_directory(config.certificates.as_deref());
-    let security =
-        security.map_err(|source| ReplicaError::Certificates { replica: config.replica.clone(), source })?;
+    let security = security.map_err(|source| ReplicaError::Certificates { replica: config.replica.clone(), source })?;
     let lock = directory::claim(&config.directory).await?;
     let record = directory::open_record(&config)?;
     let inherited = lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;

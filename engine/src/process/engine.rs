@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use proto::engine::{Config, ReplicaState, Status};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
-use runtime::transport::Security;
 use tracing::{error, info, warn};
 
 use super::control::Client;
@@ -135,7 +134,6 @@ pub(super) struct Engine {
 impl Engine {
     pub(super) fn new(
         config: Config,
-        security: Security,
         names: Vec<String>,
         life: LifeFiles,
         lives: u32,
@@ -145,7 +143,7 @@ impl Engine {
     ) -> Result<Engine, EngineError> {
         let events = |source: Errno| EngineError::Events { source: source.into() };
         let members = started.set();
-        let Started { generation, members: connections, errors: start_errors, compare } = started;
+        let Started { security, generation, members: connections, errors: start_errors, compare } = started;
         let mut buffers = Buffers::default();
         let core = Core::new(Options {
             size_bytes: config.size_bytes,

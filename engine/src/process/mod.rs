@@ -108,10 +108,10 @@ fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result
     let security = Security::from_directory(config.certificates.as_deref());
     let security = security.map_err(|source| EngineError::Certificates { volume: config.volume.clone(), source })?;
     let names: Vec<String> = config.replicas.keys().cloned().collect();
-    let started = start::start(&config, &security, &names, life, lives)?;
+    let started = start::start(&config, security, &names, life, lives)?;
     info!(volume = %config.volume, generation = started.generation, lives, "engine serves");
     let mount_file = config.mount_file.clone();
-    let mut engine = Engine::new(config, security, names, life.clone(), lives, started, fuse_device, signals)?;
+    let mut engine = Engine::new(config, names, life.clone(), lives, started, fuse_device, signals)?;
     runtime::memory::release_startup_code();
     let clean = engine.run()?;
     drop(engine);

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use proto::engine::ReplicaAddress;
 use proto::replica::{Reply, Request};
+use runtime::transport::Security;
 
 use crate::core::ControlReply;
 use crate::lines::Lines;

@@ -28,6 +28,8 @@ pub struct Member {
 
 /// All members have recorded `generation` and their exports are open.
 pub struct Started {
+    /// How to connect anew.
+    pub security: Security,
     pub generation: u64,
     pub members: Vec<Option<Member>>,
     /// Why a replica of the configuration is no member.
@@ -58,7 +60,7 @@ struct Starting<'a> {
 /// [`EngineError::NoReplica`] when nobody is left to begin with.
 pub fn start(
     config: &Config,
-    security: &Security,
+    security: Security,
     names: &[String],
     life: &LifeFiles,
     lives: u32,
@@ -66,7 +68,7 @@ pub fn start(
     let nobody = |reason: String| EngineError::NoReplica { volume: config.volume.clone(), reason };
     let mut starting = Starting {
         config,
-        security,
+        security: &security,
         names,
         addresses: names.iter().map(|name| &config.replicas[name]).collect(),
         limit: Duration::from_millis(config.replica_timeout_ms),
@@ -133,7 +135,8 @@ pub fn start(
             _ => None,
         });
     }
-    Ok(Started { generation, members, errors: starting.errors, compare })
+    let errors = starting.errors;
+    Ok(Started { security, generation, members, errors, compare })
 }
 
 impl Starting<'_> {
