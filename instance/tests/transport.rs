@@ -10,19 +10,24 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use authority::Authority;
+use ::engine::nbd::client::open_export;
+use ::engine::nbd::wire;
 use processes::{Engine, Replica, SIZE, wait_until};
 use proto::engine::ReplicaState;
+use proto::replica::{Reply, Request};
 use runtime::transport::{Identity, PEER_NAME, Security};
 use rustix::process::{Pid, Signal, kill_process};
 use rustls::pki_types::pem::PemObject;
 
 const LIMIT: Duration = Duration::from_secs(30);
+const STEP: usize = 256 << 10;
 
 /// Not a test: what the holder and engine processes of the test run.
 #[test]
@@ -143,6 +148,82 @@ fn the_connection_of_a_killed_engine_ends_and_the_next_one_finds_its_bytes() {
     // What it left does not come later either: its export is gone.
     let (_, export) = replica.status().unwrap();
     assert_eq!(export.as_deref(), Some("vol-2000001"));
+}
+
+/// A connection to an export through both relays.
+struct Export(UnixStream);
+
+impl Export {
+    fn open(replica: &Replica, certificates: &Path, name: &str) -> Export {
+        let security = Security::from_directory(Some(certificates)).unwrap();
+        let mut stream = security.tunnel().unwrap().open(connect(replica.listen), LIMIT).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        assert_eq!(open_export(&mut stream, name).unwrap(), SIZE);
+        Export(stream)
+    }
+
+    fn write_request(offset: u64, bytes: &[u8]) -> Vec<u8> {
+        let length = bytes.len() as u32;
+        let request = wire::Request { flags: 0, command: wire::CMD_WRITE, cookie: offset, offset, length };
+        [&request.encode()[..], bytes].concat()
+    }
+
+    fn ask(&mut self, request: &[u8], answer: &mut [u8]) {
+        self.0.write_all(request).unwrap();
+        let mut reply = [0; wire::REPLY_LENGTH];
+        self.0.read_exact(&mut reply).unwrap();
+        assert_eq!(wire::parse_reply(&reply).unwrap().0, 0);
+        self.0.read_exact(answer).unwrap();
+    }
+
+    fn fill(&mut self, byte: u8) {
+        (0..SIZE).step_by(STEP).for_each(|at| self.ask(&Export::write_request(at, &[byte; STEP]), &mut []));
+    }
+
+    fn holds_only(&mut self, byte: u8) -> bool {
+        (0..SIZE).step_by(STEP).all(|at| {
+            let (length, cookie) = (STEP as u32, at);
+            let request = wire::Request { flags: 0, command: wire::CMD_READ, cookie, offset: at, length };
+            let mut bytes = vec![0; STEP];
+            self.ask(&request.encode(), &mut bytes);
+            bytes.iter().all(|b| *b == byte)
+        })
+    }
+}
+
+/// What an engine had sent waits in both relays when another one opens the replica.
+#[test]
+fn what_an_ended_export_did_not_take_is_never_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let certificates = issue(&Authority::new(), folder.path(), "certificates");
+    let replica = Replica::start(folder.path(), "r1", Some(&certificates));
+    let open = |generation| {
+        let members = vec!["r1".to_owned()];
+        match replica.ask(&Request::Open { generation, members, seen: None }) {
+            Some(Reply::Opened { export }) => Export::open(&replica, &certificates, &export),
+            other => panic!("{other:?}"),
+        }
+    };
+    let mut old = open(1);
+    kill_process(replica.daemon(), Signal::STOP).unwrap();
+    // Until nothing more is taken for a while: relays and sockets have their bounds.
+    old.0.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let mut sent = 0;
+    while old.0.write_all(&Export::write_request(sent % SIZE, &[7; STEP])).is_ok() {
+        sent += STEP as u64;
+        assert!(sent < 64 << 20, "{sent} bytes were taken although nobody reads");
+    }
+    assert!(sent > STEP as u64, "something is on its way");
+    let mut new = std::thread::scope(|scope| {
+        let new = scope.spawn(|| open(2));
+        kill_process(replica.daemon(), Signal::CONT).unwrap();
+        new.join().unwrap()
+    });
+    new.fill(9);
+    let ended = io::copy(&mut old.0, &mut io::sink());
+    assert!(!ended.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock), "it was not told");
+    assert!(old.0.write_all(&[0; 1]).is_err());
+    assert!(new.holds_only(9), "the old engine wrote after the new one had begun");
 }
 
 /// What a caller gets for `request`, which is sent at once.

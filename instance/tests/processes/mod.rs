@@ -83,13 +83,17 @@ impl Replica {
         SocketAddr::new(self.listen.ip(), self.listen.port() + 1)
     }
 
-    /// As the instance role asks for it.
-    pub fn status(&self) -> Option<(Record, Option<String>)> {
+    /// Asks as the instance role does.
+    pub fn ask(&self, request: &Request) -> Option<Reply> {
         let mut stream = runtime::socket::connect_blocking(&self.directory.join("control.sock")).ok()?;
-        writeln!(stream, "{}", serde_json::to_string(&Request::Status).unwrap()).ok()?;
+        writeln!(stream, "{}", serde_json::to_string(request).unwrap()).ok()?;
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).ok()?;
-        match serde_json::from_str(&line).ok()? {
+        serde_json::from_str(&line).ok()
+    }
+
+    pub fn status(&self) -> Option<(Record, Option<String>)> {
+        match self.ask(&Request::Status)? {
             Reply::Status { record, export, .. } => Some((record, export)),
             _ => None,
         }
