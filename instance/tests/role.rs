@@ -243,7 +243,8 @@ async fn replicas_and_engines_are_told_where_the_certificates_are() {
     let [high, low] = (std::process::id() as u16).to_be_bytes();
     let config = Config { ip: [127, 79, high, low].into(), ..config(&store, folder.path()) };
     let in_memory = Config { security: authority.member(), ..config.clone() };
-    let error = run(in_memory, CancellationToken::new()).await.unwrap_err();
+    let refused = tokio::time::timeout(Duration::from_secs(30), run(in_memory, CancellationToken::new()));
+    let error = refused.await.expect("it does not begin").unwrap_err();
     assert_eq!(error.kind(), api::ErrorKind::Invalid);
     assert!(error.to_string().contains("give it a directory"), "{error}");
 

@@ -1,27 +1,20 @@
 //! The data of a replica for a network that is not trusted: each connection with TLS is relayed to one of its daemon's.
 //!
 //! A connection to the daemon belongs to one connection of an engine and ends with it, so an export is left, and ended, as in
-//! plain: what the daemon has not read when it closes its side is dropped.
+//! plain: what the daemon has not read when it closes its side is dropped. The daemon bounds how many there are: it takes so many,
+//! some more wait at its socket, and the next are refused by that.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use dataplane::limits::NBD_CONNECTIONS;
 use runtime::transport::{Listener, Stream, relay};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// Relays until it is stopped. `socket` is where the daemon serves.
 pub(super) async fn serve(mut listener: Listener, socket: PathBuf, stop: CancellationToken, tasks: TaskTracker) {
-    let places = Arc::new(Semaphore::new(NBD_CONNECTIONS as usize));
     loop {
-        let next = async {
-            let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
-            (place, listener.next().await)
-        };
-        let (place, (stream, peer)) = tokio::select! {
-            next = next => next,
+        let (stream, peer) = tokio::select! {
+            next = listener.next() => next,
             () = stop.cancelled() => return,
         };
         let (socket, stop) = (socket.clone(), stop.clone());
@@ -33,7 +26,6 @@ pub(super) async fn serve(mut listener: Listener, socket: PathBuf, stop: Cancell
             if let Err(error) = relayed {
                 tracing::info!(%peer, %error, "connection broke");
             }
-            drop(place);
         });
     }
 }
