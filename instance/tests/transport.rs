@@ -16,9 +16,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use authority::Authority;
 use ::engine::nbd::client::open_export;
 use ::engine::nbd::wire;
+use authority::Authority;
 use processes::{Engine, Replica, SIZE, wait_until};
 use proto::engine::ReplicaState;
 use proto::replica::{Reply, Request};
