@@ -164,6 +164,17 @@ impl Registry {
         Ok(true)
     }
 
+    /// Adopts a ready copy once more, because what describes it was touched.
+    pub async fn adopt_again(self: &Arc<Self>, key: &ImageKey) {
+        let _turn = self.lock(key).await;
+        if self.get(key).is_some_and(|copy| copy.state == CopyState::Ready) {
+            // Without a file there is nothing to adopt; a look finds that.
+            if let Err(error) = self.adopt(key).await {
+                self.put(key, Copy::failed(&error));
+            }
+        }
+    }
+
     fn start_verification(self: &Arc<Self>, key: &ImageKey, doubt: Doubt) {
         self.put(key, doubt.copy());
         let (registry, own) = (self.clone(), key.clone());
