@@ -44,7 +44,7 @@ fn shapes(seed: u64) -> Vec<Shape> {
     let lengths = [Length::Shorter, Length::Equal, Length::Longer];
     let images = forms.iter().flat_map(|form| lengths.iter().map(|length| Some((*form, *length))));
     let replicas = |index: u64| if (index + seed).is_multiple_of(2) { 1 } else { 3 };
-    let tls = |index: u64| (index + seed) / 2 % 2 == 0;
+    let tls = |index: u64| ((index + seed) / 2).is_multiple_of(2);
     // The order of lengths is odd, so that neighbors differ in both.
     std::iter::once(None)
         .chain(images)
