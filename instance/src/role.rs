@@ -49,7 +49,7 @@ pub struct Config {
     /// The user and group that agents run as, where it is not ours: they get what they write.
     pub disk_owner: Option<u32>,
     pub engines: EngineOptions,
-    /// How its replicas listen and its engines connect: in plain only, for now.
+    /// How its replicas listen and its engines connect. They are told the directory of the certificates.
     pub security: Security,
     /// See [`Metrics::register`].
     pub metrics: Metrics,
@@ -159,10 +159,10 @@ impl Role {
 /// Runs the role until it is cancelled. Processes stay.
 ///
 /// # Errors
-/// `Unsupported` when its configuration asks for TLS (docs/decisions/0011-transport.md).
+/// `Invalid` when its certificates are in no directory.
 pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), InstanceError> {
-    if !config.security.is_plain() {
-        return Err(InstanceError::PlainOnly);
+    if !config.security.is_plain() && config.security.directory().is_none() {
+        return Err(InstanceError::NoCertificateFiles);
     }
     let open = |kind: &str| {
         let path = config.directory.join(kind);
