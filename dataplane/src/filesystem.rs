@@ -193,18 +193,37 @@ pub async fn grow_before_mount(device: &Path, fs_type: &str) -> Result<(), Datap
     if !matches!(fs_type, "ext2" | "ext3" | "ext4") {
         return Ok(());
     }
-    let (owned, size) = (device.to_owned(), stats::device_size(device)?);
-    let used = tokio::task::spawn_blocking(move || ext_size(&owned)).await;
-    let used = used.map_err(|e| DataplaneError::io("read a superblock", std::io::Error::other(e)))??;
-    if size.saturating_sub(used) < EXT4_GROW_BYTES {
+    if !is_smaller_ext(device).await? {
         return Ok(());
     }
     let check = run("e2fsck", ["-f".as_ref(), "-p".as_ref(), device.as_os_str()], limits::FILESYSTEM_TIMEOUT).await?;
-    // 0: clean, 1: errors corrected. More needs a person.
-    if !matches!(check.code, Some(0 | 1)) {
-        return Err(check.failure());
+    match check.code {
+        // Clean, or errors corrected.
+        Some(0 | 1) => {}
+        // More needs a person.
+        Some(4) => {
+            return Err(DataplaneError::Damaged { device: device.to_owned(), said: check.failure().to_string() });
+        }
+        _ => return Err(check.failure()),
     }
     run_ok("resize2fs", [device], limits::FILESYSTEM_TIMEOUT).await.map(drop)
+}
+
+/// Whether an ext2/3/4 has so much less than its device that it is worth to be grown.
+async fn is_smaller_ext(device: &Path) -> Result<bool, DataplaneError> {
+    let (owned, size) = (device.to_owned(), stats::device_size(device)?);
+    let used = tokio::task::spawn_blocking(move || ext_size(&owned)).await;
+    let used = used.map_err(|e| DataplaneError::io("read a superblock", std::io::Error::other(e)))??;
+    Ok(size.saturating_sub(used) >= EXT4_GROW_BYTES)
+}
+
+/// Grows a filesystem to its device under its users. The kernel lets ext4 only with CAP_SYS_RESOURCE.
+pub async fn grow_while_mounted(device: &Path, target: &Path, fs_type: &str) -> Result<(), DataplaneError> {
+    match fs_type {
+        "ext2" | "ext3" | "ext4" if !is_smaller_ext(device).await? => Ok(()),
+        "ext2" | "ext3" | "ext4" => run_ok("resize2fs", [device], limits::FILESYSTEM_TIMEOUT).await.map(drop),
+        _ => grow_mounted(target, fs_type).await,
+    }
 }
 
 /// Grows a filesystem to its device after it was mounted (xfs, btrfs); ext4 was grown before.

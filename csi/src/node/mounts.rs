@@ -22,6 +22,7 @@ pub struct Mount {
     pub target: PathBuf,
     /// Of its filesystem.
     pub device: DeviceNumber,
+    pub fs_type: String,
     pub source: String,
     pub read_only: bool,
     /// A part of its filesystem is mounted, such as one device node of `/dev`.
@@ -35,6 +36,7 @@ impl From<mount::Mount> for Mount {
             is_part: mount.root != Path::new("/"),
             target: mount.target,
             device: DeviceNumber(mount.device),
+            fs_type: mount.fs_type,
             source: mount.source,
         }
     }
@@ -88,9 +90,12 @@ pub async fn flush(device: &Path) -> Result<(), CsiError> {
     Ok(filesystem::flush(device).await?)
 }
 
-/// Mounts the filesystem of a device, grown to the device. A failure leaves nothing mounted.
+/// Mounts the filesystem of a device, grown to the device unless it is to be read only. A failure leaves nothing mounted.
 pub async fn mount(device: &Path, target: &Path, fs_type: &str, flags: &[String]) -> Result<(), CsiError> {
-    filesystem::grow_before_mount(device, fs_type).await?;
+    let is_read_only = flags.iter().flat_map(|flag| flag.split(',')).any(|flag| flag == "ro");
+    if !is_read_only {
+        filesystem::grow_before_mount(device, fs_type).await?;
+    }
     let mut options = flags.to_vec();
     if fs_type == "xfs" {
         // Two volumes of one image have filesystems with one UUID.
@@ -98,12 +103,25 @@ pub async fn mount(device: &Path, target: &Path, fs_type: &str, flags: &[String]
     }
     let (source, place, kind) = (device.to_owned(), target.to_owned(), fs_type.to_owned());
     blocking(move || mount::mount(&source, &place, &kind, &options)).await?;
+    if is_read_only {
+        return Ok(());
+    }
     if let Err(error) = filesystem::grow_mounted(target, fs_type).await {
         // Half-done work would pass for done when the call is repeated.
         unmount(target).await?;
         return Err(error.into());
     }
     Ok(())
+}
+
+/// Grows what is grown after it was mounted (xfs) to its device; nothing when it has all of it.
+pub async fn finish_growth(mount: &Mount) -> Result<(), CsiError> {
+    Ok(filesystem::grow_mounted(&mount.target, &mount.fs_type).await?)
+}
+
+/// Grows a filesystem that is mounted to its device; nothing when it has all of it.
+pub async fn grow(device: &Path, mount: &Mount) -> Result<(), CsiError> {
+    Ok(filesystem::grow_while_mounted(device, &mount.target, &mount.fs_type).await?)
 }
 
 /// Makes a folder or device node visible at another path.
