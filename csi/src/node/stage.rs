@@ -126,7 +126,7 @@ pub async fn stage(
         Plan::Nothing => {
             // An attempt that was cut off may have mounted it and no more.
             if let Some(mounted) = observed.mounted.filter(|mounted| !mounted.read_only) {
-                mounts::finish_growth(&mounted).await?;
+                mounts::finish_growth(&device.path, &mounted).await?;
             }
             return Ok(csi::NodeStageVolumeResponse {});
         }

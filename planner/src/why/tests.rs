@@ -274,7 +274,8 @@ fn a_claim_says_what_its_growth_waits_for() {
         expect![[r#"
             Claim `default/c` is bound to `v`.
               It asks for 4Gi and has 1Gi. Volume `v` is attached to node `n1`.
-              Volume `v` is detached: 0 of 3 replicas are good.
+              Volume `v` is detached: 0 of 2 replicas are good.
+                Image `ubuntu` does not exist. You can: create it, e.g. `image create ubuntu --url …`.
         "#]],
     );
 }

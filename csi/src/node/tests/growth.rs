@@ -114,6 +114,21 @@ async fn a_mounted_filesystem_that_is_smaller_is_grown_or_the_reason_is_told() {
     }
 }
 
+/// By the kernel where it may; where it refuses, or was said to be able and is not, before it is mounted.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ext4_that_the_kernel_does_not_grow_is_grown_before_it_is_mounted() {
+    let world = World::grown("ext4").await;
+    let (device, staging) = (world.device(), world.path("staging"));
+    mounts::mount_grown(&device, &staging, "ext4", &["noatime".into()], true).await.unwrap();
+    assert!(bytes(&staging) > 500 << 20, "{} bytes", bytes(&staging));
+    assert_eq!(fs::read(staging.join("file")).unwrap(), written());
+    let mounted = dataplane::mount::list().unwrap().into_iter().filter(|m| m.target == staging).count();
+    assert_eq!(mounted, 1);
+    world.unstage().await.unwrap();
+    assert!(Command::new("e2fsck").args(["-f", "-n"]).arg(&device).output().unwrap().status.success());
+    world.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_mounted_read_only_is_not_grown() {
     for fs_type in ["ext4", "xfs"] {
