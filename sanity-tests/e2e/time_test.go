@@ -2,7 +2,9 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -56,6 +58,25 @@ func TestTimeFromTheClaimToTheRunningPod(t *testing.T) {
 		fmt.Printf("time: %-24s %5.1f s (%.1f times emptyDir; worst %.1f s)\n", what, middle.Seconds(),
 			middle.Seconds()/base.Seconds(), slices.Max(all).Seconds())
 	}
+	writeFigures(t, took)
+}
+
+// writeFigures gives all rounds to whoever measures (cargo xtask bench kubernetes), in the file that FIGURES names.
+func writeFigures(t *testing.T, took map[string][]time.Duration) {
+	t.Helper()
+	path := os.Getenv("FIGURES")
+	if path == "" {
+		return
+	}
+	seconds := map[string][]float64{}
+	for what, all := range took {
+		for _, one := range all {
+			seconds[what] = append(seconds[what], one.Seconds())
+		}
+	}
+	text, err := json.Marshal(seconds)
+	must(t, err)
+	must(t, os.WriteFile(path, text, 0o600))
 }
 
 func median(all []time.Duration) time.Duration {

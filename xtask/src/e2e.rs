@@ -19,7 +19,7 @@ const FLOWS: Duration = minutes(13);
 const COLD_BUILD: Duration = minutes(20);
 const STEPS_BEFORE: Duration = minutes(35);
 /// What the flows run (sanity-tests/cluster/build.sh).
-const GROUPS: [&str; 3] = ["kube", "csi", "tools"];
+pub const GROUPS: [&str; 3] = ["kube", "csi", "tools"];
 const BINARIES: [&str; 9] = [
     "kube-apiserver",
     "kube-controller-manager",

@@ -27,7 +27,7 @@ pub fn check_change(
     if old.status.as_ref().and_then(|s| s.phase.as_deref()) != Some("Bound") {
         return forbidden("only bound persistent volume claims can be expanded");
     }
-    if !class.is_some_and(|class| class.allow_volume_expansion == Some(true)) {
+    if class.is_none_or(|class| class.allow_volume_expansion != Some(true)) {
         return forbidden(
             "only dynamically provisioned pvc can be resized and the storageclass that provisions the pvc must support resize (allowVolumeExpansion: true)",
         );
