@@ -36,7 +36,7 @@ mv "$work/sums" "$work/manifests/SHA256SUMS"
 if [ "${1:-}" = --check ]; then
   helm lint --strict --quiet --kube-version "$KUBE" deploy/chart
   # All that can be switched on is YAML, too.
-  template --set sidecars.resizer.enabled=true,sidecars.snapshotter.enabled=true,storageClass.default=true \
+  template --set sidecars.snapshotter.enabled=true,storageClass.default=true \
     --set 'networkPolicies.metricsFrom[0].namespaceSelector.matchLabels.name=monitoring,imagePullSecrets[0].name=registry' >/dev/null
   diff -r "$work/manifests" $OUT || { echo "render.sh: deploy/manifests is not what deploy/chart renders to: run deploy/render.sh" >&2; exit 1; }
   echo "render: the chart lints, and deploy/manifests is fresh"

@@ -71,6 +71,8 @@ pub struct ReplicaStatus {
     pub generation_members: Vec<String>,
     /// Ours: its last attachment ended cleanly (also true when it was never attached).
     pub clean: bool,
+    /// Ours: the size of the volume as its files have it; 0 when not known.
+    pub current_size: SizeBytes,
     /// Ours: bytes that its files take on disk.
     pub actual_size_bytes: u64,
     pub conditions: Vec<Condition>,

@@ -3,6 +3,7 @@
 //! Pure functions, used by the HTTP API and by the admission webhook. One request reports all of its mistakes at once.
 //! Message texts that Longhorn's users and tests know are kept word for word.
 
+pub mod claim;
 pub mod image;
 mod nearest;
 pub mod node;

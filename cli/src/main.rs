@@ -9,6 +9,7 @@ mod documents;
 mod duration;
 mod engine_upgrade;
 mod engines;
+mod expand;
 mod failure;
 mod get;
 mod image;

@@ -8,6 +8,7 @@ mod attachments;
 mod capability;
 mod claims;
 mod clients;
+pub mod expansion;
 mod mounts;
 mod objects;
 mod size;
@@ -27,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use api::{Operation, router, streamed};
 use clients::Sockets;
-pub use clients::connect;
+pub use clients::{connect, is_transient};
 pub use mounts::unescape;
 
 use crate::failure::Failure;

@@ -16,7 +16,7 @@ use crate::client::{Client, Event};
 use crate::failure::{Failure, failed};
 use crate::orchestrator::Operation;
 use crate::progress::Progress;
-use crate::{duration, engine_upgrade, image, table};
+use crate::{duration, engine_upgrade, expand, image, table};
 
 /// Works with volumes. NAME is a PersistentVolumeClaim of the namespace, a PersistentVolume, or a volume.
 #[derive(Subcommand, Debug)]
@@ -55,6 +55,14 @@ pub enum VolumeCommand {
     UpgradeEngine {
         #[command(flatten)]
         which: Which,
+    },
+    /// Makes a volume larger. It grows once it is detached, and its filesystem when it is mounted the next time.
+    Expand {
+        #[command(flatten)]
+        which: Which,
+        /// The size that it is to have, e.g. 4Gi.
+        #[arg(long)]
+        size: String,
     },
     /// Unmounts a volume everywhere and detaches it.
     Detach {
@@ -116,6 +124,10 @@ pub async fn run(client: &Client, command: VolumeCommand, namespace: &str) -> an
         VolumeCommand::UpgradeEngine { which: Which { name, namespace: claims, timeout } } => {
             let message = engine_upgrade::run(client, &name, &claims, namespace, timeout).await?;
             println!("{message}");
+            Ok(())
+        }
+        VolumeCommand::Expand { which: Which { name, namespace: claims, timeout }, size } => {
+            println!("{}", expand::run(client, &name, &claims, namespace, &size, timeout).await?);
             Ok(())
         }
         VolumeCommand::Detach { which, node } => {

@@ -8,7 +8,10 @@ use api::names::{self, label};
 use api::validation::image::ImageRules;
 use api::validation::{self, FieldErrors};
 use api::{BackingImage, ErrorKind, Node, Replica, Setting, Volume, setting};
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::storage::v1::StorageClass;
 use kube::ResourceExt;
+use planner::volume::growth;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -27,6 +30,9 @@ pub struct Admission {
 impl Admission {
     /// The object as it is to be stored, or why it cannot be. `old` is what it replaces.
     pub async fn admit(&self, resource: &ResourceType, new: Object, old: Option<&Object>) -> Result<Object, Failure> {
+        if let Some(old) = old.filter(|_| resource.kind == "PersistentVolumeClaim") {
+            self.admit_claim(resource, &new, old).await?;
+        }
         if resource.group != names::GROUP {
             return Ok(new);
         }
@@ -57,6 +63,9 @@ impl Admission {
                     }
                 };
                 result.map_err(refused)?;
+                if let Some(old) = old {
+                    self.admit_growth(&parsed(resource, old)?, &parsed(resource, &new)?).await?;
+                }
             }
             "Node" => validation::node::check(&parsed::<Node>(resource, &new)?).map_err(refused)?,
             "Setting" => validation::setting::check(&parsed::<Setting>(resource, &new)?).map_err(refused)?,
@@ -67,6 +76,45 @@ impl Admission {
             _ => {}
         }
         Ok(new)
+    }
+
+    /// What Kubernetes asks of a claim whose size is changed.
+    async fn admit_claim(&self, resource: &ResourceType, new: &Object, old: &Object) -> Result<(), Failure> {
+        let (new, old): (PersistentVolumeClaim, PersistentVolumeClaim) =
+            (parsed(resource, new)?, parsed(resource, old)?);
+        if validation::claim::requested(&old) == validation::claim::requested(&new) {
+            return Ok(());
+        }
+        // A claim of the default class does not name it, its volume does.
+        let spec = old.spec.clone().unwrap_or_default();
+        let volume = match spec.volume_name.filter(|name| !name.is_empty()) {
+            Some(name) => self.store.get::<PersistentVolume>(&name).await?,
+            None => None,
+        };
+        let class = volume.and_then(|v| v.spec?.storage_class_name).or(spec.storage_class_name);
+        let class = match class.filter(|name| !name.is_empty()) {
+            Some(name) => self.store.get::<StorageClass>(&name).await?,
+            None => None,
+        };
+        validation::claim::check_change(&old, &new, class.as_ref()).map_err(Failure::forbidden)
+    }
+
+    /// Whether there is room for a volume that is to be larger: nobody else asks when it is edited by hand.
+    async fn admit_growth(&self, old: &Volume, new: &Volume) -> Result<(), Failure> {
+        if new.spec.size <= old.spec.size {
+            return Ok(());
+        }
+        let world = growth::World {
+            nodes: self.store.list(&Selector::default()).await?,
+            replicas: self.store.list(&Selector::default()).await?,
+            images: self.store.list(&Selector::default()).await?,
+            settings: self.store.list(&Selector::default()).await?,
+        };
+        let name = new.name_any();
+        match growth::refusal(&world, &name, new.spec.size.0) {
+            Some(why) => Err(Failure::new(ErrorKind::Exhausted, format!("Volume `{name}` cannot grow: {why}"))),
+            None => Ok(()),
+        }
     }
 
     async fn rules(&self) -> Result<ImageRules, Failure> {

@@ -129,6 +129,79 @@ async fn an_image_in_use_is_not_deleted() {
 }
 
 #[tokio::test]
+async fn a_volume_grows_by_hand_only_while_nobody_uses_it() {
+    let api = api();
+    let volume = json!({
+        "apiVersion": "longhorn.io/v1beta2", "kind": "Volume", "metadata": { "name": "v" },
+        "spec": { "size": "10485760", "numberOfReplicas": 1 },
+    });
+    let volumes = "/apis/longhorn.io/v1beta2/namespaces/longhorn-system/volumes";
+    call(&api, "POST", volumes, volume).await;
+    let one = format!("{volumes}/v");
+    let edit = async |spec: Value| call(&api, "PATCH", &one, json!({ "spec": spec })).await;
+    assert_eq!(edit(json!({ "size": "20971520" })).await.0, 200);
+    edit(json!({ "nodeID": "n1" })).await;
+    let (code, status) = edit(json!({ "size": "31457280" })).await;
+    assert_eq!(code, StatusCode::UNPROCESSABLE_ENTITY);
+    assert!(status["message"].as_str().unwrap().contains("attached to node `n1`"), "{status}");
+    edit(json!({ "nodeID": "" })).await;
+    let (_, status) = edit(json!({ "size": "10485760" })).await;
+    assert!(status["message"].as_str().unwrap().contains("cannot become smaller"), "{status}");
+    // A replica of it, on a disk without room for more.
+    let node = json!({
+        "apiVersion": "longhorn.io/v1beta2", "kind": "Node", "metadata": { "name": "n1" },
+        "spec": { "disks": { "d": { "path": "/d" } } },
+        "status": { "diskStatus": { "d": { "diskUUID": "u", "storageMaximum": 20971520 } } },
+    });
+    let replica = json!({
+        "apiVersion": "longhorn.io/v1beta2", "kind": "Replica", "metadata": { "name": "r" },
+        "spec": { "volumeName": "v", "volumeSize": "20971520", "diskID": "u" },
+    });
+    let (nodes, replicas) = (volumes.replace("volumes", "nodes"), volumes.replace("volumes", "replicas"));
+    assert_eq!(call(&api, "POST", &nodes, node.clone()).await.0, 201);
+    let status = json!({ "status": node["status"] });
+    assert_eq!(call(&api, "PATCH", &format!("{nodes}/n1/status"), status).await.0, 200);
+    assert_eq!(call(&api, "POST", &replicas, replica).await.0, 201);
+    let (code, status) = edit(json!({ "size": "31457280" })).await;
+    assert_eq!(code, StatusCode::INSUFFICIENT_STORAGE, "{status}");
+    let text = status["message"].as_str().unwrap();
+    assert!(text.contains("d of n1: 10485760 bytes are needed, 0 can still be promised"), "{status}");
+}
+
+#[tokio::test]
+async fn a_claim_is_changed_as_kubernetes_allows_it() {
+    let api = api();
+    let claims = "/api/v1/namespaces/default/persistentvolumeclaims";
+    let claim = json!({
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": { "name": "c" },
+        "spec": { "storageClassName": "fixed", "resources": { "requests": { "storage": "1Gi" } } },
+    });
+    assert_eq!(call(&api, "POST", claims, claim).await.0, 201);
+    for (name, allowed) in [("fixed", false), ("elastic", true)] {
+        let class = json!({
+            "apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": { "name": name },
+            "provisioner": "driver.longhorn.io", "allowVolumeExpansion": allowed,
+        });
+        assert_eq!(call(&api, "POST", "/apis/storage.k8s.io/v1/storageclasses", class).await.0, 201);
+    }
+    let one = format!("{claims}/c");
+    let edit = async |change: Value| call(&api, "PATCH", &one, change).await;
+    let size = |size: &str| json!({ "spec": { "resources": { "requests": { "storage": size } } } });
+    let refused = async |wanted: &str, why: &str| {
+        let (code, status) = edit(size(wanted)).await;
+        assert_eq!((code, status["reason"].as_str()), (StatusCode::FORBIDDEN, Some("Forbidden")), "{status}");
+        assert!(status["message"].as_str().unwrap().contains(why), "{status}");
+    };
+    refused("2Gi", "only bound persistent volume claims").await;
+    let bound = json!({ "status": { "phase": "Bound", "capacity": { "storage": "1Gi" } } });
+    assert_eq!(call(&api, "PATCH", &format!("{one}/status"), bound).await.0, 200);
+    refused("2Gi", "the storageclass that provisions the pvc must support resize").await;
+    refused("512Mi", "field can not be less than status.capacity").await;
+    assert_eq!(edit(json!({ "spec": { "storageClassName": "elastic" } })).await.0, 200);
+    assert_eq!(edit(size("2Gi")).await.0, 200);
+}
+
+#[tokio::test]
 async fn a_watch_tells_every_change_of_what_was_asked_for() {
     let api = api();
     call(&api, "POST", IMAGES, image("one")).await;

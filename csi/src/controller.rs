@@ -3,6 +3,7 @@
 mod capacity;
 mod create;
 mod delete;
+mod expand;
 mod image;
 mod list;
 mod publish;
@@ -83,7 +84,7 @@ struct ControllerService {
 }
 
 /// What this service can do; each has its tests.
-const CAPABILITIES: [rpc::Type; 9] = [
+const CAPABILITIES: [rpc::Type; 10] = [
     rpc::Type::CreateDeleteVolume,
     rpc::Type::PublishUnpublishVolume,
     rpc::Type::ListVolumes,
@@ -93,6 +94,7 @@ const CAPABILITIES: [rpc::Type; 9] = [
     rpc::Type::GetVolumeHealth,
     rpc::Type::ListVolumeHealth,
     rpc::Type::SingleNodeMultiWriter,
+    rpc::Type::ExpandVolume,
 ];
 
 #[tonic::async_trait]
@@ -212,9 +214,9 @@ impl Controller for ControllerService {
 
     async fn controller_expand_volume(
         &self,
-        _: Request<csi::ControllerExpandVolumeRequest>,
+        request: Request<csi::ControllerExpandVolumeRequest>,
     ) -> Result<Response<csi::ControllerExpandVolumeResponse>, Status> {
-        Err(status::not_offered("ControllerExpandVolume"))
+        call!(self, "ControllerExpandVolume", request, (volume_id), expand::expand)
     }
 
     async fn controller_modify_volume(

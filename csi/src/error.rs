@@ -72,6 +72,10 @@ pub enum CsiError {
     AttachedElsewhere { volume_id: String, node: String, hint: &'static str },
     #[error("volume `{volume_id}` {reason}")]
     NotUsable { volume_id: String, reason: String },
+    #[error(
+        "volume `{volume_id}` cannot grow: {reason}; make room there, or raise the setting `storage-over-provisioning-percentage`"
+    )]
+    NoRoom { volume_id: String, reason: String },
     #[error("volume `{volume_id}` can never be attached: {reason}")]
     TooSmall { volume_id: String, reason: String },
     #[error("volume `{volume_id}` {progress}")]
@@ -122,6 +126,7 @@ impl CsiError {
             | CsiError::AttachedElsewhere { .. }
             | CsiError::NotUsable { .. }
             | CsiError::Content { .. } => ErrorKind::NotReady,
+            CsiError::NoRoom { .. } => ErrorKind::Exhausted,
             // A token that does not begin a page is ABORTED by the specification.
             CsiError::Token { .. }
             | CsiError::ImageUnknown { .. }

@@ -1,7 +1,7 @@
 //! The Identity service: who we are. Served on every socket.
 
 use proto::csi;
-use proto::csi::plugin_capability::{self, service};
+use proto::csi::plugin_capability::{self, service, volume_expansion};
 use tonic::{Request, Response, Status};
 
 /// Name and version of the driver.
@@ -40,6 +40,12 @@ impl csi::identity_server::Identity for IdentityService {
             .map(|service| csi::PluginCapability {
                 r#type: Some(plugin_capability::Type::Service(plugin_capability::Service { r#type: service.into() })),
             })
+            .chain([csi::PluginCapability {
+                // A volume grows while it is detached.
+                r#type: Some(plugin_capability::Type::VolumeExpansion(plugin_capability::VolumeExpansion {
+                    r#type: volume_expansion::Type::Offline.into(),
+                })),
+            }])
             .collect();
         Ok(Response::new(csi::GetPluginCapabilitiesResponse { capabilities }))
     }

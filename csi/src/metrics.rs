@@ -25,7 +25,7 @@ struct MethodLabel {
 }
 
 /// The calls that [`crate::serve_controller`] answers.
-pub(crate) const CONTROLLER: [&str; 10] = [
+pub(crate) const CONTROLLER: [&str; 11] = [
     "CreateVolume",
     "DeleteVolume",
     "ControllerPublishVolume",
@@ -36,16 +36,18 @@ pub(crate) const CONTROLLER: [&str; 10] = [
     "ControllerListVolumeHealth",
     "ControllerGetVolumeHealth",
     "GetCapacity",
+    "ControllerExpandVolume",
 ];
 
 /// The calls that [`crate::serve_node`] answers.
-pub(crate) const NODE: [&str; 6] = [
+pub(crate) const NODE: [&str; 7] = [
     "NodeStageVolume",
     "NodeUnstageVolume",
     "NodePublishVolume",
     "NodeUnpublishVolume",
     "NodeGetVolumeStats",
     "NodeGetVolumeHealth",
+    "NodeExpandVolume",
 ];
 
 /// The metrics of CSI calls. Cheap to clone.

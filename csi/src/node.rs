@@ -1,6 +1,7 @@
 //! The Node service: volumes on one node, from the engine's block device to a path of a pod.
 
 mod device;
+mod expand;
 mod mounts;
 mod publish;
 mod stage;
@@ -81,11 +82,12 @@ struct NodeService {
 }
 
 /// What this service can do; each has its tests.
-const CAPABILITIES: [rpc::Type; 4] = [
+const CAPABILITIES: [rpc::Type; 5] = [
     rpc::Type::StageUnstageVolume,
     rpc::Type::GetVolumeStats,
     rpc::Type::GetVolumeHealth,
     rpc::Type::SingleNodeMultiWriter,
+    rpc::Type::ExpandVolume,
 ];
 
 /// A path that the caller must have sent: whole, and not one that no volume can be at.
@@ -154,9 +156,9 @@ impl Node for NodeService {
 
     async fn node_expand_volume(
         &self,
-        _: Request<csi::NodeExpandVolumeRequest>,
+        request: Request<csi::NodeExpandVolumeRequest>,
     ) -> Result<Response<csi::NodeExpandVolumeResponse>, Status> {
-        Err(status::not_offered("NodeExpandVolume"))
+        call!(self, "NodeExpandVolume", request, (volume_id), expand::expand)
     }
 
     async fn node_get_capabilities(

@@ -105,7 +105,7 @@ async fn both_sockets_say_who_they_are() {
                 .into_inner()
                 .capabilities
                 .len(),
-            2
+            3
         );
     }
     world.end().await;
@@ -173,6 +173,6 @@ async fn a_node_names_itself_and_its_place() {
     };
     assert_eq!(node.node_stage_volume(stage).await.unwrap_err().code(), Code::NotFound);
     let expand = csi::NodeExpandVolumeRequest::default();
-    assert_eq!(node.node_expand_volume(expand).await.unwrap_err().code(), Code::Unimplemented);
+    assert_eq!(node.node_expand_volume(expand).await.unwrap_err().code(), Code::InvalidArgument);
     world.end().await;
 }

@@ -1,4 +1,4 @@
-//! How large a new volume becomes.
+//! How large a volume becomes, when it is made and when it grows.
 
 use proto::csi::CapacityRange;
 
@@ -41,6 +41,20 @@ impl Bounds {
     pub fn accept(&self, size_bytes: u64) -> bool {
         self.required.is_none_or(|required| size_bytes >= required)
             && self.limit.is_none_or(|limit| size_bytes <= limit)
+    }
+
+    /// The size of a volume that has this many bytes and is to be in these bounds: it grows to what a new one would have, and never
+    /// shrinks.
+    pub fn grow(&self, has: u64) -> Result<u64, CsiError> {
+        match *self {
+            Bounds { limit: Some(limit), .. } if limit < has => Err(CsiError::Size {
+                reason: format!(
+                    "the volume has {has} bytes and cannot become smaller, the limit is {limit}; raise the limit"
+                ),
+            }),
+            Bounds { required: Some(required), .. } if required > has => self.choose(None),
+            _ => Ok(has),
+        }
     }
 
     /// The size of a new volume, given what the image (if any) makes a guest see.

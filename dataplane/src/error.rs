@@ -28,6 +28,11 @@ pub enum DataplaneError {
     /// The sentence says what is not blank and what it holds.
     #[error("{message}")]
     NotBlank { message: String },
+    #[error(
+        "the filesystem on `{}` is damaged, so it is neither grown nor mounted: {said}; repair it with `e2fsck` on that device, then try again",
+        device.display()
+    )]
+    Damaged { device: PathBuf, said: String },
     #[error("`{}` is in use by {users}", path.display())]
     Busy { path: PathBuf, users: String },
     #[error("{message}")]
@@ -44,9 +49,10 @@ impl DataplaneError {
                 _ => ErrorKind::Internal,
             },
             DataplaneError::Failed { .. } | DataplaneError::Refused { .. } => ErrorKind::Internal,
-            DataplaneError::Missing { .. } | DataplaneError::NotBlank { .. } | DataplaneError::Busy { .. } => {
-                ErrorKind::NotReady
-            }
+            DataplaneError::Missing { .. }
+            | DataplaneError::NotBlank { .. }
+            | DataplaneError::Damaged { .. }
+            | DataplaneError::Busy { .. } => ErrorKind::NotReady,
             DataplaneError::Slow { .. } | DataplaneError::Silent { .. } | DataplaneError::Ended { .. } => {
                 ErrorKind::Unavailable
             }

@@ -189,22 +189,59 @@ fn read_at(device: &Path, at: u64, length: usize) -> Result<Vec<u8>, DataplaneEr
 }
 
 /// Grows a filesystem to its device before it is mounted (ext4: checked first, as the tool demands). Others are grown when mounted.
+///
+/// A loss of power within this may leave what only a person can repair (docs/decisions/0007): see [`kernel_grows_ext`].
 pub async fn grow_before_mount(device: &Path, fs_type: &str) -> Result<(), DataplaneError> {
-    if !matches!(fs_type, "ext2" | "ext3" | "ext4") {
+    if !is_sound_and_smaller(device, fs_type).await? {
         return Ok(());
     }
+    run_ok("resize2fs", [device], limits::FILESYSTEM_TIMEOUT).await.map(drop)
+}
+
+/// Whether this is an ext2/3/4 that is to be grown. Checked first: one that is damaged is refused.
+pub async fn is_sound_and_smaller(device: &Path, fs_type: &str) -> Result<bool, DataplaneError> {
+    if !is_ext(fs_type) || !is_smaller_ext(device).await? {
+        return Ok(false);
+    }
+    let check = run("e2fsck", ["-f".as_ref(), "-p".as_ref(), device.as_os_str()], limits::FILESYSTEM_TIMEOUT).await?;
+    match check.code {
+        // Clean, or errors corrected.
+        Some(0 | 1) => Ok(true),
+        // More needs a person.
+        Some(4) => Err(DataplaneError::Damaged { device: device.to_owned(), said: check.failure().to_string() }),
+        _ => Err(check.failure()),
+    }
+}
+
+fn is_ext(fs_type: &str) -> bool {
+    matches!(fs_type, "ext2" | "ext3" | "ext4")
+}
+
+/// Whether the kernel may let this process grow a mounted ext4 (CAP_SYS_RESOURCE). Its journal covers that, so a loss of power in the
+/// middle leaves a whole filesystem.
+pub fn kernel_grows_ext() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(0);
+    effective >> CAP_SYS_RESOURCE & 1 == 1
+}
+
+/// Whether an ext2/3/4 has so much less than its device that it is worth to be grown.
+async fn is_smaller_ext(device: &Path) -> Result<bool, DataplaneError> {
     let (owned, size) = (device.to_owned(), stats::device_size(device)?);
     let used = tokio::task::spawn_blocking(move || ext_size(&owned)).await;
     let used = used.map_err(|e| DataplaneError::io("read a superblock", std::io::Error::other(e)))??;
-    if size.saturating_sub(used) < EXT4_GROW_BYTES {
-        return Ok(());
+    Ok(size.saturating_sub(used) >= EXT4_GROW_BYTES)
+}
+
+/// Grows a filesystem to its device under its users; an ext4 only as [`kernel_grows_ext`] says.
+pub async fn grow_while_mounted(device: &Path, target: &Path, fs_type: &str) -> Result<(), DataplaneError> {
+    match fs_type {
+        ext if is_ext(ext) && !is_smaller_ext(device).await? => Ok(()),
+        ext if is_ext(ext) => run_ok("resize2fs", [device], limits::FILESYSTEM_TIMEOUT).await.map(drop),
+        _ => grow_mounted(target, fs_type).await,
     }
-    let check = run("e2fsck", ["-f".as_ref(), "-p".as_ref(), device.as_os_str()], limits::FILESYSTEM_TIMEOUT).await?;
-    // 0: clean, 1: errors corrected. More needs a person.
-    if !matches!(check.code, Some(0 | 1)) {
-        return Err(check.failure());
-    }
-    run_ok("resize2fs", [device], limits::FILESYSTEM_TIMEOUT).await.map(drop)
 }
 
 /// Grows a filesystem to its device after it was mounted (xfs, btrfs); ext4 was grown before.

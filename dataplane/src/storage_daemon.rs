@@ -75,6 +75,9 @@ pub struct Config {
     /// `None`: a volume without image.
     pub base: Option<Base>,
     pub size_bytes: u64,
+    /// What the head has as far as is recorded. One that has this or more, and less than `size_bytes`, is grown; other sizes are
+    /// refused. What is new reads as zeroes, also where the base is longer than the head was.
+    pub recorded_bytes: u64,
     /// Make the head when it is absent. Without this an absent head is an error: it held data.
     pub create_head: bool,
     /// A lock that the daemon shall hold as long as it lives.
@@ -86,6 +89,7 @@ struct Chain {
     head: String,
     base: Option<Base>,
     size_bytes: u64,
+    recorded_bytes: u64,
 }
 
 /// A running daemon with its head open. Dropping it does not end it; our own end does, and [`StorageDaemon::quit`].
@@ -118,9 +122,11 @@ impl StorageDaemon {
                 ),
             });
         }
-        let Config { directory, head, base, size_bytes, listener, lock, .. } = config;
+        // One that nobody has used begins as its image does, however long it is to be now.
+        let head_exists = head_exists && !(config.create_head && config.recorded_bytes < config.size_bytes);
+        let Config { directory, head, base, size_bytes, recorded_bytes, listener, lock, .. } = config;
         let daemon = launch(program, directory, listener, lock).await?;
-        match daemon.open(&Chain { head, base, size_bytes }, head_exists).await {
+        match daemon.open(&Chain { head, base, size_bytes, recorded_bytes }, head_exists).await {
             Ok(daemon) => Ok(daemon),
             Err((daemon, error)) => {
                 let error = daemon.explain(error);
@@ -145,7 +151,9 @@ impl StorageDaemon {
             let direct = add_file(&self.qmp, &chain.head).await?;
             let head_options = head_options(chain.base.is_some(), direct);
             self.qmp.execute("blockdev-add", head_options.clone()).await?;
-            check_size(&self.qmp, &self.directory, chain).await?;
+            if fit_size(&self.qmp, &self.directory, chain).await? {
+                flush(&self.qmp, &head_options).await?;
+            }
             Ok(head_options)
         }
         .await;
@@ -181,11 +189,8 @@ impl StorageDaemon {
     }
 
     /// Writes everything that QEMU holds to the disk, metadata included.
-    ///
-    /// There is no command for that; reopening a node with unchanged options flushes it first and reports a failure.
     pub async fn flush(&self) -> Result<(), DataplaneError> {
-        let options = json!({ "options": [self.head_options] });
-        self.qmp.execute("blockdev-reopen", options).await.map(drop).map_err(|e| self.explain(e))
+        flush(&self.qmp, &self.head_options).await.map_err(|e| self.explain(e))
     }
 
     /// Returns when the daemon has ended, with a sentence about how.
@@ -388,22 +393,36 @@ async fn run_job(qmp: &Qmp, id: &str, options: Value) -> Result<(), DataplaneErr
     }
 }
 
-async fn check_size(qmp: &Qmp, directory: &Path, chain: &Chain) -> Result<(), DataplaneError> {
+/// There is no command to flush; reopening a node with unchanged options flushes it first and reports a failure.
+async fn flush(qmp: &Qmp, head_options: &Value) -> Result<(), DataplaneError> {
+    qmp.execute("blockdev-reopen", json!({ "options": [head_options] })).await.map(drop)
+}
+
+/// A head of another size belongs to another volume, or to this one before it grew; whether it was grown now.
+///
+/// QEMU sees the base here, so it puts zeroes where that would show in what is new, before the size itself is written: a head that is
+/// cut off in between has its old size.
+async fn fit_size(qmp: &Qmp, directory: &Path, chain: &Chain) -> Result<bool, DataplaneError> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
     let head = nodes.as_array().into_iter().flatten().find(|node| node["node-name"] == NODE_HEAD).cloned();
     let found = head.and_then(|h| h["image"]["virtual-size"].as_u64());
-    if found == Some(chain.size_bytes) {
-        return Ok(());
+    match found {
+        Some(bytes) if bytes == chain.size_bytes => Ok(false),
+        Some(bytes) if (chain.recorded_bytes..chain.size_bytes).contains(&bytes) => {
+            qmp.execute("block_resize", json!({ "node-name": NODE_HEAD, "size": chain.size_bytes })).await?;
+            tracing::info!(directory = %directory.display(), from = bytes, to = chain.size_bytes, "head grown");
+            Ok(true)
+        }
+        _ => Err(DataplaneError::Unusable {
+            message: format!(
+                "`{}` in `{}` has {} bytes, the volume has {}; it belongs to another volume or a resize was cut short",
+                chain.head,
+                directory.display(),
+                found.map_or_else(|| "an unknown number of".into(), |n| n.to_string()),
+                chain.size_bytes
+            ),
+        }),
     }
-    Err(DataplaneError::Unusable {
-        message: format!(
-            "`{}` in `{}` has {} bytes, the volume has {}; it belongs to another volume or a resize was cut short",
-            chain.head,
-            directory.display(),
-            found.map_or_else(|| "an unknown number of".into(), |n| n.to_string()),
-            chain.size_bytes
-        ),
-    })
 }
 
 /// A second wall: ingest refuses such images, but QEMU offers no option against an external data file of a qcow2.

@@ -17,6 +17,8 @@ pub enum Process {
     None,
     /// It runs and answers.
     Serving,
+    /// It runs and answers, with the size that the volume had before it grew.
+    Outgrown { has: u64, wanted: u64 },
     /// It runs and does not answer (yet).
     Silent,
     /// It has ended without being asked; the end of its log.
@@ -68,6 +70,11 @@ pub fn decide(replica: &Replica, image: Option<&BackingImage>, process: &Process
         (false, _) => (InstanceState::Stopping, Step::End, not_ready("Stopping", "it is being ended")),
         (true, Process::Serving) => {
             (InstanceState::Running, Step::Nothing, Condition::new(READY, ConditionStatus::True, "Serving", ""))
+        }
+        // The size changes only while no engine uses it.
+        (true, Process::Outgrown { has, wanted }) => {
+            let message = format!("it is started again, to grow from {has} to {wanted} bytes");
+            (InstanceState::Starting, Step::End, not_ready("Growing", &message))
         }
         (true, Process::Silent) => {
             (InstanceState::Starting, Step::Nothing, not_ready("Starting", "its process does not answer yet"))
@@ -213,6 +220,15 @@ mod tests {
         let expected = expect!["Nothing; Error; the replica process ended; its last words: no space"];
         check("running", None, Process::Ended("no space".into()), expected);
         check("stopped", None, Process::Ended("no space".into()), expect!["End; Stopping; it is being ended"]);
+    }
+
+    #[test]
+    fn a_process_from_before_the_volume_grew_is_started_again() {
+        let outgrown = || Process::Outgrown { has: 1, wanted: 2 };
+        let expected = expect!["End; Starting; it is started again, to grow from 1 to 2 bytes"];
+        check("running", None, outgrown(), expected);
+        check("stopped", None, outgrown(), expect!["End; Stopping; it is being ended"]);
+        check("deleted", None, outgrown(), expect!["Remove; Stopping; "]);
     }
 
     #[test]

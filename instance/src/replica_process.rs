@@ -104,7 +104,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Repl
     let security = Security::from_directory(config.certificates.as_deref());
     let security = security.map_err(|source| ReplicaError::Certificates { replica: config.replica.clone(), source })?;
     let lock = directory::claim(&config.directory).await?;
-    let record = directory::open_record(&config)?;
+    let mut record = directory::open_record(&config)?;
     let inherited = lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;
     let network = storage_daemon::listener::listen(config.listen)
         .map_err(|e| ReplicaError::io(format!("listen on {}", config.listen), e))?;
@@ -122,12 +122,21 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Repl
         listener,
         base: config.image.as_ref().map(|i| Base { path: i.path.clone(), format: i.format }),
         size_bytes: config.size_bytes,
+        recorded_bytes: record.size_bytes,
         // Generation 0: no export was ever opened, so there is nothing to lose.
         create_head: record.generation == 0,
         lock: Some(inherited.into()),
     })
     .await
     .map_err(failed)?;
+    if record.size_bytes < config.size_bytes {
+        // The head has grown durably. Until this is recorded its process may be cut off at any step and do it again.
+        record.size_bytes = config.size_bytes;
+        if let Err(error) = directory::write_record(&config.directory, &record) {
+            let _ = daemon.quit().await;
+            return Err(error);
+        }
+    }
     let replica = Replica::new(config.directory.clone(), record, daemon);
     let outcome = serve(&config, &security, relayed, replica, shutdown).await;
     drop(lock);

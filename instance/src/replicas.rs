@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use api::engine::InstanceState;
 use api::names::FINALIZER;
+use api::quantity::SizeBytes;
 use api::replica::ReplicaStatus;
 use api::{BackingImage, Node, Replica, condition};
 use jiff::Timestamp;
@@ -129,7 +130,11 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     let socket = directory.join(file::CONTROL_SOCKET);
     match control::ask::<Reply>(&socket, &Request::Status).await {
         Ok(Reply::Status { record, actual_size_bytes, .. }) => {
-            Ok(Observed { process: Process::Serving, record: Some(record), port, actual_size_bytes })
+            let process = match (record.size_bytes, replica.spec.volume_size.0) {
+                (has, wanted) if has < wanted => Process::Outgrown { has, wanted },
+                _ => Process::Serving,
+            };
+            Ok(Observed { process, record: Some(record), port, actual_size_bytes })
         }
         _ => Ok(seen(Process::Silent, read_record(&directory)?)),
     }
@@ -271,6 +276,7 @@ async fn report(role: &Role, replica: &Replica, decision: &Decision, observed: &
         generation: observed.record.as_ref().map_or(status.generation, |r| r.generation),
         generation_members: observed.record.as_ref().map_or(status.generation_members, |r| r.members.clone()),
         clean: observed.record.as_ref().map_or(status.clean, |r| r.clean),
+        current_size: observed.record.as_ref().map_or(status.current_size, |r| SizeBytes(r.size_bytes)),
         actual_size_bytes: observed.actual_size_bytes,
         conditions: conditions.fold(status.conditions, |mut list, c| {
             condition::set(&mut list, c, now);

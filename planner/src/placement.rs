@@ -97,7 +97,7 @@ fn copy_room(disk: &Disk, load: Load, _: &Settings) -> u64 {
 }
 
 /// Bytes of replicas that may still be promised (LF 4.2): replicas are thin, so the over-provisioning setting applies.
-fn replica_room(disk: &Disk, load: Load, settings: &Settings) -> u64 {
+pub(crate) fn replica_room(disk: &Disk, load: Load, settings: &Settings) -> u64 {
     let unreserved = u128::from(disk.maximum_bytes.saturating_sub(disk.reserved_bytes));
     let promised = unreserved * u128::from(settings.over_provisioning_percent) / 100;
     let taken = u128::from(load.replica_bytes) + u128::from(load.copy_bytes);

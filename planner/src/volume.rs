@@ -4,6 +4,7 @@
 //! that is left out is marked as failed before the engine may start, and nothing is attached elsewhere while an engine may still write.
 
 mod attach;
+pub mod growth;
 mod place;
 mod report;
 
@@ -280,7 +281,10 @@ impl Pass<'_> {
         }
         match self.engine_ended() {
             // Replicas end after the engine, which closes them cleanly.
-            Ok(Ended::Surely) => self.replicas.values_mut().for_each(|spec| spec.desire_state = DesireState::Stopped),
+            Ok(Ended::Surely) => {
+                self.replicas.values_mut().for_each(|spec| spec.desire_state = DesireState::Stopped);
+                self.carry_size();
+            }
             // An engine that lives in spite of it would go on with those that are left; where all stay, the next attachment meets it.
             // What they recorded while it served is looked at anew.
             Ok(Ended::Declared) => self.replicas.values_mut().for_each(|spec| spec.active = false),
@@ -290,6 +294,15 @@ impl Pass<'_> {
                     Condition::new(READY, ConditionStatus::False, "Detaching", format!("detachment waits: {why}"));
                 self.wait_for(condition.with_hint(self.engine_hint()));
             }
+        }
+    }
+
+    /// Takes the volume's size over into its replicas, all at once, while nothing uses them: a process that serves less is ended for
+    /// it. One that is away, or failed, gets it too, so that it has the size of the others whenever it is started.
+    fn carry_size(&mut self) {
+        if self.o.volume.metadata.deletion_timestamp.is_none() {
+            let size = self.o.volume.spec.size;
+            self.replicas.values_mut().for_each(|spec| spec.volume_size = spec.volume_size.max(size));
         }
     }
 

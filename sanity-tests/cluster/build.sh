@@ -69,6 +69,7 @@ kube() {
 csi() {
   sidecar csi-provisioner provisioner "$PROVISIONER"
   sidecar csi-attacher attacher "$ATTACHER"
+  sidecar csi-resizer resizer "$RESIZER"
 }
 more-csi() {
   # Its go.mod points the client module at ./client, which the published archive leaves out; the released client stands in for it.
@@ -76,7 +77,6 @@ more-csi() {
   for binary in csi-snapshotter snapshot-controller; do
     sidecar $binary snapshotter "$SNAPSHOTTER" "$client"
   done
-  sidecar csi-resizer resizer "$RESIZER"
   if [ "$(cat "$CACHE/crd/.from" 2>/dev/null)" != "$SNAPSHOT_CLIENT" ]; then
     rm -rf "$CACHE/crd"
     mkdir -p "$CACHE/crd"

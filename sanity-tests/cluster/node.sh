@@ -55,7 +55,7 @@ sidecar_images() {
     *) binary=$BIN/$name ;;
     esac
     case $name in
-    csi-resizer | csi-snapshotter) [ -x "$binary" ] || { echo "no $name: the chart does not run it unless asked (build.sh more-csi)" && continue; } ;;
+    csi-snapshotter) [ -x "$binary" ] || { echo "no $name: the chart does not run it unless asked (build.sh more-csi)" && continue; } ;;
     esac
     [ -x "$binary" ] || die "there is no $binary: run sanity-tests/cluster/build.sh"
     [ "$archive" -nt "$binary" ] || "$BIN/mkimage" -o "$archive" -ref "$reference" -add "$binary=/$name" -entrypoint "/$name"

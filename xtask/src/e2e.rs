@@ -20,7 +20,7 @@ const COLD_BUILD: Duration = minutes(20);
 const STEPS_BEFORE: Duration = minutes(35);
 /// What the flows run (sanity-tests/cluster/build.sh).
 pub const GROUPS: [&str; 3] = ["kube", "csi", "tools"];
-const BINARIES: [&str; 8] = [
+const BINARIES: [&str; 9] = [
     "kube-apiserver",
     "kube-controller-manager",
     "kube-scheduler",
@@ -29,6 +29,7 @@ const BINARIES: [&str; 8] = [
     "kubectl",
     "csi-provisioner",
     "csi-attacher",
+    "csi-resizer",
 ];
 
 const fn minutes(n: u64) -> Duration {

@@ -2,7 +2,7 @@
 
 use crate::ids::VolumeName;
 use crate::image::DataEngine;
-use crate::volume::AccessMode;
+use crate::volume::{AccessMode, VolumeState};
 use crate::{BackingImage, Volume};
 
 use super::{FieldErrors, LABEL_RULE, Mistakes, fits_label};
@@ -41,14 +41,7 @@ pub fn check_new(volume: &Volume, image: Option<&BackingImage>) -> Result<(), Fi
 pub fn check_change(old: &Volume, new: &Volume) -> Result<(), FieldErrors> {
     let mut mistakes = Mistakes::default();
     mistakes.refuse_change("spec.backingImage", &old.spec.backing_image, &new.spec.backing_image);
-    if new.spec.size != old.spec.size {
-        let reason = if new.spec.size < old.spec.size {
-            format!("a volume cannot become smaller, and this one has {}", old.spec.size)
-        } else {
-            format!("expansion is not supported, and this one has {}", old.spec.size)
-        };
-        mistakes.add("spec.size", new.spec.size.to_string(), reason);
-    }
+    check_growth(&mut mistakes, old, new);
     if new.spec.data_engine != old.spec.data_engine {
         mistakes.add("spec.dataEngine", "v2", "it cannot be changed, and was `v1`");
     }
@@ -57,6 +50,36 @@ pub fn check_change(old: &Volume, new: &Volume) -> Result<(), FieldErrors> {
     }
     check_wishes(&mut mistakes, new);
     mistakes.result()
+}
+
+/// Who may use a volume, as the end of a sentence about it; a volume at rest has nobody.
+pub fn use_of(volume: &Volume) -> Option<String> {
+    let status = volume.status.clone().unwrap_or_default();
+    if !volume.spec.node_id.is_empty() {
+        Some(format!("is attached to node `{}`, or on its way there", volume.spec.node_id))
+    } else if !status.current_node_id.is_empty() {
+        Some(format!("is still being detached from node `{}`", status.current_node_id))
+    } else {
+        let moves = matches!(status.state, VolumeState::Attached | VolumeState::Attaching | VolumeState::Detaching);
+        moves.then(|| "is still being detached".to_owned())
+    }
+}
+
+/// A volume grows when nothing uses it: its replicas do so when they are started, and its filesystem before it is mounted.
+fn check_growth(mistakes: &mut Mistakes, old: &Volume, new: &Volume) {
+    let (has, wanted) = (old.spec.size, new.spec.size);
+    let reason = if wanted == has {
+        return;
+    } else if wanted < has {
+        format!("a volume cannot become smaller, and this one has {has}")
+    } else if !wanted.0.is_multiple_of(512) {
+        "it must be a multiple of 512".into()
+    } else if let Some(used) = use_of(old).or_else(|| use_of(new)) {
+        format!("this one has {has} and {used}; a volume grows once it is detached")
+    } else {
+        return;
+    };
+    mistakes.add("spec.size", wanted.to_string(), reason);
 }
 
 fn check_image(mistakes: &mut Mistakes, volume: &Volume, image: Option<&BackingImage>) {
@@ -173,13 +196,58 @@ mod tests {
             expect!["spec.size is `1048576`: a volume cannot become smaller, and this one has 1073741824"],
         );
         check(
-            json!({"size": "2147483648"}),
-            expect!["spec.size is `2147483648`: expansion is not supported, and this one has 1073741824"],
+            json!({"size": "1073741823"}),
+            expect!["spec.size is `1073741823`: a volume cannot become smaller, and this one has 1073741824"],
+        );
+        check(json!({"size": "2147483648"}), expect!["fine"]);
+        check(json!({"size": "2147483649"}), expect!["spec.size is `2147483649`: it must be a multiple of 512"]);
+        check(
+            json!({"size": "2147483648", "nodeID": "node-1"}),
+            expect![
+                "spec.size is `2147483648`: this one has 1073741824 and is attached to node `node-1`, or on its way there; a volume grows once it is detached"
+            ],
         );
         check(
             json!({"backingImage": "img", "numberOfReplicas": 21}),
             expect![
                 "spec.backingImage is `img`: it cannot be changed, and was ``; spec.numberOfReplicas is `21`: it must be 1 to 20"
+            ],
+        );
+    }
+
+    #[test]
+    fn a_volume_grows_only_while_it_is_at_rest() {
+        let check = |node: &str, status: Value, expected: Expect| {
+            let mut old = volume("a", json!({"nodeID": node}));
+            old.status = serde_json::from_value(status).unwrap();
+            let mut new = old.clone();
+            new.spec.size.0 *= 2;
+            new.spec.node_id.clear();
+            expected.assert_eq(&shown(super::check_change(&old, &new)));
+        };
+        check("", json!({}), expect!["fine"]);
+        check("", json!({"state": "creating"}), expect!["fine"]);
+        check("", json!({"state": "detached"}), expect!["fine"]);
+        // Whoever takes it off its node in the same breath.
+        check(
+            "n1",
+            json!({"state": "detached"}),
+            expect![
+                "spec.size is `2147483648`: this one has 1073741824 and is attached to node `n1`, or on its way there; a volume grows once it is detached"
+            ],
+        );
+        check(
+            "",
+            json!({"state": "detaching", "currentNodeID": "n2"}),
+            expect![
+                "spec.size is `2147483648`: this one has 1073741824 and is still being detached from node `n2`; a volume grows once it is detached"
+            ],
+        );
+        check(
+            "",
+            json!({"state": "attaching"}),
+            expect![
+                "spec.size is `2147483648`: this one has 1073741824 and is still being detached; a volume grows once it is detached"
             ],
         );
     }

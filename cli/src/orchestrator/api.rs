@@ -2,7 +2,7 @@
 //!
 //! Each answers with JSON lines: `{"say": …}` while it works, then `{"done": …}` or `{"failed": {"kind", "message"}}`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ::api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
@@ -27,7 +27,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::objects::{self, Part, is_deleting};
 use super::target::{self, SELECTED_NODE, Target};
-use super::{Orchestrator, attachments, clients, mounts};
+use super::{Orchestrator, attachments, clients, expansion, mounts};
 use crate::failure::Failure;
 
 /// An operation on a volume. Fields that it does not need are left out.
@@ -92,9 +92,12 @@ fn required<T: Clone>(value: &Option<T>, what: &str) -> Result<T, Failure> {
 async fn attach(State(orchestrator): State<Orchestrator>, Json(operation): Json<Operation>) -> Response {
     streamed(async move |voice| {
         let (target, attachment) = attached(&orchestrator, &operation, deadline(&operation), &voice).await?;
-        Ok(
-            json!({ "volume": target.volume_id, "node": attachment.spec.node_name, "device": device(&orchestrator, &target).await? }),
-        )
+        let (node, device) = (attachment.spec.node_name, device(&orchestrator, &target).await?);
+        if target.usage.block && !operation.read_only {
+            // Its device is all that there is to look at.
+            expansion::finish(&orchestrator, &target, &node, Path::new(&device), Path::new("")).await?;
+        }
+        Ok(json!({ "volume": target.volume_id, "node": node, "device": device }))
     })
 }
 

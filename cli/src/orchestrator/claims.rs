@@ -20,6 +20,7 @@ use store::{Preconditions, Selector, StoreError};
 use super::Orchestrator;
 use super::capability::Usage;
 use super::clients;
+use super::expansion;
 use super::objects::{self, Part, is_deleting};
 use super::size;
 use super::target::SELECTED_NODE;
@@ -35,12 +36,16 @@ const PROVISIONER: &str = "volume.kubernetes.io/storage-provisioner";
 /// Type of the condition that says why a claim is not bound.
 const PROVISIONED: &str = "Provisioned";
 
-/// Whether a claim has to be bound or released.
+/// Whether a claim has to be bound, expanded or released.
 pub fn needs_work(claim: &PersistentVolumeClaim) -> bool {
     if is_deleting(claim) {
         return claim.finalizers().iter().any(|f| f == CLAIM_FINALIZER);
     }
-    claim.status.as_ref().and_then(|s| s.phase.as_deref()) != Some("Bound")
+    !is_bound(claim) || expansion::needs_work(claim)
+}
+
+fn is_bound(claim: &PersistentVolumeClaim) -> bool {
+    claim.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Bound")
 }
 
 /// Whether the claim of a persistent volume is gone.
@@ -50,12 +55,15 @@ pub fn needs_reclaim(volume: &PersistentVolume, claims: &[PersistentVolumeClaim]
     volume.finalizers().iter().any(|f| f == VOLUME_FINALIZER) && (abandoned || claim.is_none() && is_deleting(volume))
 }
 
-/// Brings a claim one step further: provisions its volume and binds it, or releases it.
+/// Brings a claim one step further: provisions its volume and binds it, expands it, or releases it.
 pub async fn bind(
     orchestrator: &Orchestrator,
     claim: &PersistentVolumeClaim,
     next_delay: Duration,
 ) -> Result<(), Failure> {
+    if !is_deleting(claim) && is_bound(claim) {
+        return expansion::expand(orchestrator, claim, next_delay).await;
+    }
     let result =
         if is_deleting(claim) { release(orchestrator, claim).await } else { provision(orchestrator, claim).await };
     if let Err(failure) = &result {

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::objects::{self, Part};
 use super::target::{self, Target};
-use super::{Orchestrator, attachments, clients};
+use super::{Orchestrator, attachments, clients, expansion};
 use crate::failure::Failure;
 
 /// Where the volume is staged on its node.
@@ -135,6 +135,9 @@ pub async fn publish(
         if let Err(failure) = undone {
             tracing::warn!(error = %failure, "a failed mount is not cleaned up yet");
         }
+    }
+    if result.is_ok() && !read_only {
+        expansion::finish(orchestrator, target, node, path, &staging).await?;
     }
     result.map(drop)
 }

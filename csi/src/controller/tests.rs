@@ -19,7 +19,7 @@ use crate::deadline::Deadline;
 
 const GIB: i64 = 1 << 30;
 
-fn context() -> Context {
+pub fn context() -> Context {
     let objects = Arc::new(Embedded::in_memory());
     Context {
         store: Store::new(objects, "longhorn-system"),
@@ -28,7 +28,7 @@ fn context() -> Context {
     }
 }
 
-fn soon(milliseconds: u64) -> Deadline {
+pub fn soon(milliseconds: u64) -> Deadline {
     Deadline::after(Duration::from_millis(milliseconds), &CancellationToken::new())
 }
 
@@ -47,7 +47,7 @@ async fn create(context: &Context, name: &str, parameters: &[(&str, &str)]) -> R
     Ok(answer.volume.unwrap())
 }
 
-fn error<T: std::fmt::Debug>(result: Result<T, CsiError>) -> (ErrorKind, String) {
+pub fn error<T: std::fmt::Debug>(result: Result<T, CsiError>) -> (ErrorKind, String) {
     let error = result.unwrap_err();
     (error.kind(), error.to_string())
 }

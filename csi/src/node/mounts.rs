@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 pub use dataplane::filesystem::{Contents as Content, Found, New};
 use dataplane::mount::Unmount;
 use dataplane::{DataplaneError, filesystem, mount, stats};
+use tracing::info;
 
 use crate::CsiError;
 
@@ -22,6 +23,7 @@ pub struct Mount {
     pub target: PathBuf,
     /// Of its filesystem.
     pub device: DeviceNumber,
+    pub fs_type: String,
     pub source: String,
     pub read_only: bool,
     /// A part of its filesystem is mounted, such as one device node of `/dev`.
@@ -35,6 +37,7 @@ impl From<mount::Mount> for Mount {
             is_part: mount.root != Path::new("/"),
             target: mount.target,
             device: DeviceNumber(mount.device),
+            fs_type: mount.fs_type,
             source: mount.source,
         }
     }
@@ -88,22 +91,62 @@ pub async fn flush(device: &Path) -> Result<(), CsiError> {
     Ok(filesystem::flush(device).await?)
 }
 
-/// Mounts the filesystem of a device, grown to the device. A failure leaves nothing mounted.
+/// Mounts the filesystem of a device, grown to the device unless it is to be read only. A failure leaves nothing mounted.
 pub async fn mount(device: &Path, target: &Path, fs_type: &str, flags: &[String]) -> Result<(), CsiError> {
-    filesystem::grow_before_mount(device, fs_type).await?;
-    let mut options = flags.to_vec();
-    if fs_type == "xfs" {
-        // Two volumes of one image have filesystems with one UUID.
-        options.push("nouuid".into());
+    mount_grown(device, target, fs_type, flags, filesystem::kernel_grows_ext()).await
+}
+
+/// The same, with ext4 grown by the kernel once it is mounted where that is said to be possible. What it does not grow is grown
+/// before it is mounted.
+pub async fn mount_grown(
+    device: &Path,
+    target: &Path,
+    fs_type: &str,
+    flags: &[String],
+    by_kernel: bool,
+) -> Result<(), CsiError> {
+    if flags.iter().flat_map(|flag| flag.split(',')).any(|flag| flag == "ro") {
+        return mount_as_it_is(device, target, fs_type, flags).await;
     }
-    let (source, place, kind) = (device.to_owned(), target.to_owned(), fs_type.to_owned());
-    blocking(move || mount::mount(&source, &place, &kind, &options)).await?;
+    if by_kernel && filesystem::is_sound_and_smaller(device, fs_type).await? {
+        mount_as_it_is(device, target, fs_type, flags).await?;
+        match filesystem::grow_while_mounted(device, target, fs_type).await {
+            Ok(()) => return Ok(()),
+            Err(error) => info!(%error, "the kernel does not grow the filesystem, so it is grown before it is mounted"),
+        }
+        unmount(target).await?;
+    }
+    filesystem::grow_before_mount(device, fs_type).await?;
+    mount_as_it_is(device, target, fs_type, flags).await?;
     if let Err(error) = filesystem::grow_mounted(target, fs_type).await {
         // Half-done work would pass for done when the call is repeated.
         unmount(target).await?;
         return Err(error.into());
     }
     Ok(())
+}
+
+async fn mount_as_it_is(device: &Path, target: &Path, fs_type: &str, flags: &[String]) -> Result<(), CsiError> {
+    let mut options = flags.to_vec();
+    if fs_type == "xfs" {
+        // Two volumes of one image have filesystems with one UUID.
+        options.push("nouuid".into());
+    }
+    let (source, place, kind) = (device.to_owned(), target.to_owned(), fs_type.to_owned());
+    blocking(move || mount::mount(&source, &place, &kind, &options)).await
+}
+
+/// Grows what was mounted by an attempt that was cut off before it was grown, where that can be done.
+pub async fn finish_growth(device: &Path, mount: &Mount) -> Result<(), CsiError> {
+    if filesystem::kernel_grows_ext() {
+        return grow(device, mount).await;
+    }
+    Ok(filesystem::grow_mounted(&mount.target, &mount.fs_type).await?)
+}
+
+/// Grows a filesystem that is mounted to its device; nothing when it has all of it.
+pub async fn grow(device: &Path, mount: &Mount) -> Result<(), CsiError> {
+    Ok(filesystem::grow_while_mounted(device, &mount.target, &mount.fs_type).await?)
 }
 
 /// Makes a folder or device node visible at another path.

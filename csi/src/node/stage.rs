@@ -123,7 +123,13 @@ pub async fn stage(
     }
     let observed = Observed { volume_id: &volume_id, staging, device: &device, mounted, content, fs_type, unfinished };
     let mounted_as = match decide(&observed)? {
-        Plan::Nothing => return Ok(csi::NodeStageVolumeResponse {}),
+        Plan::Nothing => {
+            // An attempt that was cut off may have mounted it and no more.
+            if let Some(mounted) = observed.mounted.filter(|mounted| !mounted.read_only) {
+                mounts::finish_growth(&device.path, &mounted).await?;
+            }
+            return Ok(csi::NodeStageVolumeResponse {});
+        }
         Plan::Mount { fs_type } => fs_type,
         Plan::Format { fs_type, again } => {
             volume = unfinished::note(context, &volume, fs_type).await?;
@@ -171,6 +177,7 @@ mod tests {
         let mounted = mounted.map(|number| Mount {
             target: PathBuf::from("/staging"),
             device: mounts::DeviceNumber(number.into()),
+            fs_type: "ext4".into(),
             source: "/dev/loop8".into(),
             read_only: false,
             is_part: false,

@@ -1,5 +1,7 @@
 //! The node service with real loop devices, filesystems and mounts.
 
+mod growth;
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -9,8 +11,7 @@ use api::engine::{DesireState, EngineStatus, InstanceState};
 use api::volume::{Robustness, VolumeStatus};
 use api::{Engine, ErrorKind, Volume, names};
 use dataplane::loop_device::{self, LoopDevice, Owner};
-use proto::csi::volume_capability::access_mode::Mode;
-use proto::csi::volume_capability::{AccessType, BlockVolume, MountVolume};
+use proto::csi::volume_capability::{AccessType, BlockVolume, MountVolume, access_mode::Mode};
 use proto::csi::{VolumeCapability, volume_usage::Unit};
 use store::embedded::Embedded;
 
@@ -582,8 +583,7 @@ async fn two_volumes_of_one_xfs_image_are_used_on_one_node() {
 async fn staging_reads_only_what_is_about_the_filesystem() {
     let world = World::new(|_| ()).await;
     let mut volume = world.context.store.get::<Volume>("v").await.unwrap().unwrap();
-    let given = [("fsType", "xfs"), ("a-key-of-a-later-version", "x")];
-    volume.spec.parameters = given.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+    volume.spec.parameters = [("fsType", "xfs"), ("a-later-key", "x")].map(|(k, v)| (k.into(), v.into())).into();
     world.context.store.replace(&volume).await.unwrap();
     world.stage(mount()).await.unwrap();
     assert_eq!(dataplane::mount::find(&world.path("staging")).unwrap().unwrap().fs_type, "xfs");

@@ -78,6 +78,7 @@ impl World {
             listener: listener::listen(([127, 0, 0, 1], 0).into()).unwrap(),
             base: None,
             size_bytes: SIZE,
+            recorded_bytes: SIZE,
             create_head: true,
             lock: None,
         };

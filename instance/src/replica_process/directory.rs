@@ -73,13 +73,15 @@ pub(super) fn open_record(config: &Config) -> Result<Record, ReplicaError> {
     Ok(record)
 }
 
-/// A replica must never be opened over another image or as another volume: its clusters would mean something else.
+/// A replica must never be opened over another image or as another volume: its clusters would mean something else. Nor with less
+/// than it has; with more it grows.
 fn check(config: &Config, record: &Record) -> Result<(), ReplicaError> {
     let image = config.image.as_ref();
     let pairs = [
         ("volume", record.volume.clone(), config.volume.clone()),
         ("replica", record.replica.clone(), config.replica.clone()),
-        ("size", record.size_bytes.to_string(), config.size_bytes.to_string()),
+        // Equal unless it would shrink.
+        ("size", record.size_bytes.to_string(), config.size_bytes.min(record.size_bytes).to_string()),
         ("image", record.backing_image.clone(), image.map(|i| i.name.clone()).unwrap_or_default()),
         ("image uuid", record.backing_image_uuid.clone(), image.map(|i| i.uuid.clone()).unwrap_or_default()),
     ];

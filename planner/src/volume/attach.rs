@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use api::engine::{DesireState, InstanceState};
 use api::generations::attachment_of;
 use api::names::condition::{ENGINE_WAITS, READY, WAIT_FOR_BACKING_IMAGE};
+use api::quantity::SizeBytes;
 use api::{Condition, ConditionStatus, Replica, condition};
 
-use super::{Action, ENGINE_LOST, Pass, SILENCE_LIMIT, SILENT_ENGINE_HINT, name_of_replica};
+use super::{Action, ENGINE_LOST, Ended, Pass, SILENCE_LIMIT, SILENT_ENGINE_HINT, name_of_replica};
 use crate::disk::Health;
 use crate::generations::{Judgement, Record, Sight, judge};
 use crate::retry::{after, until};
@@ -58,7 +59,11 @@ impl Pass<'_> {
             // This makes their nodes look at them anew: what they recorded while an engine served is not reported by itself.
             self.replicas.values_mut().for_each(|spec| spec.active = false);
         }
-        if let Err(why) = self.engine_ended() {
+        let ended = self.engine_ended();
+        if let Ok(Ended::Surely) = ended {
+            self.carry_size();
+        }
+        if let Err(why) = ended {
             let is_move = engine.node_id != node;
             let (reason, message, hint) = match self.lost_engine() {
                 Some(lost) => (
@@ -223,7 +228,13 @@ impl Pass<'_> {
         }
         let status = replica.status.clone().unwrap_or_default();
         match status.current_state {
-            InstanceState::Running => Way::Up(record_of(replica)),
+            InstanceState::Running => match (status.current_size, self.size_of(name_of_replica(replica))) {
+                // From before the volume grew; the engine would leave it out. 0: it does not tell.
+                (has, wanted) if has < wanted && has.0 > 0 => {
+                    Way::Coming(format!("it is started again, to grow from {has} to {wanted} bytes"))
+                }
+                _ => Way::Up(record_of(replica)),
+            },
             InstanceState::Error => {
                 let said = status.conditions.iter().find(|c| !c.message.is_empty() && !c.is_true());
                 Way::Away(said.map_or_else(|| "its process could not be started".to_owned(), |c| c.message.clone()))
@@ -234,6 +245,11 @@ impl Pass<'_> {
                 Way::Coming(why.unwrap_or_else(|| "it is starting".into()))
             }
         }
+    }
+
+    /// The size that a replica is wished to have.
+    fn size_of(&self, name: &str) -> SizeBytes {
+        self.replicas.get(name).map_or_else(SizeBytes::default, |spec| spec.volume_size)
     }
 
     /// All replicas that can come are up: judges them, fills the engine's map, starts the engine.
@@ -318,7 +334,9 @@ impl Pass<'_> {
                 spec.active = true;
             }
         }
-        let (size, frontend) = (self.o.volume.spec.size, self.o.volume.spec.frontend.clone());
+        // What the replicas have, which is not the volume's yet when it grew while an engine of a node that is off may still use them.
+        let size = judgement.current.iter().map(|name| self.size_of(name)).min().unwrap_or(self.o.volume.spec.size);
+        let frontend = self.o.volume.spec.frontend.clone();
         if let Some(engine) = &mut self.engine {
             engine.node_id = node.to_owned();
             engine.desire_state = DesireState::Running;

@@ -44,7 +44,7 @@ impl Pass<'_> {
                 "BackingImageVirtualSizeTooLarge",
                 message.clone(),
             )
-            .with_hint(format!("create a volume of at least {virtual_size} bytes"));
+            .with_hint(format!("detach it and expand it to at least {virtual_size} bytes, or create another one"));
             self.wait_for(
                 Condition::new(READY, ConditionStatus::False, "BackingImageVirtualSizeTooLarge", message)
                     .with_hint(condition.hint.clone()),

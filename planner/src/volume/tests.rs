@@ -11,6 +11,8 @@ use expect_test::{Expect, expect};
 use super::*;
 use crate::disk::{Disk, ready_disk};
 
+mod growth;
+
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
 }
@@ -111,7 +113,7 @@ fn state_of(text: &str) -> InstanceState {
 fn add_replica(o: &mut Observed, text: &str) {
     let (name, rest) = text.split_once('=').unwrap();
     let n = &name[1..];
-    let mut replica = Replica::new(name, ReplicaSpec::default());
+    let mut replica = Replica::new(name, ReplicaSpec { volume_size: SizeBytes(10), ..Default::default() });
     replica.spec.node_id = format!("n{n}");
     replica.spec.disk_id = format!("d{n}");
     if let Some(generation) = rest.strip_prefix("failed") {

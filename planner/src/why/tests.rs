@@ -253,3 +253,29 @@ fn a_download_between_two_attempts_is_told_once() {
     "#]],
     );
 }
+
+#[test]
+fn a_claim_says_what_its_growth_waits_for() {
+    let claim = serde_json::from_value(serde_json::json!({
+        "metadata": {"name": "c", "namespace": "default"},
+        "spec": {"volumeName": "v", "resources": {"requests": {"storage": "4Gi"}}},
+        "status": {"phase": "Bound", "capacity": {"storage": "1Gi"}, "conditions": [
+            {"type": "Resizing", "status": "True", "message": "volume `v` is attached to node `n1`"},
+        ]},
+    }));
+    let world = World {
+        claims: vec![claim.unwrap()],
+        volumes: vec![volume("v", VolumeState::Detached, Robustness::Unknown)],
+        ..Default::default()
+    };
+    check(
+        &world,
+        Subject::Claim { namespace: "default".into(), name: "c".into() },
+        expect![[r#"
+            Claim `default/c` is bound to `v`.
+              It asks for 4Gi and has 1Gi. Volume `v` is attached to node `n1`.
+              Volume `v` is detached: 0 of 2 replicas are good.
+                Image `ubuntu` does not exist. You can: create it, e.g. `image create ubuntu --url …`.
+        "#]],
+    );
+}

@@ -1,9 +1,12 @@
 //! Claims, volumes, engines and replicas.
 
+use std::collections::BTreeMap;
+
 use api::engine::{DesireState, InstanceState, ReplicaMode};
 use api::names::{condition as types, engine_name};
 use api::volume::{Robustness, VolumeState};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use super::{Story, sentence_end};
 
@@ -45,6 +48,7 @@ impl Story<'_> {
                 }
                 s.say(text);
             }
+            s.growth(claim);
             match volume {
                 Some(pv) => {
                     let found = s.world.persistent_volumes.iter().find(|v| v.metadata.name.as_ref() == Some(&pv));
@@ -58,6 +62,22 @@ impl Story<'_> {
             }
         });
         true
+    }
+
+    /// What a claim waits for that asks for more than it has.
+    fn growth(&mut self, claim: &PersistentVolumeClaim) {
+        let storage =
+            |map: Option<&BTreeMap<String, Quantity>>| map.and_then(|m| m.get("storage")).map(|q| q.0.clone());
+        let resources = claim.spec.as_ref().and_then(|s| s.resources.as_ref());
+        let asks = storage(resources.and_then(|r| r.requests.as_ref())).unwrap_or_default();
+        let has = storage(claim.status.as_ref().and_then(|s| s.capacity.as_ref())).unwrap_or_default();
+        let conditions = claim.status.iter().flat_map(|s| s.conditions.iter().flatten());
+        // Kubernetes' own, which are true while somebody waits.
+        let waits = conditions.filter(|c| c.status == "True");
+        for wait in waits.filter(|c| matches!(c.type_.as_str(), "Resizing" | "FileSystemResizePending")) {
+            let why = sentence_end(wait.message.as_deref().unwrap_or_default());
+            self.say(format!("It asks for {asks} and has {has}. {why}"));
+        }
     }
 
     /// What an unbound claim waits for, as far as its class tells.
