@@ -11,14 +11,16 @@ use api::ErrorKind;
 use api::engine::DesireState;
 use api::image::{BackingImageStatus, CopyState, DiskFileSpec, DiskFileStatus};
 
+pub use self::clean_up::{Cause, Leaving, leaving};
 pub(super) use self::observe::observe;
 use super::Observed;
-use crate::retry::sooner;
+use crate::disk::Disks;
+use crate::retry::{sooner, until};
 
 /// Adds and removes wanted copies; returns why there are fewer than asked for, if so, and when to look again.
 pub(super) fn plan(
     o: &Observed,
-    status: &mut BackingImageStatus,
+    status: &BackingImageStatus,
     map: &mut BTreeMap<String, DiskFileSpec>,
 ) -> (Option<String>, Option<Duration>) {
     let wanted_by_replicas =
@@ -30,26 +32,25 @@ pub(super) fn plan(
     if ready == 0 {
         return (None, None);
     }
-    let recheck = clean_up::remove_unused(o, status, map);
+    let mut recheck = None;
+    for Leaving { disk, at, .. } in leaving(&o.scene(status), o.now, map) {
+        if at > o.now {
+            recheck = Some(until(o.now, at));
+            break;
+        }
+        map.remove(&disk);
+    }
     let (shortage, other) = replenish::replenish(o, status, map);
     (shortage, sooner(recheck, other))
 }
 
-fn need(o: &Observed) -> usize {
-    let asked = o.image.spec.min_number_of_copies;
-    (if asked == 0 { o.settings.min_copies } else { asked }).max(1) as usize
-}
-
-fn state(status: &BackingImageStatus, disk: &str) -> CopyState {
-    status.disk_file_status_map.get(disk).map_or(CopyState::NotStarted, |f| f.state)
-}
-
 fn ready_in(status: &BackingImageStatus, map: &BTreeMap<String, DiskFileSpec>) -> usize {
-    map.keys().filter(|d| state(status, d) == CopyState::Ready).count()
+    let is_ready = |disk| status.disk_file_status_map.get(disk).is_some_and(|f| f.state == CopyState::Ready);
+    map.keys().filter(|disk| is_ready(*disk)).count()
 }
 
-fn is_evicting(o: &Observed, disk: &str, spec: &DiskFileSpec) -> bool {
-    spec.eviction_requested || o.disks.get(disk).is_some_and(|d| d.evicting)
+fn is_evicting(disks: &Disks, disk: &str, spec: &DiskFileSpec) -> bool {
+    spec.eviction_requested || disks.get(disk).is_some_and(|d| d.evicting)
 }
 
 /// Whether a failure says that the disk is full.

@@ -11,8 +11,9 @@ use crate::image::{Observed, difference, name_of};
 
 /// Writes what managers and the data source report into the status; the first complete file decides size, checksum and format.
 pub(in crate::image) fn observe(o: &Observed, status: &mut BackingImageStatus) {
-    let reports: BTreeMap<String, FileInfo> =
-        o.image.spec.disk_file_spec_map.keys().map(|disk| (disk.clone(), report(o, status, disk))).collect();
+    // What was taken out of the wish is there until it is let go (`guard`).
+    let held = o.image.spec.disk_file_spec_map.keys().chain(status.disk_file_status_map.keys());
+    let reports: BTreeMap<String, FileInfo> = held.map(|disk| (disk.clone(), report(o, status, disk))).collect();
     let has_file = |f: &&FileInfo| f.state == CopyState::Ready;
     let is_known = !status.checksum.is_empty();
     if let Some(first) =
@@ -110,7 +111,7 @@ fn report(o: &Observed, status: &BackingImageStatus, disk: &str) -> FileInfo {
     match o.disks.get(disk).map(|d| &d.health) {
         None if o.disks.is_gone(disk) => say(
             CopyState::Unknown,
-            format!("no node has a disk {disk}; remove it from diskFileSpecMap if it is gone for good"),
+            format!("no node has a disk {disk} any more; its entry goes by itself once another copy is ready"),
         ),
         None => silent(format!("no node has reported disk {disk} yet")),
         Some(Health::NotReady(why) | Health::Unknown(why)) => silent(why.clone()),
@@ -125,9 +126,10 @@ fn report(o: &Observed, status: &BackingImageStatus, disk: &str) -> FileInfo {
 /// Keeps the time since when no replica uses the copy of a disk.
 fn remember_last_use(o: &Observed, status: &mut BackingImageStatus) {
     let used: BTreeSet<&str> = o.replicas.iter().map(|r| r.spec.disk_id.as_str()).collect();
-    let wanted = &o.image.spec.disk_file_spec_map;
-    status.disk_last_ref_at_map.retain(|disk, _| wanted.contains_key(disk) && !used.contains(disk.as_str()));
-    for disk in wanted.keys().filter(|d| !used.contains(d.as_str())) {
-        status.disk_last_ref_at_map.entry(disk.clone()).or_insert_with(|| o.now.to_string());
+    let held = &status.disk_file_status_map;
+    let last_use = &mut status.disk_last_ref_at_map;
+    last_use.retain(|disk, _| held.contains_key(disk) && !used.contains(disk.as_str()));
+    for disk in held.keys().filter(|d| !used.contains(d.as_str())) {
+        last_use.entry(disk.clone()).or_insert_with(|| o.now.to_string());
     }
 }

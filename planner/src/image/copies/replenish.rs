@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use api::image::{BackingImageStatus, CopyState, DiskFileSpec, DiskFileStatus};
 
-use super::{has_no_room, is_evicting, need};
+use super::{has_no_room, is_evicting};
 use crate::image::{Observed, request, selectors};
 use crate::placement::{choose_for_copies, refusal};
 use crate::retry::{after, parse, since, sooner, until};
@@ -17,13 +17,13 @@ pub(super) fn replenish(
     map: &mut BTreeMap<String, DiskFileSpec>,
 ) -> (Option<String>, Option<Duration>) {
     let (mut good, mut recheck) = (0, None);
-    for (disk, _) in map.iter().filter(|(d, s)| !is_evicting(o, d, s)) {
+    for (disk, _) in map.iter().filter(|(d, s)| !is_evicting(&o.disks, d, s)) {
         let file = status.disk_file_status_map.get(disk).cloned().unwrap_or_default();
         let (counted, wait) = counts(o, &file, disk);
         good += usize::from(counted);
         recheck = sooner(recheck, wait);
     }
-    let need = need(o);
+    let need = o.scene(status).need();
     if good >= need {
         return (None, recheck);
     }
