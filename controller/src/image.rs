@@ -1,13 +1,16 @@
 //! Brings the copies of one image in line with its spec.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use api::names::manager_name;
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica, Volume};
 use jiff::Timestamp;
 use planner::image::{Action, Decision, Observed, decide};
 use store::{Selector, StoreError};
 
 use crate::error::{Doing, ReconcileError};
+use crate::queue::Kind;
 use crate::{Shared, world};
 
 pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
@@ -47,6 +50,18 @@ async fn act(
     shared: &Shared,
 ) -> Result<Option<Duration>, ReconcileError> {
     let store = &shared.store;
+    let held = |image: &BackingImage| {
+        let status = image.status.clone().unwrap_or_default();
+        image.spec.disk_file_spec_map.keys().cloned().chain(status.disk_file_status_map.into_keys()).collect()
+    };
+    let held_before: BTreeSet<String> = held(&observed.image);
+    // What is let go stands in no object any more, so that nobody else tells its manager.
+    let tell_managers = |image: &BackingImage| {
+        let held: BTreeSet<String> = held(image);
+        for disk in held_before.difference(&held).filter_map(|disk| disk.parse().ok()) {
+            shared.queue.add(Kind::Manager, manager_name(&disk));
+        }
+    };
     // First, since the uuid must be durable before it is used, and since what is let go must not come from an older look.
     if observed.image.status.as_ref() != Some(&decision.status) {
         let (mut is_current, status) = (true, decision.status);
@@ -56,10 +71,11 @@ async fn act(
                 image.status = Some(status.clone());
             }
         };
-        store.modify_status::<BackingImage>(name, report).await.doing("report the image's status")?;
+        let image = store.modify_status(name, report).await.doing("report the image's status")?;
         if !is_current {
             return Ok(Some(Duration::ZERO));
         }
+        tell_managers(&image);
     }
     for action in decision.actions {
         match action {
@@ -73,12 +89,13 @@ async fn act(
                         image.spec.disk_file_spec_map.clone_from(&map);
                     }
                 };
-                store.modify::<BackingImage>(name, change).await.doing("set the wanted copies")?;
+                let image = store.modify(name, change).await.doing("set the wanted copies")?;
                 if !is_current {
                     tracing::info!(image = name, "wanted copies were edited meanwhile");
                     return Ok(Some(Duration::ZERO));
                 }
                 tracing::info!(image = name, disks = ?map.keys().collect::<Vec<_>>(), "wanted copies changed");
+                tell_managers(&image);
             }
             Action::CreateDataSource(source) => match store.create(source.as_ref()).await {
                 Ok(_) => tracing::info!(image = name, disk = source.spec.disk_uuid, "data source created"),
