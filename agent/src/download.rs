@@ -5,16 +5,14 @@
 //! after a kill, with what [`crate::unfinished`] says. There is no limit in time, only one for silence. A transfer counts as whole when the server's length was reached, or its framing said so, or
 //! the expected checksum matches.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use api::ErrorKind;
 use api::ids::Sha512Digest;
 use jiff::Timestamp;
-use reqwest::header::{
-    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, DATE, ETAG, HeaderMap, HeaderValue, IF_RANGE,
-    LAST_MODIFIED, RANGE, TRANSFER_ENCODING,
-};
-use reqwest::{Client, Response, StatusCode, Version};
+use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, HeaderValue, IF_RANGE, RANGE};
+use reqwest::{Client, StatusCode};
 use runtime::backoff::Backoff;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -26,6 +24,11 @@ use crate::layout::FileSet;
 use crate::limits;
 use crate::source_url::SourceUrl;
 use crate::unfinished::{self, Earlier, Keeper, Unfinished};
+
+mod headers;
+
+pub use headers::parse_content_range;
+use headers::{continues, is_framed, length, validator};
 
 /// What to download.
 #[derive(Clone, Debug)]
@@ -40,6 +43,8 @@ pub struct Download {
 pub struct Patience {
     /// How long the source may stay silent.
     pub idle_timeout: Duration,
+    /// After how much of that it is told.
+    pub told_after: Duration,
     /// Pauses between tries.
     pub backoff: Backoff,
     /// Tries in a row that bring no byte.
@@ -52,6 +57,7 @@ impl Default for Patience {
     fn default() -> Self {
         Patience {
             idle_timeout: limits::IDLE_TIMEOUT,
+            told_after: limits::SILENCE_TOLD_AFTER,
             backoff: Backoff { initial: limits::RETRY_INITIAL, max: limits::RETRY_MAX },
             tries_without_progress: limits::MAX_TRIES_WITHOUT_PROGRESS,
             checkpoint_interval: limits::CHECKPOINT_INTERVAL,
@@ -66,6 +72,8 @@ pub enum Event {
     Started { length: Option<u64> },
     /// So many bytes are here.
     Received { bytes: u64 },
+    /// The server has said nothing for a while; it is left at that time.
+    Silent { problem: String, until: Timestamp },
     /// It broke; the next try comes at that time.
     Waiting { problem: String, next_retry: Timestamp },
     /// An earlier process had received so many bytes, which are kept.
@@ -133,6 +141,21 @@ impl Place<'_> {
     fn begin_again(&self, reason: &'static str, error: Option<&AgentError>) {
         tracing::warn!(url = %self.url, reason, error = error.map(AgentError::chain), "download begins again");
         (self.report)(Event::Restarted { reason });
+    }
+
+    /// Waits for the server; says so when that takes long. `Err`: it has taken too long.
+    async fn wait<T>(&self, answer: impl Future<Output = T>) -> Result<T, Broken> {
+        let Patience { idle_timeout, told_after, .. } = *self.patience;
+        let (began, mut answer) = (Timestamp::now(), pin!(answer));
+        if let Ok(answer) = timeout(told_after.min(idle_timeout), &mut answer).await {
+            return Ok(answer);
+        }
+        let rest = idle_timeout.saturating_sub(told_after);
+        let until = Timestamp::now().checked_add(rest).unwrap_or(Timestamp::MAX);
+        let problem = format!("the server of `{}` says nothing since {began:.0}", self.url);
+        (self.report)(Event::Silent { problem, until });
+        let silence = |_| Broken::Retry(format!("the server was silent for {idle_timeout:?}"));
+        timeout(rest, answer).await.map_err(silence)
     }
 }
 
@@ -293,7 +316,7 @@ async fn attempt(
     slot: &mut Option<Receiving>,
     known: &mut Known,
 ) -> Result<Framed, Broken> {
-    let (patience, report) = (place.patience, place.report);
+    let report = place.report;
     let have = received(slot);
     let mut request = client.get(what.url.expose().clone()).header(ACCEPT_ENCODING, "identity");
     if have > 0
@@ -301,13 +324,12 @@ async fn attempt(
     {
         request = request.header(RANGE, format!("bytes={have}-")).header(IF_RANGE, validator);
     }
-    let mut response = match timeout(patience.idle_timeout, request.send()).await {
-        Err(_) => return Err(Broken::Retry(silence(patience))),
-        Ok(Err(error)) if error.is_redirect() || error.is_builder() => {
+    let mut response = match place.wait(request.send()).await? {
+        Err(error) if error.is_redirect() || error.is_builder() => {
             return Err(failed(what, chain(&error.without_url())));
         }
-        Ok(Err(error)) => return Err(Broken::Retry(http_client::unsent(&error))),
-        Ok(Ok(response)) => response,
+        Err(error) => return Err(Broken::Retry(http_client::unsent(&error))),
+        Ok(response) => response,
     };
     check_status(what, response.status())?;
     if let Some(encoding) = response.headers().get(CONTENT_ENCODING)
@@ -343,11 +365,10 @@ async fn attempt(
     let framed = if known.length.is_some() || is_framed(&response) { Framed::Yes } else { Framed::ByClose };
     let ingest = &mut slot.as_mut().expect("begun above or in an earlier try").ingest;
     loop {
-        let bytes = match timeout(patience.idle_timeout, response.chunk()).await {
-            Err(_) => return Err(Broken::Retry(silence(patience))),
-            Ok(Err(error)) => return Err(Broken::Retry(cut(ingest, known, &chain(&error.without_url())))),
-            Ok(Ok(None)) => break,
-            Ok(Ok(Some(bytes))) => bytes,
+        let bytes = match place.wait(response.chunk()).await? {
+            Err(error) => return Err(Broken::Retry(cut(ingest, known, &chain(&error.without_url())))),
+            Ok(None) => break,
+            Ok(Some(bytes)) => bytes,
         };
         ingest.push(bytes).await?;
         report(Event::Received { bytes: ingest.received_bytes() });
@@ -384,10 +405,6 @@ fn failed(what: &Download, problem: String) -> Broken {
     Broken::Failed(AgentError::Download { url: what.url.to_string(), problem })
 }
 
-fn silence(patience: &Patience) -> String {
-    format!("the server was silent for {:?}", patience.idle_timeout)
-}
-
 fn cut(ingest: &Ingest, known: &Known, problem: &str) -> String {
     match known.length {
         Some(length) => format!("the transfer was cut after {} of {length} bytes: {problem}", ingest.received_bytes()),
@@ -395,79 +412,9 @@ fn cut(ingest: &Ingest, known: &Known, problem: &str) -> String {
     }
 }
 
-fn length(headers: &HeaderMap) -> Option<u64> {
-    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// What proves in `If-Range` that the file is still the same: a strong ETag, else the modification time, unless that is this
-/// very second, in which the file may change once more.
-fn validator(headers: &HeaderMap) -> Option<HeaderValue> {
-    let strong = headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"));
-    let old = headers.get(LAST_MODIFIED).filter(|time| headers.get(DATE) != Some(time));
-    strong.or(old).cloned()
-}
-
-/// Whether a partial answer begins exactly where ours ends and is of the same whole; if so, the length of that when it says it.
-fn continues(headers: &HeaderMap, have: u64, length: Option<u64>) -> Option<Option<u64>> {
-    let range = headers.get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).and_then(parse_content_range);
-    let (start, total) = range?;
-    let is_same = length.is_none() || total.is_none() || total == length;
-    (have > 0 && start == have && is_same).then_some(total)
-}
-
-/// The start and the total of `bytes 5-9/10`; none when that makes no sense. A total of `*` is not known.
-pub fn parse_content_range(text: &str) -> Option<(u64, Option<u64>)> {
-    let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
-    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let (start, last) = range.split_once('-')?;
-    let (start, last) = (number(start)?, number(last)?);
-    let total = if total == "*" { None } else { Some(number(total)?) };
-    (start <= last && total.is_none_or(|total| last < total)).then_some((start, total))
-}
-
-/// Whether a body without length says itself where it ends.
-fn is_framed(response: &Response) -> bool {
-    response.version() >= Version::HTTP_2
-        || response
-            .headers()
-            .get(TRANSFER_ENCODING)
-            .is_some_and(|value| value.to_str().is_ok_and(|text| text.trim().to_ascii_lowercase().ends_with("chunked")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reads_content_range() {
-        assert_eq!(parse_content_range("bytes 5-9/10"), Some((5, Some(10))));
-        assert_eq!(parse_content_range("bytes 5-9/*"), Some((5, None)));
-        for wrong in
-            ["bytes */10", "bytes 5-4/10", "bytes 5-10/10", "bytes 5-/10", "bytes 5-9/", "bytes 5-9/x", "bytes +5-9/10"]
-        {
-            assert_eq!(parse_content_range(wrong), None, "{wrong}");
-        }
-        assert_eq!(parse_content_range("items 5-9/10"), None);
-    }
-
-    #[test]
-    fn a_part_goes_on_only_where_the_last_one_ended_in_the_same_file() {
-        let check = |have, length, range: &'static str| {
-            continues(&HeaderMap::from_iter([(CONTENT_RANGE, HeaderValue::from_static(range))]), have, length)
-        };
-        assert_eq!(check(5, Some(10), "bytes 5-9/10"), Some(Some(10)));
-        assert_eq!(check(5, Some(10), "bytes 5-9/*"), Some(None));
-        assert_eq!(check(5, None, "bytes 5-9/10"), Some(Some(10)));
-        for (have, length, range) in [
-            (5, Some(10), "bytes 4-9/10"),
-            (5, Some(10), "bytes 6-9/10"),
-            (5, Some(10), "bytes 5-9/11"),
-            (0, None, "bytes 0-9/10"),
-        ] {
-            assert_eq!(check(have, length, range), None, "{have} {range}");
-        }
-        assert_eq!(continues(&HeaderMap::new(), 5, None), None);
-    }
 
     #[test]
     fn what_may_pass_is_tried_again_and_the_rest_is_not() {
@@ -483,18 +430,5 @@ mod tests {
         for code in [204, 304, 400, 401, 403, 404, 410] {
             assert!(matches!(judge(code), Err(Broken::Failed(_))), "{code}");
         }
-    }
-
-    #[test]
-    fn a_weak_tag_proves_nothing() {
-        let mut headers = HeaderMap::new();
-        headers.insert(ETAG, HeaderValue::from_static("W/\"a\""));
-        assert_eq!(validator(&headers), None);
-        headers.insert(LAST_MODIFIED, HeaderValue::from_static("Sun, 22 Nov 2026 07:00:00 GMT"));
-        assert!(validator(&headers).is_some());
-        headers.insert(DATE, HeaderValue::from_static("Sun, 22 Nov 2026 07:00:00 GMT"));
-        assert_eq!(validator(&headers), None, "it may change once more within this second");
-        headers.insert(ETAG, HeaderValue::from_static("\"a\""));
-        assert_eq!(validator(&headers).unwrap(), "\"a\"");
     }
 }

@@ -5,12 +5,14 @@
 
 mod control;
 pub mod discovery;
+mod disk_watch;
 mod disks;
 mod engine_decision;
 mod engine_progress;
 mod engine_upgrade;
 mod engines;
 mod error;
+mod first_pass;
 mod kernel;
 mod limits;
 mod metrics;
