@@ -85,7 +85,7 @@ async fn what_no_guard_keeps_goes_when_its_key_is_taken_out() {
 async fn the_http_api_says_which_guard_keeps_a_copy() {
     let world = world().await;
     three_copies(&world).await;
-    let (sender, ready) = tokio::sync::watch::channel(true);
+    let (sender, ready) = tokio::sync::watch::channel(Ok(()));
     std::mem::forget(sender);
     let api = router(ApiState {
         store: world.store.clone(),
