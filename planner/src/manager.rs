@@ -2,6 +2,7 @@
 //!
 //! An entry stays in `spec.backingImages` until the agent has confirmed that the file is gone, so nothing is forgotten on a disk.
 
+mod files;
 mod object;
 mod verification;
 
@@ -17,6 +18,7 @@ use api::{
 };
 use jiff::Timestamp;
 
+use self::files::{files, wanted};
 use self::object::{object, wish};
 use crate::disk::{Disk, Disks, Health};
 use crate::image::difference;
@@ -164,6 +166,19 @@ pub fn decide(observed: &Observed) -> Decision {
         decision.memory = Memory::default();
         return decision;
     }
+    let mut spec = manager.spec.clone();
+    if let Some(disk) = o.disks.get(&o.disk_id) {
+        spec.node_id.clone_from(&disk.node);
+        spec.disk_path.clone_from(&disk.path);
+    }
+    for (image, uuid) in &wanted {
+        // An entry of another uuid goes first; see `files`.
+        spec.backing_images.entry(image.clone()).or_insert_with(|| uuid.clone());
+    }
+    if spec != manager.spec {
+        // Also while the disk is away: what may lie there is remembered.
+        decision.actions.push(Action::SetSpec(Box::new(spec.clone())));
+    }
     let disk = match o.disks.get(&o.disk_id) {
         Some(disk) if disk.health == Health::Ready => disk,
         Some(Disk { health: Health::NotReady(why) | Health::Unknown(why), .. }) => {
@@ -175,33 +190,10 @@ pub fn decide(observed: &Observed) -> Decision {
             return decision;
         }
     };
-    let mut spec = manager.spec.clone();
-    spec.node_id.clone_from(&disk.node);
-    spec.disk_path.clone_from(&disk.path);
-    for (image, uuid) in &wanted {
-        // An entry of another uuid goes first; see `files`.
-        spec.backing_images.entry(image.clone()).or_insert_with(|| uuid.clone());
-    }
-    if spec != manager.spec {
-        decision.actions.push(Action::SetSpec(Box::new(spec.clone())));
-    }
     if let Some(agent) = running(o, disk, &mut decision) {
         files(o, agent, &spec, &wanted, &mut decision);
     }
     decision
-}
-
-/// Image name → uuid of the copies that this disk shall hold.
-fn wanted(o: &Observed) -> BTreeMap<String, String> {
-    let has_copy_here = |i: &&BackingImage| i.spec.disk_file_spec_map.contains_key(&o.disk_id);
-    o.images
-        .iter()
-        .filter(has_copy_here)
-        .filter_map(|i| {
-            let uuid = i.status.as_ref().map(|s| s.uuid.clone()).filter(|u| !u.is_empty())?;
-            Some((i.metadata.name.clone()?, uuid))
-        })
-        .collect()
 }
 
 /// Reports an agent that cannot be asked: what it had is unknown, not gone.
@@ -315,53 +307,6 @@ fn set_next_retry(status: &mut BackingImageManagerStatus, at: String) {
     if let Some(condition) = status.conditions.iter_mut().find(|c| c.r#type == READY) {
         condition.next_retry_time = at;
     }
-}
-
-/// Deletes what is not wanted, asks for what is, reports all.
-fn files(
-    o: &Observed,
-    agent: &Agent,
-    spec: &BackingImageManagerSpec,
-    wanted: &BTreeMap<String, String>,
-    decision: &mut Decision,
-) {
-    let mut left = spec.backing_images.clone();
-    for (image, uuid) in &spec.backing_images {
-        if wanted.get(image) != Some(uuid) {
-            decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: uuid.clone() });
-            decision.memory.copies.remove(image);
-            left.remove(image);
-        }
-    }
-    // Files that nobody recorded here, such as one whose entry was edited away. Of an image that nobody knows it stays: objects may
-    // have been lost, and replicas may lie over it (invariant 6).
-    let is_known = |image: &String| o.images.iter().any(|i| i.metadata.name.as_ref() == Some(image));
-    let is_stray = |image: &String, uuid: &String| spec.backing_images.get(image).is_none_or(|known| known != uuid);
-    for file in agent.files.iter().filter(|f| is_stray(&f.name, &f.uuid) && is_known(&f.name)) {
-        decision.actions.push(Action::DeleteFile { image: file.name.clone(), uuid: file.uuid.clone() });
-    }
-    if left != spec.backing_images {
-        for (image, uuid) in wanted {
-            left.entry(image.clone()).or_insert_with(|| uuid.clone());
-        }
-        let emptied = BackingImageManagerSpec { backing_images: left, ..spec.clone() };
-        decision.actions.push(Action::SetSpec(Box::new(emptied)));
-    }
-    let held_before = std::mem::take(&mut decision.status.backing_image_file_map);
-    for (image, uuid) in wanted.iter().filter(|(i, u)| spec.backing_images.get(*i) == Some(u)) {
-        let Some(object) = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(image)) else { continue };
-        let reported = agent.file(image, uuid).cloned();
-        let before = held_before.get(image).filter(|f| f.uuid == *uuid);
-        if let Some(file) = one_file(o, object, reported, before, decision) {
-            decision
-                .status
-                .backing_image_file_map
-                .insert(image.clone(), FileInfo { name: image.clone(), uuid: uuid.clone(), ..file });
-        }
-    }
-    decision.memory.copies.retain(|image, _| wanted.contains_key(image));
-    let recheck = verification::plan(o, &decision.status.backing_image_file_map, &mut decision.actions);
-    decision.recheck_after = sooner(decision.recheck_after, recheck);
 }
 
 /// Plans the next step of one wanted copy; returns what to report of it.

@@ -96,8 +96,13 @@ impl World {
                 }
                 image::Action::DeleteDataSource => delete(&mut self.sources, name, self.now),
                 image::Action::RemoveFinalizer => {
-                    let left: Vec<_> =
-                        self.disks.iter().filter(|(_, d)| d.whole.contains_key(name)).map(|(d, _)| d).collect();
+                    // What lies on a disk that is away is remembered by its manager.
+                    let is_remembered = |disk: &String| {
+                        let mut managers = self.managers.values().filter(|m| m.spec.disk_uuid == *disk);
+                        managers.any(|m| m.spec.backing_images.contains_key(name))
+                    };
+                    let holding = self.disks.iter().filter(|(_, d)| d.whole.contains_key(name)).map(|(d, _)| d);
+                    let left: Vec<_> = holding.filter(|d| !is_remembered(d)).collect();
                     assert!(left.is_empty(), "image {name} goes and leaves files on {left:?}");
                     remove_finalizer(&mut self.images, name);
                 }

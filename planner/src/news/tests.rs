@@ -187,3 +187,21 @@ fn a_node_tells_of_its_disks() {
         ]
     );
 }
+
+#[test]
+fn an_image_tells_of_a_copy_that_was_put_back_and_of_one_whose_disk_is_gone() {
+    let away = DiskFileStatus { state: CopyState::Unknown, message: "no node has it".into(), ..Default::default() };
+    let mut image = image(condition(READY, ConditionStatus::True, "Ready", "fine"), &[("z", away)]);
+    let kept = condition(CLEANED_UP, ConditionStatus::False, "CleanUpRefused", "it is kept");
+    image.status.as_mut().unwrap().conditions.push(kept);
+    let all = Disks { nodes: [("n".to_owned(), crate::disk::Health::Ready)].into(), ..disks() };
+    let facts = of_image(&image, &all);
+    assert_eq!(
+        said(&facts)[1..],
+        ["CleanedUp Warning CleanUpRefused : it is kept", "copy/z Warning CopyDiskGone z: no node has it"]
+    );
+    assert_eq!(facts[1].again, "it is kept", "another refusal is news");
+    // As long as a node has not told, nobody knows.
+    let some = Disks { incomplete: ["n".to_owned()].into(), ..all };
+    assert_eq!(said(&of_image(&image, &some))[2], "copy/z -");
+}

@@ -279,3 +279,20 @@ fn a_claim_says_what_its_growth_waits_for() {
         "#]],
     );
 }
+
+#[test]
+fn an_image_that_can_be_used_says_what_it_lacks() {
+    let mut ubuntu = image("ubuntu", &[("d1", CopyState::Ready, "")]);
+    let why = "1 of 1 copy ready; 1 more wanted, but no further disk is eligible: there is no other disk";
+    let ready = Condition::new(types::READY, ConditionStatus::True, "FewerCopies", why);
+    ubuntu.status.as_mut().unwrap().conditions.push(ready);
+    let world = World { images: vec![ubuntu], nodes: vec![node("node-1", "d1")], ..Default::default() };
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+            Image `ubuntu` is ready: 1 of 1 copy is ready.
+              1 of 1 copy ready; 1 more wanted, but no further disk is eligible: there is no other disk.
+        "#]],
+    );
+}
