@@ -55,10 +55,10 @@ impl World {
     }
 
     /// Whether the controller dies right after this action.
-    fn crashes(&mut self, what: &dyn std::fmt::Debug, random: &mut StdRng) -> bool {
+    fn crashes(&mut self, what: &Option<String>, random: &mut StdRng) -> bool {
         self.actions += 1;
-        if self.told {
-            println!("{} ACTION {what:?}", self.now);
+        if let Some(what) = what {
+            println!("{} ACTION {what}", self.now);
         }
         self.dies(random)
     }
@@ -96,7 +96,10 @@ impl World {
         self.looks_again(decision.recheck_after);
         self.images.get_mut(name).expect("it is there").status = Some(decision.status);
         for action in decision.actions {
-            let said = self.told.then(|| format!("image {name}: {action:?}"));
+            let said = self.told.then(|| match &action {
+                image::Action::SetCopies(map) => format!("image {name}: SetCopies {:?}", map.keys()),
+                other => format!("image {name}: {other:?}"),
+            });
             match action {
                 image::Action::AddFinalizer => add_finalizer(self.images.get_mut(name)),
                 image::Action::SetCopies(map) => {
@@ -197,10 +200,10 @@ impl World {
             manager.status = Some(decision.status);
         }
         for action in decision.actions {
-            if let manager::Action::VerifyFile { image, uuid, .. } = action {
+            if let manager::Action::VerifyFile { image, uuid, requested_at, .. } = action {
                 // Reading changes nothing, so it is no step of the plan.
                 self.tally.add("readings of a copy", 1);
-                self.disks.get_mut(id).expect("disks stay").readings.insert((image, uuid));
+                self.disks.get_mut(id).expect("disks stay").readings.insert((image, uuid), requested_at);
                 continue;
             }
             let said = self.told.then(|| format!("manager {id}: {action:?}"));

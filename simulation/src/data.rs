@@ -28,7 +28,6 @@ pub struct ReplicaFiles {
 /// An engine process.
 #[derive(Clone, Debug, Default)]
 pub struct EngineProcess {
-    pub volume: String,
     pub node: String,
     pub generation: u64,
     pub members: BTreeSet<String>,
@@ -160,13 +159,7 @@ impl World {
         let engine = self.engines[name].clone();
         let (volume, node) = (engine.spec.volume_name.clone(), engine.spec.node_id.clone());
         let members: BTreeSet<String> = engine.spec.replica_address_map.keys().cloned().collect();
-        let mut process = EngineProcess {
-            volume: volume.clone(),
-            node,
-            members: members.clone(),
-            is_alive: true,
-            ..Default::default()
-        };
+        let mut process = EngineProcess { node, members: members.clone(), is_alive: true, ..Default::default() };
         let is_reachable = |n: &String| self.replica_files.get(n).is_some_and(|f| f.is_up && self.answers(&f.node));
         if members.is_empty() || !members.iter().all(is_reachable) {
             process.is_alive = false;
@@ -289,7 +282,13 @@ impl World {
     pub fn end_replicas_on(&mut self, id: &str, random: &mut StdRng) {
         let names: Vec<String> =
             self.replicas.iter().filter(|(_, r)| r.spec.disk_id == id).map(|(n, _)| n.clone()).collect();
-        names.iter().filter(|n| self.replica_files.contains_key(*n)).cloned().collect::<Vec<_>>().iter().for_each(|n| self.end_replica(n, random));
+        names
+            .iter()
+            .filter(|n| self.replica_files.contains_key(*n))
+            .cloned()
+            .collect::<Vec<_>>()
+            .iter()
+            .for_each(|n| self.end_replica(n, random));
     }
 
     fn end_replica(&mut self, name: &str, random: &mut StdRng) {

@@ -36,8 +36,8 @@ pub struct Disk {
     pub known: BTreeMap<Key, FileInfo>,
     /// Syncs under way: the disks of the peers.
     pub syncs: BTreeMap<Key, Vec<String>>,
-    /// Readings under way.
-    pub readings: BTreeSet<Key>,
+    /// Readings under way, and when they were asked for.
+    pub readings: BTreeMap<Key, String>,
 }
 
 impl Disk {

@@ -15,3 +15,6 @@ pub const BLOCKED_EVICTIONS_ARE_TOLD: bool = false;
 
 /// An entry of a disk that is gone for good leaves `spec.diskFileSpecMap` by itself.
 pub const ENTRIES_OF_GONE_DISKS_GO: bool = false;
+
+/// What a preparation left in `tmp/` that was given up goes at once, and not only with the copy on that disk.
+pub const ABANDONED_PREPARATIONS_GO: bool = false;

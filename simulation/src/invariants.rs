@@ -48,7 +48,8 @@ impl World {
                 _ => ConditionStatus::False,
             };
             let is_bad = condition.status == bad || condition.status == ConditionStatus::Unknown;
-            let is_told = !condition.reason.is_empty() && (!condition.message.is_empty() || condition.r#type == types::DETACHED);
+            let is_told =
+                !condition.reason.is_empty() && (!condition.message.is_empty() || condition.r#type == types::DETACHED);
             assert!(!is_bad || is_told, "{kind} {name} does not say why: {condition:?}");
         }
     }
@@ -57,8 +58,12 @@ impl World {
     pub fn judge_image(&mut self, name: &str, o: &Observed, d: &Decision) {
         self.judge_conditions("image", name, &d.status.conditions);
         for (disk, file) in &d.status.disk_file_status_map {
-            let needs_reason = matches!(file.state, CopyState::Failed | CopyState::FailedAndCleanup | CopyState::Unknown);
-            assert!(!needs_reason || !file.message.is_empty(), "the copy of {name} on {disk} does not say why: {file:?}");
+            let needs_reason =
+                matches!(file.state, CopyState::Failed | CopyState::FailedAndCleanup | CopyState::Unknown);
+            assert!(
+                !needs_reason || !file.message.is_empty(),
+                "the copy of {name} on {disk} does not say why: {file:?}"
+            );
         }
         self.remember_use(name, o);
         if is_deletion(o) {
@@ -71,13 +76,25 @@ impl World {
         let left = after.keys().filter(is_ready).count();
         let mut loses_ready = false;
         for disk in &removed {
-            let is_silent = state(disk) == CopyState::Unknown && !o.disks.is_gone(disk);
-            assert!(!is_silent, "invariant 6: the silent copy of {name} on {disk} is removed");
             let user = o.replicas.iter().find(|r| r.spec.disk_id == **disk);
-            assert!(user.is_none(), "the copy of {name} on {disk} is removed, which replica {:?} uses", user.map(|r| &r.metadata.name));
+            assert!(
+                user.is_none(),
+                "the copy of {name} on {disk} is removed, which replica {:?} uses",
+                user.map(|r| &r.metadata.name)
+            );
             let source = o.data_source.as_ref().filter(|s| !s.spec.file_transferred && s.spec.disk_uuid == **disk);
-            let moves = d.actions.iter().any(|a| matches!(a, Action::SetDataSourceSpec(spec) if spec.disk_uuid != **disk));
-            assert!(source.is_none() || moves, "the copy of {name} on {disk} is removed before its data source has handed it over");
+            let moves =
+                d.actions.iter().any(|a| matches!(a, Action::SetDataSourceSpec(spec) if spec.disk_uuid != **disk));
+            assert!(
+                source.is_none() || moves,
+                "the copy of {name} on {disk} is removed before its data source has handed it over"
+            );
+            // A preparation leaves a disk that is known not to work, or gone.
+            let silent = match source {
+                Some(_) => o.disks.get(disk).is_some_and(|disk| matches!(disk.health, Health::Unknown(_))),
+                None => state(disk) == CopyState::Unknown && !o.disks.is_gone(disk),
+            };
+            assert!(!silent, "invariant 6: the silent copy of {name} on {disk} is removed");
             if source.is_some() {
                 continue;
             }
@@ -85,9 +102,15 @@ impl World {
             loses_ready |= ready;
             let unused = self.unused_since.get(&((*disk).clone(), name.to_owned())).copied();
             let is_due = unused.is_some_and(|at| since(o.now, at) >= o.settings.cleanup_wait);
-            assert!(is_evicting(o, disk) || is_due || !ready, "the copy of {name} on {disk} is cleaned up before its time: unused since {unused:?}");
+            assert!(
+                is_evicting(o, disk) || is_due || !ready,
+                "the copy of {name} on {disk} is cleaned up before its time: unused since {unused:?}"
+            );
             let floor = if is_evicting(o, disk) && !gaps::EVICTION_KEEPS_THE_MINIMUM { 1 } else { needed(o) };
-            assert!(left >= if ready { floor } else { 1 }, "{left} ready copies of {name} are left when that on {disk} goes, at least {floor} must be");
+            assert!(
+                left >= if ready { floor } else { 1 },
+                "{left} ready copies of {name} are left when that on {disk} goes, at least {floor} must be"
+            );
         }
         let had = before.keys().any(|disk| state(disk) == CopyState::Ready);
         assert!(!loses_ready || had && left > 0, "invariant 2: the last ready copy of {name} is removed");
@@ -96,7 +119,8 @@ impl World {
     fn remember_use(&mut self, name: &str, o: &Observed) {
         let used: BTreeSet<&str> = o.replicas.iter().map(|r| r.spec.disk_id.as_str()).collect();
         let wanted = &o.image.spec.disk_file_spec_map;
-        self.unused_since.retain(|(disk, image), _| image != name || wanted.contains_key(disk) && !used.contains(disk.as_str()));
+        self.unused_since
+            .retain(|(disk, image), _| image != name || wanted.contains_key(disk) && !used.contains(disk.as_str()));
         for disk in wanted.keys().filter(|d| !used.contains(d.as_str())) {
             self.unused_since.entry((disk.clone(), name.to_owned())).or_insert(o.now);
         }
@@ -117,8 +141,9 @@ impl World {
             };
             self.happens(what, format!("{name} on {disk}"));
             let key = (disk.clone(), (name.to_owned(), status.uuid.clone()));
-            // One that was not ready is nobody's last.
-            let relies = if state(disk) == CopyState::Ready { others.clone() } else { BTreeSet::from([disk.clone()]) };
+            // One that was not ready is nobody's last, and the user's own deletion asks nobody.
+            let is_free = state(disk) != CopyState::Ready || is_deletion(o);
+            let relies = if is_free { BTreeSet::from([disk.clone()]) } else { others.clone() };
             self.licenses.insert(key, relies);
         }
         for disk in map.keys().filter(|d| !before.contains_key(*d)) {
@@ -172,9 +197,8 @@ impl World {
             return Err("the disk is away");
         }
         let object = self.images.get(&key.0).filter(|_| !key.1.is_empty() && self.uuid_of(&key.0) == key.1);
-        let is_ending = |i: &api::BackingImage| {
-            i.metadata.deletion_timestamp.is_some() && i.spec.disk_file_spec_map.is_empty()
-        };
+        let is_ending =
+            |i: &api::BackingImage| i.metadata.deletion_timestamp.is_some() && i.spec.disk_file_spec_map.is_empty();
         if object.is_some_and(|i| !is_ending(i)) {
             self.judge_removal(id, key);
         }
@@ -196,8 +220,13 @@ impl World {
         let runs = self.replicas.iter().find(|(name, replica)| {
             is_user(replica) && replica.spec.disk_id == id && self.replica_files.get(*name).is_some_and(|f| f.is_up)
         });
-        assert!(runs.is_none(), "the file of {image} on {id} is removed below replica {:?}, which runs", runs.map(|r| r.0));
-        let in_use = self.volumes.values().any(|v| v.spec.backing_image == *image) || self.replicas.values().any(|r| is_user(&r));
+        assert!(
+            runs.is_none(),
+            "the file of {image} on {id} is removed below replica {:?}, which runs",
+            runs.map(|r| r.0)
+        );
+        let in_use = self.volumes.values().any(|v| v.spec.backing_image == *image)
+            || self.replicas.values().any(|r| is_user(&r));
         if !in_use || !matches!(self.disks[id].files.get(key), Some(File { is_damaged: false, .. })) {
             return;
         }

@@ -9,7 +9,7 @@ use api::names::{data_source_workload_name, manager_name};
 use api::volume::{Robustness, VolumeState};
 use api::{BackingImage, condition};
 use planner::placement::{Selectors, refusal};
-use planner::retry::after;
+use planner::retry::{after, since};
 use rand::rngs::StdRng;
 
 use crate::files::node_of_path;
@@ -19,7 +19,10 @@ use crate::world::{GIB, World, mark};
 /// Rounds over all objects within which a world without faults settles.
 const SETTLING_ROUNDS: u32 = 500;
 
-/// Longer than any interval or back-off: what still happens then was forgotten before.
+/// Longer than any interval, back-off and step of the clock.
+const LONG: Duration = Duration::from_secs(10_000);
+
+/// Far longer: what still happens then was forgotten before.
 const MUCH_LATER: Duration = Duration::from_secs(100_000);
 
 impl World {
@@ -31,27 +34,39 @@ impl World {
         self.end_faults(random);
         // A user who wants an image that is being deleted would wait for ever, and rightly so.
         let missing: BTreeSet<String> = self.volumes.values().map(|v| v.spec.backing_image.clone()).collect();
-        let mut rounds = 0;
-        loop {
+        let (mut rounds, mut acted, mut last) = (0, self.now, self.actions);
+        // What cannot be got is tried again for ever, with a wait; nothing comes of that.
+        while since(self.now, acted) < LONG {
             missing.iter().for_each(|image| self.create_image(image, random));
             let moved = self.moves(random);
+            if self.told {
+                println!("{} round {rounds}, moved {moved}, again in {:?}", self.now, self.recheck);
+            }
             match self.recheck.take() {
                 _ if moved => self.now = after(self.now, Duration::from_millis(500)),
                 Some(wait) => self.now = after(self.now, wait.max(Duration::from_millis(1))),
                 None => break,
             }
+            if last != self.actions {
+                (last, acted) = (self.actions, self.now);
+            }
             rounds += 1;
-            assert!(rounds < SETTLING_ROUNDS, "does not settle: {:?}", self.unmet());
+            assert!(
+                rounds < SETTLING_ROUNDS,
+                "does not settle: {}\n{}",
+                self.unmet().unwrap_or_default(),
+                self.summary()
+            );
         }
         self.tally.add("rounds to settle", u64::from(rounds));
         if let Some(problem) = self.unmet().or_else(|| self.leftovers()) {
-            panic!("settles, but {problem}");
+            panic!("settles, but {problem}\n{}", self.summary());
         }
         self.now = after(self.now, MUCH_LATER);
         for _ in 0..3 {
             let before = self.actions;
             self.round(random);
-            assert_eq!(before, self.actions, "a settled world plans further actions");
+            assert_eq!(before, self.actions, "a settled world plans further actions\n{}", self.summary());
         }
     }
 
@@ -85,7 +100,9 @@ impl World {
         // Whoever lost a disk for good gives the volume up that had data there.
         let lost = |w: &World, name: &str| {
             let mut replicas = w.replicas.values().filter(|r| r.spec.volume_name == name);
-            replicas.any(|r| !w.is_mounted(&r.spec.disk_id, &r.spec.disk_path) || !w.wished_paths().contains(&r.spec.disk_path))
+            replicas.any(|r| {
+                !w.is_mounted(&r.spec.disk_id, &r.spec.disk_path) || !w.wished_paths().contains(&r.spec.disk_path)
+            })
         };
         for name in self.volumes.keys().cloned().collect::<Vec<_>>() {
             if lost(self, &name) {
@@ -148,7 +165,8 @@ impl World {
         let map = &image.spec.disk_file_spec_map;
         let state = |d: &String| status.disk_file_status_map.get(d).map(|f| f.state).unwrap_or_default();
         let is_evicting = |d: &String| map[d].eviction_requested || disks.get(d).is_some_and(|d| d.evicting);
-        let is_used = |d: &String| self.replicas.values().any(|r| r.spec.disk_id == **d && r.spec.backing_image == *name);
+        let is_used =
+            |d: &String| self.replicas.values().any(|r| r.spec.disk_id == **d && r.spec.backing_image == *name);
         let selectors =
             [Selectors { who: "the image", node: &image.spec.node_selector, disk: &image.spec.disk_selector }];
         let further = disks.list.iter().find(|d| {
@@ -159,7 +177,12 @@ impl World {
         let ready: Vec<&String> = map.keys().filter(|d| state(d) == CopyState::Ready).collect();
         let staying = ready.iter().filter(|d| !is_evicting(d)).count();
         let is_told = !said.reason.is_empty() && !said.message.is_empty();
-        let problem = |why: &str| Some(format!("image {name} has {staying} of {need} copies, {why}: {said:?}, {map:?}, {:?}", status.disk_file_status_map));
+        let problem = |why: &str| {
+            Some(format!(
+                "image {name} has {staying} of {need} copies, {why}: {said:?}, {map:?}, {:?}",
+                status.disk_file_status_map
+            ))
+        };
         if staying < need {
             if let Some(disk) = further.filter(|_| self.settings.replenish_limit > 0 || ready.is_empty()) {
                 return problem(&format!("although {} is eligible", disk.label()));
@@ -168,7 +191,8 @@ impl World {
                 return problem("and does not say why");
             }
         }
-        if let Some(disk) = map.keys().find(|d| !ready.is_empty() && state(d) != CopyState::Ready && !disks.is_gone(d)) {
+        if let Some(disk) = map.keys().find(|d| !ready.is_empty() && state(d) != CopyState::Ready && !disks.is_gone(d))
+        {
             return problem(&format!("and that on {disk} is not ready"));
         }
         if let Some(disk) = map.keys().find(|d| gaps::ENTRIES_OF_GONE_DISKS_GO && staying > 0 && disks.is_gone(d)) {
@@ -177,7 +201,11 @@ impl World {
         if let Some(disk) = ready.iter().find(|d| staying > need && !is_used(d) && !is_evicting(d)) {
             return problem(&format!("and nobody needs that on {disk}"));
         }
-        let is_blocked = |d: &&&String| is_evicting(d) && (staying >= need && !is_used(d) || gaps::BLOCKED_EVICTIONS_ARE_TOLD && !said.message.contains("shall leave"));
+        let is_blocked = |d: &&&String| {
+            is_evicting(d)
+                && (staying >= need && !is_used(d)
+                    || gaps::BLOCKED_EVICTIONS_ARE_TOLD && !said.message.contains("shall leave"))
+        };
         if let Some(disk) = ready.iter().find(is_blocked) {
             return problem(&format!("and {disk} is not emptied"));
         }
@@ -192,7 +220,8 @@ impl World {
         let wish = &volume.spec.node_id;
         let image = self.images.get(&volume.spec.backing_image);
         let image_waits = image.and_then(|i| i.status.as_ref()).is_some_and(|s| {
-            condition::find(&s.conditions, READY).is_some_and(|c| !c.is_true() && !c.message.is_empty())
+            let said = condition::find(&s.conditions, READY).is_some_and(|c| !c.is_true() && !c.message.is_empty());
+            said && planner::image::ready_disks(s).next().is_none()
         });
         let ready = condition::find(&status.conditions, READY).cloned().unwrap_or_default();
         let is_met = match (wish.is_empty(), status.state) {
@@ -240,13 +269,73 @@ impl World {
                 return Some(format!("file {key:?} is left on {id}, its manager has {entries:?}"));
             }
             let is_made = |key: &(String, String)| {
-                self.sources.get(&key.0).is_some_and(|s| prepares(&s) && s.spec.disk_uuid == *id && s.spec.uuid == key.1)
+                self.sources
+                    .get(&key.0)
+                    .is_some_and(|s| prepares(&s) && s.spec.disk_uuid == *id && s.spec.uuid == key.1)
             };
             let made = disk.made.iter().find(|(key, report)| report.state != CopyState::Ready && !is_made(key));
-            if let Some((key, report)) = made {
+            let goes_with = |key: &(String, String)| {
+                let entry = manager.and_then(|m| m.spec.backing_images.get(&key.0));
+                entry == Some(&key.1) && !gaps::ABANDONED_PREPARATIONS_GO
+            };
+            if let Some((key, report)) = made.filter(|(key, _)| !goes_with(key)) {
                 return Some(format!("the temporary file of {key:?} is left on {id}: {report:?}"));
             }
         }
         None
+    }
+
+    /// The state of everything in few words, for who looks for the cause.
+    fn summary(&self) -> String {
+        let mut text = format!("{:?}\n", self.settings);
+        for disk in &self.disks().list {
+            text += &format!(
+                "{} {}: {:?} {:?} evicting {} node tags {:?} tags {:?} free {}\n",
+                disk.id,
+                disk.label(),
+                disk.health,
+                disk.unschedulable,
+                disk.evicting,
+                disk.node_tags,
+                disk.tags,
+                disk.available_bytes
+            );
+        }
+        for (name, image) in &self.images {
+            let status = image.status.clone().unwrap_or_default();
+            text += &format!(
+                "image {name} {}: minimum {}, tags {:?} {:?}, deleted {}, {:?}\n",
+                status.uuid,
+                image.spec.min_number_of_copies,
+                image.spec.node_selector,
+                image.spec.disk_selector,
+                image.metadata.deletion_timestamp.is_some(),
+                condition::find(&status.conditions, READY).map(|c| (&c.reason, &c.message))
+            );
+            for (disk, copy) in &status.disk_file_status_map {
+                text += &format!(
+                    "  on {disk}: {:?} `{}` {:?} next {}\n",
+                    copy.state, copy.message, copy.error_kind, copy.next_retry_time
+                );
+            }
+        }
+        for (name, source) in &self.sources {
+            let status = source.status.clone().unwrap_or_default();
+            text += &format!(
+                "source {name}: transferred {}, on {}, {:?} `{}`\n",
+                source.spec.file_transferred, source.spec.disk_uuid, status.current_state, status.message
+            );
+        }
+        for (name, volume) in &self.volumes {
+            let status = volume.status.clone().unwrap_or_default();
+            text += &format!(
+                "volume {name} of {} on `{}`: {:?}\n",
+                volume.spec.backing_image, volume.spec.node_id, status.state
+            );
+        }
+        for (name, replica) in &self.replicas {
+            text += &format!("replica {name} on {}, failed at `{}`\n", replica.spec.disk_id, replica.spec.failed_at);
+        }
+        text
     }
 }

@@ -49,7 +49,8 @@ fn worlds_with_faults_keep_the_invariants_and_settle() {
     for (what, count) in all.iter() {
         println!("{count:>10} {what}");
     }
-    let repeat: Vec<String> = failed.iter().map(|seed| format!("cargo xtask simulate --control --seed {seed}")).collect();
+    let repeat: Vec<String> =
+        failed.iter().map(|seed| format!("cargo xtask simulate --control --seed {seed}")).collect();
     assert!(
         failed.is_empty(),
         "promises were broken, see above; after {} runs; again:\n{}",
