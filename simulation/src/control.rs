@@ -45,9 +45,13 @@ impl World {
         self.work_on_files(random);
     }
 
-    /// Whether the controller dies now.
+    /// Whether the controller dies now, before it writes what it decided.
     fn dies(&mut self, random: &mut StdRng) -> bool {
-        let dies = self.faults && random.random_bool(0.04);
+        self.dies_at(0.005, random)
+    }
+
+    fn dies_at(&mut self, odds: f64, random: &mut StdRng) -> bool {
+        let dies = self.faults && random.random_bool(odds);
         if dies {
             self.crash_controller();
         }
@@ -60,7 +64,7 @@ impl World {
         if let Some(what) = what {
             println!("{} ACTION {what}", self.now);
         }
-        self.dies(random)
+        self.dies_at(0.05, random)
     }
 
     fn looks_again(&mut self, after: Option<Duration>) {

@@ -8,6 +8,7 @@ use api::names::condition as types;
 use api::{Condition, ConditionStatus};
 use planner::disk::Health;
 use planner::image::{Action, Decision, Observed};
+use planner::placement::{Selectors, refusal};
 use planner::retry::since;
 
 use crate::files::{File, Key};
@@ -112,8 +113,48 @@ impl World {
                 "{left} ready copies of {name} are left when that on {disk} goes, at least {floor} must be"
             );
         }
+        self.judge_additions(name, o, d, &after);
         let had = before.keys().any(|disk| state(disk) == CopyState::Ready);
         assert!(!loses_ready || had && left > 0, "invariant 2: the last ready copy of {name} is removed");
+    }
+
+    /// What is added is missed, allowed, and lies where something may be placed.
+    fn judge_additions(&mut self, name: &str, o: &Observed, d: &Decision, after: &Copies) {
+        let before = &o.image.spec.disk_file_spec_map;
+        let serves = |disk: &str| o.replicas.iter().any(|r| r.spec.disk_id == disk);
+        let is_first = |disk: &str| {
+            let source = o.data_source.as_ref().is_some_and(|s| !s.spec.file_transferred && s.spec.disk_uuid == disk);
+            source
+                || d.actions.iter().any(|a| match a {
+                    Action::CreateDataSource(new) => new.spec.disk_uuid == disk,
+                    Action::SetDataSourceSpec(new) => new.disk_uuid == disk,
+                    _ => false,
+                })
+        };
+        let added: Vec<&String> = after.keys().filter(|d| !before.contains_key(*d) && !serves(d)).collect();
+        let selectors =
+            [Selectors { who: "the image", node: &o.image.spec.node_selector, disk: &o.image.spec.disk_selector }];
+        for disk in &added {
+            let refused =
+                o.disks.get(disk).map_or(Some("nobody has it".into()), |d| refusal(d, &selectors, &o.settings));
+            assert!(refused.is_none() || is_first(disk), "a copy of {name} is added on {disk}: {refused:?}");
+            assert!(
+                o.settings.replenish_limit > 0 || is_first(disk),
+                "a copy of {name} is added on {disk} against the limit"
+            );
+        }
+        let is_ready =
+            |disk: &&String| d.status.disk_file_status_map.get(*disk).is_some_and(|f| f.state == CopyState::Ready);
+        let staying = before.keys().filter(|disk| !is_evicting(o, disk)).filter(is_ready).count();
+        let more = added.iter().filter(|disk| !is_first(disk)).count();
+        assert!(
+            more == 0 || staying + more <= needed(o),
+            "{more} copies of {name} are added to {staying}, {} are needed",
+            needed(o)
+        );
+        if o.settings.replenish_limit == 0 && after.keys().any(|d| !before.contains_key(d) && serves(d)) {
+            self.tally.add("copies added for a replica while the limit is 0", 1);
+        }
     }
 
     fn remember_use(&mut self, name: &str, o: &Observed) {

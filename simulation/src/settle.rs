@@ -201,10 +201,10 @@ impl World {
         if let Some(disk) = ready.iter().find(|d| staying > need && !is_used(d) && !is_evicting(d)) {
             return problem(&format!("and nobody needs that on {disk}"));
         }
+        let is_explained = |d: &String| said.reason != "Ready" || !status.disk_file_status_map[d].message.is_empty();
         let is_blocked = |d: &&&String| {
-            is_evicting(d)
-                && (staying >= need && !is_used(d)
-                    || gaps::BLOCKED_EVICTIONS_ARE_TOLD && !said.message.contains("shall leave"))
+            let is_free = staying >= need && !is_used(d);
+            is_evicting(d) && (is_free || gaps::BLOCKED_EVICTIONS_ARE_TOLD && !is_explained(d))
         };
         if let Some(disk) = ready.iter().find(is_blocked) {
             return problem(&format!("and {disk} is not emptied"));

@@ -51,6 +51,8 @@ pub struct World {
     pub acknowledged: BTreeMap<String, u64>,
     pub manager_memory: BTreeMap<String, planner::manager::Memory>,
     pub restarts: BTreeMap<String, Retry>,
+    /// The latest time that any clock showed.
+    pub latest: Timestamp,
     pub faults: bool,
     pub told: bool,
     pub tally: Tally,
@@ -91,6 +93,7 @@ impl World {
             acknowledged: BTreeMap::new(),
             manager_memory: BTreeMap::new(),
             restarts: BTreeMap::new(),
+            latest: Timestamp::MIN,
             faults: true,
             told: false,
             tally: Tally::default(),
@@ -164,6 +167,7 @@ impl World {
             _ => Duration::from_millis(random.random_range(10..2000)),
         };
         self.now = planner::retry::after(self.now, step);
+        self.latest = self.latest.max(self.now);
         self.report_nodes();
         match random.random_range(0..1000) {
             0..=59 => self.user(random),
@@ -171,7 +175,7 @@ impl World {
             60..=399 => (0..8).for_each(|_| self.any_pass(random)),
             400..=649 => self.any_instance(random),
             650..=809 => self.any_write(random),
-            810..=969 => self.work_on_files(random),
+            810..=959 => self.work_on_files(random),
             _ => self.fault(random),
         }
     }
