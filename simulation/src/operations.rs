@@ -329,7 +329,6 @@ impl World {
             }
             3 => {
                 disk.files.clear();
-                disk.made.clear();
                 "disk directories emptied"
             }
             4..=6 => {

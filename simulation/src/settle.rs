@@ -16,8 +16,8 @@ use crate::files::node_of_path;
 use crate::gaps;
 use crate::world::{GIB, World, mark};
 
-/// Rounds over all objects within which a world without faults settles.
-const SETTLING_ROUNDS: u32 = 500;
+/// Rounds over all objects in which something is done, within which a world without faults settles.
+const SETTLING_ROUNDS: u32 = 300;
 
 /// Longer than any interval, back-off and step of the clock.
 const LONG: Duration = Duration::from_secs(10_000);
@@ -49,8 +49,8 @@ impl World {
             }
             if last != self.actions {
                 (last, acted) = (self.actions, self.now);
+                rounds += 1;
             }
-            rounds += 1;
             assert!(
                 rounds < SETTLING_ROUNDS,
                 "does not settle: {}\n{}",
@@ -224,8 +224,10 @@ impl World {
             said && planner::image::ready_disks(s).next().is_none()
         });
         let ready = condition::find(&status.conditions, READY).cloned().unwrap_or_default();
+        let mut replicas = self.replicas.values().filter(|r| r.spec.volume_name == name);
+        let waits_for_disk = replicas.any(|r| !self.is_mounted(&r.spec.disk_id, &r.spec.disk_path));
         let is_met = match (wish.is_empty(), status.state) {
-            _ if volume.metadata.deletion_timestamp.is_some() => false,
+            _ if volume.metadata.deletion_timestamp.is_some() => waits_for_disk && !gaps::REPLACED_DISKS_ARE_GIVEN_UP,
             (_, _) if status.robustness == Robustness::Faulted => true,
             // It says so itself.
             (_, VolumeState::Creating) => ready.reason == "NoEligibleDisk",
