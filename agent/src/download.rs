@@ -5,6 +5,7 @@
 //! after a kill, with what [`crate::unfinished`] says. There is no limit in time, only one for silence. A transfer counts as whole when the server's length was reached, or its framing said so, or
 //! the expected checksum matches.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use api::ErrorKind;
@@ -40,6 +41,8 @@ pub struct Download {
 pub struct Patience {
     /// How long the source may stay silent.
     pub idle_timeout: Duration,
+    /// After how much of that it is told.
+    pub told_after: Duration,
     /// Pauses between tries.
     pub backoff: Backoff,
     /// Tries in a row that bring no byte.
@@ -52,6 +55,7 @@ impl Default for Patience {
     fn default() -> Self {
         Patience {
             idle_timeout: limits::IDLE_TIMEOUT,
+            told_after: limits::SILENCE_TOLD_AFTER,
             backoff: Backoff { initial: limits::RETRY_INITIAL, max: limits::RETRY_MAX },
             tries_without_progress: limits::MAX_TRIES_WITHOUT_PROGRESS,
             checkpoint_interval: limits::CHECKPOINT_INTERVAL,
@@ -66,6 +70,8 @@ pub enum Event {
     Started { length: Option<u64> },
     /// So many bytes are here.
     Received { bytes: u64 },
+    /// The server has said nothing for a while; it is left at that time.
+    Silent { problem: String, until: Timestamp },
     /// It broke; the next try comes at that time.
     Waiting { problem: String, next_retry: Timestamp },
     /// An earlier process had received so many bytes, which are kept.
@@ -133,6 +139,21 @@ impl Place<'_> {
     fn begin_again(&self, reason: &'static str, error: Option<&AgentError>) {
         tracing::warn!(url = %self.url, reason, error = error.map(AgentError::chain), "download begins again");
         (self.report)(Event::Restarted { reason });
+    }
+
+    /// Waits for the server; says so when that takes long. `Err`: it has taken too long.
+    async fn wait<T>(&self, answer: impl Future<Output = T>) -> Result<T, Broken> {
+        let Patience { idle_timeout, told_after, .. } = *self.patience;
+        let (began, mut answer) = (Timestamp::now(), pin!(answer));
+        if let Ok(answer) = timeout(told_after.min(idle_timeout), &mut answer).await {
+            return Ok(answer);
+        }
+        let rest = idle_timeout.saturating_sub(told_after);
+        let until = Timestamp::now().checked_add(rest).unwrap_or(Timestamp::MAX);
+        let problem = format!("the server of `{}` says nothing since {began:.0}", self.url);
+        (self.report)(Event::Silent { problem, until });
+        let silence = |_| Broken::Retry(format!("the server was silent for {idle_timeout:?}"));
+        timeout(rest, answer).await.map_err(silence)
     }
 }
 
@@ -293,7 +314,7 @@ async fn attempt(
     slot: &mut Option<Receiving>,
     known: &mut Known,
 ) -> Result<Framed, Broken> {
-    let (patience, report) = (place.patience, place.report);
+    let report = place.report;
     let have = received(slot);
     let mut request = client.get(what.url.expose().clone()).header(ACCEPT_ENCODING, "identity");
     if have > 0
@@ -301,13 +322,12 @@ async fn attempt(
     {
         request = request.header(RANGE, format!("bytes={have}-")).header(IF_RANGE, validator);
     }
-    let mut response = match timeout(patience.idle_timeout, request.send()).await {
-        Err(_) => return Err(Broken::Retry(silence(patience))),
-        Ok(Err(error)) if error.is_redirect() || error.is_builder() => {
+    let mut response = match place.wait(request.send()).await? {
+        Err(error) if error.is_redirect() || error.is_builder() => {
             return Err(failed(what, chain(&error.without_url())));
         }
-        Ok(Err(error)) => return Err(Broken::Retry(http_client::unsent(&error))),
-        Ok(Ok(response)) => response,
+        Err(error) => return Err(Broken::Retry(http_client::unsent(&error))),
+        Ok(response) => response,
     };
     check_status(what, response.status())?;
     if let Some(encoding) = response.headers().get(CONTENT_ENCODING)
@@ -343,11 +363,10 @@ async fn attempt(
     let framed = if known.length.is_some() || is_framed(&response) { Framed::Yes } else { Framed::ByClose };
     let ingest = &mut slot.as_mut().expect("begun above or in an earlier try").ingest;
     loop {
-        let bytes = match timeout(patience.idle_timeout, response.chunk()).await {
-            Err(_) => return Err(Broken::Retry(silence(patience))),
-            Ok(Err(error)) => return Err(Broken::Retry(cut(ingest, known, &chain(&error.without_url())))),
-            Ok(Ok(None)) => break,
-            Ok(Ok(Some(bytes))) => bytes,
+        let bytes = match place.wait(response.chunk()).await? {
+            Err(error) => return Err(Broken::Retry(cut(ingest, known, &chain(&error.without_url())))),
+            Ok(None) => break,
+            Ok(Some(bytes)) => bytes,
         };
         ingest.push(bytes).await?;
         report(Event::Received { bytes: ingest.received_bytes() });
@@ -382,10 +401,6 @@ fn check_status(what: &Download, status: StatusCode) -> Result<(), Broken> {
 
 fn failed(what: &Download, problem: String) -> Broken {
     Broken::Failed(AgentError::Download { url: what.url.to_string(), problem })
-}
-
-fn silence(patience: &Patience) -> String {
-    format!("the server was silent for {:?}", patience.idle_timeout)
 }
 
 fn cut(ingest: &Ingest, known: &Known, problem: &str) -> String {

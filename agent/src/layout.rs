@@ -14,6 +14,9 @@ use crate::error::AgentError;
 /// The file that says which disk a directory is.
 pub const DISK_CONFIG: &str = "longhorn-disk.cfg";
 
+/// The files beside a copy that say what it is.
+pub(crate) const DESCRIPTIONS: [&str; 2] = ["backing.cfg", "backing.chunks"];
+
 /// One image on one disk: the name of its directory is `<name>-<uuid>`.
 ///
 /// ```

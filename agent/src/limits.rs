@@ -29,6 +29,9 @@ pub const MAX_REDIRECTS: usize = 10;
 /// How long a source or peer may stay silent. Longhorn's value since 1.9.2.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// After how much of that silence it is told.
+pub const SILENCE_TOLD_AFTER: Duration = Duration::from_secs(5);
+
 /// How long a connection attempt may take. A host that is up answers in far less.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -23,6 +23,7 @@ mod registry;
 mod serve;
 mod service;
 mod verification;
+mod watcher;
 
 use registry::Registry;
 

@@ -20,7 +20,9 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 use crate::error::{ReconcileError, chain};
-use crate::limits::{CHANGE_TIMEOUT, CONNECT_TIMEOUT, KEEP_ALIVE, MAX_LINE_BYTES, READ_TIMEOUT};
+use crate::limits::{
+    CHANGE_TIMEOUT, CONNECT_TIMEOUT, KEEP_ALIVE, KEEP_ALIVE_TIMEOUT, MAX_LINE_BYTES, READ_TIMEOUT, SOURCE_SILENCE,
+};
 use crate::queue::{Key, Kind, Queue};
 
 type Client = BackingImageManagerServiceClient<Channel>;
@@ -189,7 +191,11 @@ impl Agents {
 fn endpoint(ip: &str) -> Result<Endpoint, ReconcileError> {
     let endpoint = Endpoint::from_shared(format!("http://{ip}:{MANAGER_PORT}"))
         .map_err(|_| ReconcileError::Name { what: "address", text: ip.to_owned() })?;
-    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).http2_keep_alive_interval(KEEP_ALIVE).keep_alive_while_idle(true))
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true))
 }
 
 fn timed<T>(request: T) -> Request<T> {
@@ -264,7 +270,15 @@ async fn follow_source(http: &reqwest::Client, url: &str, queue: &Queue, key: &K
     }
     let mut stream = response.bytes_stream();
     let mut line_bytes = 0;
-    while let Some(Ok(bytes)) = stream.next().await {
+    loop {
+        let bytes = match tokio::time::timeout(SOURCE_SILENCE, stream.next()).await {
+            Ok(Some(Ok(bytes))) => bytes,
+            Ok(_) => return,
+            Err(_) => {
+                queue.add(key.kind, &key.name);
+                continue;
+            }
+        };
         line_bytes = if bytes.contains(&b'\n') { 0 } else { line_bytes + bytes.len() };
         if line_bytes > MAX_LINE_BYTES {
             return;

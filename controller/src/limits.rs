@@ -18,13 +18,20 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Reads are answered from memory.
-pub const READ_TIMEOUT: Duration = Duration::from_secs(5);
+pub const READ_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Requests that begin or end something on a disk.
 pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A silent connection to an agent is probed this often, so that a dead peer is noticed without traffic.
-pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// A silent connection to an agent is probed this often, so that a dead peer is noticed without traffic: with the next bound
+/// and [`READ_TIMEOUT`], after which it is told, within 10 s.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// How long the answer to a probe may take; a busy machine takes a second at times.
+pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// A data source that says nothing for this long is asked.
+pub const SOURCE_SILENCE: Duration = Duration::from_secs(5);
 
 /// Delay after the first failed pass; it doubles up to [`RESYNC`].
 pub const FIRST_RETRY: Duration = Duration::from_millis(50);

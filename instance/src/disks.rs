@@ -18,7 +18,7 @@ use crate::role::Config;
 use crate::{discovery, ownership};
 
 /// Longhorn's file at the root of a disk (LF 1.7).
-const CONFIG_FILE: &str = "longhorn-disk.cfg";
+pub const CONFIG_FILE: &str = "longhorn-disk.cfg";
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

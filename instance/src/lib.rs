@@ -5,6 +5,7 @@
 
 mod control;
 pub mod discovery;
+mod disk_watch;
 mod disks;
 mod engine_decision;
 mod engine_progress;

@@ -10,6 +10,9 @@ pub const RETRY: Backoff = Backoff { initial: Duration::from_millis(100), max: D
 /// How often disks are looked at and every object is reconciled although nothing happened.
 pub const RESYNC: Duration = Duration::from_secs(30);
 
+/// How often it is glanced at whether disks are what they were: a fault of one is told within 10 s.
+pub const GLANCE: Duration = Duration::from_secs(3);
+
 /// How many objects are reconciled at a time; starting a process is mostly waiting.
 pub const WORKERS: usize = 8;
 

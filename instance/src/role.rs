@@ -27,7 +27,7 @@ use crate::error::InstanceError;
 use crate::limits::{ENGINE_SILENCE_LIMIT, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
 use crate::metrics::Metrics;
 use crate::processes::Processes;
-use crate::{disks, engines, kernel, replicas};
+use crate::{disk_watch, disks, engines, kernel, replicas};
 
 /// One node.
 #[derive(Clone)]
@@ -114,6 +114,8 @@ pub struct State {
     pub shown: BTreeMap<Key, Shown>,
     /// Size and free room by disk.
     pub disks: BTreeMap<String, (u64, u64)>,
+    /// Path and reserved bytes of the disks that this node shall have.
+    pub disk_specs: BTreeMap<String, (String, u64)>,
 }
 
 /// What metrics tell of a replica or an engine.
@@ -184,6 +186,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         let role = role.clone();
         role.tasks.clone().spawn(async move { role.work().await });
     }
+    role.tasks.spawn(disk_watch::run(role.clone()));
     let result = tokio::select! {
         () = role.cancelled.cancelled() => Ok(()),
         failed = role.clone().follow_store() => failed,
@@ -331,9 +334,12 @@ impl Role {
         match event {
             TypedEvent::Applied(node) | TypedEvent::Deleted(node) => {
                 if node.metadata.name.as_deref() == Some(self.config.node.as_str()) {
-                    let disks = node.status.unwrap_or_default().disk_status.into_iter();
-                    self.state().disks =
-                        disks.map(|(name, disk)| (name, (disk.storage_maximum, disk.storage_available))).collect();
+                    let seen = node.status.unwrap_or_default().disk_status.into_iter();
+                    let wished = node.spec.disks.into_iter();
+                    let mut state = self.state();
+                    state.disks =
+                        seen.map(|(name, disk)| (name, (disk.storage_maximum, disk.storage_available))).collect();
+                    state.disk_specs = wished.map(|(name, disk)| (name, (disk.path, disk.storage_reserved))).collect();
                     self.queue.add(Key::Disks);
                 }
             }

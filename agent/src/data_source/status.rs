@@ -83,9 +83,9 @@ impl FileStatus {
                 self.next_retry_time.clear();
                 self.message.clone_from(&self.note);
             }
-            Event::Waiting { problem, next_retry } => {
+            Event::Silent { problem, until: time } | Event::Waiting { problem, next_retry: time } => {
                 self.message = problem;
-                self.next_retry_time = format!("{next_retry:.0}");
+                self.next_retry_time = format!("{time:.0}");
             }
             Event::Resumed { bytes } => {
                 self.note = format!("went on after the first {bytes} bytes, which an earlier process had received");

@@ -134,6 +134,10 @@ impl Doubt {
         if crate::config_file::modification_time(&before) != crate::config_file::modification_time(&after) {
             return Err(AgentError::NotReady { message: "the file was changed while it was verified".into() });
         }
+        if !files.manifest.exists() {
+            // It was lost while the file was read.
+            manifest.write(&files.manifest)?;
+        }
         config.write(&files.config)?;
         Ok(config)
     }
@@ -162,6 +166,17 @@ impl Registry {
             Found::Doubtful(doubt) => self.start_verification(key, doubt),
         }
         Ok(true)
+    }
+
+    /// Adopts a ready copy once more, because what describes it was touched.
+    pub async fn adopt_again(self: &Arc<Self>, key: &ImageKey) {
+        let _turn = self.lock(key).await;
+        if self.get(key).is_some_and(|copy| copy.state == CopyState::Ready) {
+            // Without a file there is nothing to adopt; a look finds that.
+            if let Err(error) = self.adopt(key).await {
+                self.put(key, Copy::failed(&error));
+            }
+        }
     }
 
     fn start_verification(self: &Arc<Self>, key: &ImageKey, doubt: Doubt) {
@@ -211,7 +226,10 @@ impl Registry {
         let (path, of) = (files.clone(), copy.clone());
         let same = blocking(move || match path.file.metadata() {
             Ok(metadata) => Ok(Some(
-                metadata.len() == of.size && crate::config_file::modification_time(&metadata) == of.modification_time,
+                metadata.len() == of.size
+                    && crate::config_file::modification_time(&metadata) == of.modification_time
+                    && path.config.exists()
+                    && path.manifest.exists(),
             )),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(AgentError::Io { doing: "look at", path: path.file, source }),

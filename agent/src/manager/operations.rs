@@ -203,13 +203,14 @@ impl Registry {
             return Err(AgentError::NotReady { message });
         };
         wanted.check(manifest.size_bytes, manifest.sha512.as_str(), "the prepared file")?;
+        // What fails here leaves the file to the data source.
+        let directory = self.disk.image_dir(key);
+        blocking(move || durable::create_dir(&directory)).await?;
         ask_data_source(data_source, reqwest::Method::POST, "?action=transfer", &self.security).await?;
 
         let target = self.disk.copy(key);
-        let directory = self.disk.image_dir(key);
         let expected = if wanted.sha512.is_some() { wanted.expected_checksum() } else { config.expected_checksum };
         let sealed = blocking(move || {
-            durable::create_dir(&directory)?;
             let file = File::open(&source.file).map_err(AgentError::io("open", &source.file))?;
             let sealed = seal(&file, &source.file, &target, &manifest, &expected)?;
             source.remove()?;

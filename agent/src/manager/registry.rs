@@ -186,6 +186,13 @@ impl Registry {
         self.entries().iter().map(|(key, entry)| (key.clone(), entry.copy.clone())).collect()
     }
 
+    /// The copies that can be used, in order.
+    pub fn ready(&self) -> Vec<ImageKey> {
+        let entries = self.entries();
+        let is_ready = |entry: &Entry| entry.copy.state == CopyState::Ready;
+        entries.iter().filter(|(_, entry)| is_ready(entry)).map(|(key, _)| key.clone()).collect()
+    }
+
     /// Whether a task works on the copy.
     pub fn is_busy(&self, key: &ImageKey) -> bool {
         self.entries().get(key).and_then(|entry| entry.work.as_ref()).is_some_and(|work| !work.task.is_finished())
@@ -300,6 +307,7 @@ impl Registry {
     /// Tells of progress, and looks after the files.
     pub fn spawn_background(self: Arc<Self>, recheck_interval: Duration) {
         let (ticker, checker) = (self.clone(), self.clone());
+        self.tracker.spawn(super::watcher::run(self.clone()));
         self.tracker.spawn(async move {
             let work = async {
                 loop {

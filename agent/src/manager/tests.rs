@@ -1,6 +1,7 @@
 //! What requests, tasks and looks at the files may do to one copy at the same time: each guard alone.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::pin::pin;
 use std::time::{Duration, SystemTime};
 
@@ -25,7 +26,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// For what must not.
 const WHILE: Duration = Duration::from_millis(100);
 
-const FAST: Verification = Verification { requested_at: None, bytes_per_second: u64::MAX };
+const FAST: Verification = Verification::FAST;
 /// Twelve days for a chunk.
 const SLOW: Verification = Verification { requested_at: None, bytes_per_second: 1 };
 
@@ -274,4 +275,119 @@ async fn everything_that_changes_is_told() {
     }
     registry.tasks.cancel();
     timeout(DEADLINE, registry.close(2 * DEADLINE)).await.expect("the background work ended");
+}
+
+/// Whether this process watches a copy's file, as the kernel tells it.
+fn is_watched(files: &FileSet) -> bool {
+    let wanted = format!(" ino:{:x} ", files.file.metadata().unwrap().ino());
+    let descriptors = std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
+    // One may be closed meanwhile.
+    descriptors.filter_map(|d| std::fs::read_to_string(d.path()).ok()).any(|text| text.contains(&wanted))
+}
+
+/// What may be done to the files of a ready copy from outside, and what is said of it then.
+#[tokio::test]
+async fn what_is_done_to_a_ready_copy_from_outside_is_noticed_at_once() {
+    type Deed = fn(&FileSet);
+    fn parent(files: &FileSet) -> std::path::PathBuf {
+        files.file.parent().unwrap().into()
+    }
+    /// Writes over a byte, with the file's time as it was.
+    fn flip(files: &FileSet) {
+        use std::os::unix::fs::FileExt;
+        let time = files.file.metadata().unwrap().modified().unwrap();
+        let file = File::options().write(true).open(&files.file).unwrap();
+        file.write_all_at(b"X", 1 << 20).unwrap();
+        file.sync_all().unwrap();
+        touch(files, time);
+    }
+    let deeds: [(&str, Deed, &str); 7] = [
+        ("removed", |files| std::fs::remove_file(&files.file).unwrap(), "the file is gone"),
+        ("moved away", |files| std::fs::rename(&files.file, &files.partial).unwrap(), "the file is gone"),
+        ("its directory removed", |files| std::fs::remove_dir_all(parent(files)).unwrap(), "the file is gone"),
+        (
+            "its directory moved",
+            |files| std::fs::rename(parent(files), parent(files).with_extension("x")).unwrap(),
+            "the file is gone",
+        ),
+        (
+            "all images moved",
+            |files| {
+                std::fs::rename(parent(files).parent().unwrap(), parent(files).parent().unwrap().with_extension("x"))
+                    .unwrap()
+            },
+            "the file is gone",
+        ),
+        ("written to", flip, "1 of 3 chunks"),
+        ("cut", |files| File::options().write(true).open(&files.file).unwrap().set_len(5).unwrap(), "3 of 3 chunks"),
+    ];
+    for (what, deed, said) in deeds {
+        let (_folder, files, registry) = ready().await;
+        let _end = registry.tasks.clone().drop_guard();
+        // The periodic look does not help.
+        registry.clone().spawn_background(2 * DEADLINE);
+        let is_watched = || is_watched(&files);
+        until("it is watched", is_watched).await;
+        // Also where a program has it open.
+        let _open = File::open(&files.file).unwrap();
+        deed(&files);
+        until(what, || state(&registry) == CopyState::Failed).await;
+        let message = registry.get(&key()).unwrap().message;
+        assert!(message.contains(said), "{what}: {message}");
+    }
+}
+
+/// A copy that is lost by half is read and described anew, one of which nothing is known must come from others.
+#[tokio::test]
+async fn what_describes_a_ready_copy_is_made_again_when_it_is_lost() {
+    let (_folder, files, registry) = ready().await;
+    let _end = registry.tasks.clone().drop_guard();
+    registry.clone().spawn_background(2 * DEADLINE);
+    let is_ready = || state(&registry) == CopyState::Ready && is_watched(&files);
+    type Deed = fn(&FileSet);
+    let deeds: [(&str, Deed); 4] = [
+        ("no config", |files| std::fs::remove_file(&files.config).unwrap()),
+        ("no manifest", |files| std::fs::rename(&files.manifest, &files.unfinished).unwrap()),
+        ("a torn config", |files| std::fs::write(&files.config, "{").unwrap()),
+        ("a torn manifest", |files| std::fs::write(&files.manifest, "BIchunks").unwrap()),
+    ];
+    for (what, deed) in deeds {
+        until("it is watched", is_ready).await;
+        deed(&files);
+        let is_described = || {
+            let config = FileConfig::read(&files.config).is_some_and(|config| !config.current_checksum.is_empty());
+            config && Manifest::read(&files.manifest).is_ok_and(|manifest| manifest.is_some())
+        };
+        until(what, || is_described() && is_ready()).await;
+    }
+    for path in [&files.manifest, &files.config] {
+        std::fs::remove_file(path).unwrap();
+    }
+    until("nothing is known of it", || state(&registry) == CopyState::Failed).await;
+}
+
+#[tokio::test]
+async fn a_copy_that_is_ready_again_is_watched_again() {
+    let (_folder, files, registry) = ready().await;
+    let _end = registry.tasks.clone().drop_guard();
+    registry.clone().spawn_background(2 * DEADLINE);
+    for time in [SystemTime::UNIX_EPOCH, SystemTime::now()] {
+        let before = registry.get(&key()).unwrap();
+        touch(&files, time);
+        until("it was read", || {
+            let copy = registry.get(&key()).unwrap();
+            copy.state == CopyState::Ready && copy.modification_time != before.modification_time
+        })
+        .await;
+    }
+    std::fs::remove_file(&files.file).unwrap();
+    until("it is gone", || state(&registry) == CopyState::Failed).await;
+    // Another file in its place.
+    let (_other, sealed) = sealed();
+    for (from, to) in [(&sealed.file, &files.file), (&sealed.config, &files.config)] {
+        std::fs::rename(from, to).unwrap();
+    }
+    registry.adopt_all().await.unwrap();
+    assert_eq!(state(&registry), CopyState::Ready);
+    until("it is watched", || is_watched(&files)).await;
 }

@@ -40,6 +40,9 @@ pub(super) struct Verification {
 }
 
 impl Verification {
+    /// At once, because of something that was seen here.
+    pub const FAST: Verification = Verification { requested_at: None, bytes_per_second: u64::MAX };
+
     pub fn parse(requested_at: &str, bytes_per_second: i64) -> Result<Verification, AgentError> {
         let requested_at = match requested_at {
             "" => None,

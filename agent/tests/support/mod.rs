@@ -343,6 +343,7 @@ impl Drop for RunningSource {
 pub fn impatient() -> Patience {
     Patience {
         idle_timeout: IDLE_TIMEOUT,
+        told_after: Duration::from_millis(100),
         backoff: Backoff { initial: Duration::from_millis(10), max: Duration::from_millis(20) },
         tries_without_progress: 4,
         checkpoint_interval: Duration::from_millis(20),
