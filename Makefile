@@ -22,7 +22,7 @@ cluster-test:
 	REQUIRE_REAL=1 cargo test --locked -p backing-image-store --test kubernetes -- --include-ignored
 	REQUIRE_REAL=1 cargo test --locked -p backing-image-workloads --test pods -- --ignored
 	REQUIRE_REAL=1 cargo test --locked -p backing-image-controller --test webhook --test leader -- --ignored
-	REQUIRE_REAL=1 cargo test --locked -p backing-image-csi --test metrics -- --ignored
+	REQUIRE_REAL=1 cargo test --locked -p backing-image-csi --test metrics --test probes -- --ignored
 	sanity-tests/cluster/check.sh
 
 # The driver as users install it, on a Kubernetes with two nodes, through the official sidecars and real pods (sanity-tests/e2e).

@@ -8,7 +8,7 @@ use clap::Args;
 use instance::replica_process;
 
 use crate::failure::Failure;
-use crate::roles::{security, start_logs};
+use crate::roles::start_logs;
 
 /// Serves one replica of a volume.
 #[derive(Args, Debug)]
@@ -52,7 +52,7 @@ pub async fn replica(Replica { config }: Replica) -> anyhow::Result<()> {
     };
     let config = replica_process::Config::read(&config).map_err(fail)?;
     let shutdown = runtime::shutdown::on_signal().context("cannot listen for signals")?;
-    replica_process::run(config, security(), shutdown).await.map_err(fail)
+    replica_process::run(config, shutdown).await.map_err(fail)
 }
 
 /// Runs `engine`. It has an event loop of its own.

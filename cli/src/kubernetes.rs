@@ -6,6 +6,7 @@
 pub mod controller;
 pub mod instance;
 pub mod node;
+mod ready;
 pub mod supervisor;
 
 use std::net::SocketAddr;
@@ -18,8 +19,9 @@ use api::error::sentence;
 use clap::Args;
 use kube::Client;
 use runtime::metrics::Metrics;
+use runtime::probes::Readiness;
 use store::Store;
-use store::kubernetes::Kubernetes;
+use store::kubernetes::{Heard, Kubernetes};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -27,6 +29,7 @@ use tracing::info;
 use crate::failure::{Failure, failed};
 use crate::running::Roles;
 use crate::web;
+use ready::Promise;
 
 /// How long the Kubernetes API may take to answer at the start; afterwards every call is repeated.
 const FIRST_ANSWER: Duration = Duration::from_secs(20);
@@ -48,7 +51,9 @@ pub struct Start {
     pub store: Store,
     pub metrics: Metrics,
     pub roles: Roles,
-    pub ready: watch::Sender<bool>,
+    /// When the API server last said something to the store.
+    pub heard: Heard,
+    ready: watch::Sender<Readiness>,
     signals: CancellationToken,
 }
 
@@ -61,25 +66,29 @@ impl Start {
         crate::roles::start_logs(false);
         let signals = runtime::shutdown::on_signal().context("cannot listen for signals")?;
         let listener = web::bind(&listen.to_string()).await?;
-        let (ready, is_ready) = watch::channel(false);
+        let (ready, is_ready) = watch::channel(Err("the role has not begun yet".to_owned()));
         let metrics = Metrics::default();
         let mut roles = Roles::new(CancellationToken::new());
         let router = runtime::probes::router(metrics.clone(), is_ready);
         roles.spawn("http", web::serve(listener, router, roles.shutdown()));
         let client = client().await?;
-        let store = Store::new(Arc::new(Kubernetes::new(client.clone())), &cluster.namespace);
+        let objects = Kubernetes::new(client.clone());
+        let heard = objects.heard();
+        let store = Store::new(Arc::new(objects), &cluster.namespace);
         info!(role, %listen, namespace = cluster.namespace, driver = cluster.driver_name, "role started");
-        Ok(Start { client, store, metrics, roles, ready, signals })
+        Ok(Start { client, store, metrics, roles, heard, ready, signals })
     }
 
-    /// Runs what was spawned until a signal.
-    pub async fn run(mut self) -> anyhow::Result<()> {
+    /// Runs what was spawned until a signal; it is ready while all of this is so.
+    pub async fn run(mut self, promises: Vec<Promise>) -> anyhow::Result<()> {
+        let report = ready::report(promises, self.ready.clone(), self.roles.shutdown());
+        self.roles.spawn("ready", report);
         let ended = tokio::select! {
             ended = self.roles.unexpected_end() => ended,
             () = self.signals.cancelled() => Ok(()),
         };
-        self.ready.send_replace(false);
         self.roles.shutdown().cancel();
+        drop(self.ready.send_replace(Err("the role ends".into())));
         self.roles.drain().await;
         info!("role ended");
         ended

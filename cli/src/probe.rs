@@ -1,11 +1,10 @@
 //! Whether a CSI socket answers.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use proto::csi::ProbeRequest;
 use proto::csi::identity_client::IdentityClient;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::orchestrator::connect;
@@ -26,20 +25,12 @@ pub async fn until_answered(socket: &Path, shutdown: &CancellationToken) -> bool
     !shutdown.is_cancelled()
 }
 
-async fn answers(socket: &Path) -> bool {
+/// Whether it answers now.
+pub async fn answers(socket: &Path) -> bool {
     let probe = async {
         let channel = connect(socket).await.ok()?;
         let response = IdentityClient::new(channel).probe(ProbeRequest::default()).await.ok()?;
         Some(response.into_inner().ready.unwrap_or(true))
     };
     tokio::time::timeout(PROBE_TIMEOUT, probe).await.is_ok_and(|ready| ready == Some(true))
-}
-
-/// Says on the channel when a socket answers, and stays until the end.
-pub async fn report(socket: PathBuf, ready: watch::Sender<bool>, shutdown: CancellationToken) -> anyhow::Result<()> {
-    if until_answered(&socket, &shutdown).await {
-        ready.send_replace(true);
-        shutdown.cancelled().await;
-    }
-    Ok(())
 }

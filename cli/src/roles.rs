@@ -164,6 +164,7 @@ pub fn sha512(Sha512 { file }: &Sha512) -> anyhow::Result<()> {
 }
 
 /// How processes of ours listen and connect. The one place that decides it: mutual TLS comes with certificates for every role.
+/// Replicas and engines are told by the instance role that started them, in their configuration.
 pub fn security() -> Security {
     Security::default()
 }

@@ -138,7 +138,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     let node_names = nodes::ensure(&store, &layout, nodes, disks_per_node).await?;
 
     let (stop_sender, mut stop_requests) = watch::channel(false);
-    let (ready_sender, ready_receiver) = watch::channel(false);
+    let (ready_sender, ready_receiver) = watch::channel(Err("its CSI sockets do not answer yet".to_owned()));
     let shutdown = CancellationToken::new();
     let orchestrator = Orchestrator::new(store.clone(), &driver_name, &layout.data, shutdown.child_token());
     let mut roles = Roles::new(shutdown.clone());

@@ -1,83 +1,17 @@
 //! Every role, as a process of its own, shows exactly the metrics that are declared for it, and they move.
 
-#[path = "../../sanity-tests/cluster/apiserver.rs"]
-mod program;
+mod roles;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::Command;
 
 use api::metrics::{ALL, Kind, Metric, Role};
+use roles::{Cluster, PROGRAM, Process, ask, free_address, get, wait};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_backing-image-csi");
-const LIMIT: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
-
-/// A process that ends with the test.
-struct Process(Child);
-
-impl Process {
-    fn start(args: &[&str], env: &[(&str, &Path)], log: PathBuf) -> Process {
-        let log = std::fs::File::create(log).unwrap();
-        let mut command = Command::new(PROGRAM);
-        command.args(args).envs(env.iter().copied()).env_remove("KUBERNETES_SERVICE_HOST");
-        Process(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn wait<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        match look() {
-            Ok(found) => return found,
-            Err(why) => assert!(Instant::now() < deadline, "{what}: {why}"),
-        }
-        std::thread::sleep(Duration::from_millis(50)); // poll
-    }
-}
-
-/// An address where nobody listens; the port after it is free, too.
-fn free_address() -> SocketAddr {
-    loop {
-        let one = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        if one.port() < 65000 && TcpListener::bind((one.ip(), one.port() + 1)).is_ok() {
-            return one;
-        }
-    }
-}
-
-/// Status and body of a request.
-fn ask(address: SocketAddr, method: &str, path: &str, body: &str) -> Result<(u16, String), String> {
-    let mut stream = TcpStream::connect(address).map_err(|e| e.to_string())?;
-    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    let length = body.len();
-    let request = format!(
-        "{method} {path} HTTP/1.0\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-    );
-    stream.write_all(request.as_bytes()).map_err(|e| e.to_string())?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).map_err(|e| e.to_string())?;
-    let (head, body) = text.split_once("\r\n\r\n").ok_or("no head")?;
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or("no status")?;
-    Ok((code, body.to_owned()))
-}
-
-fn get(address: SocketAddr, path: &str) -> Result<String, String> {
-    match ask(address, "GET", path, "")? {
-        (200, body) => Ok(body),
-        (code, body) => Err(format!("{path}: {code} {body}")),
-    }
-}
 
 /// The figures by name and labels.
 fn figures(address: SocketAddr) -> Result<BTreeMap<String, f64>, String> {
@@ -261,60 +195,25 @@ async fn agents_show_what_is_declared_and_count_bytes_and_copies() {
 #[test]
 #[ignore = "needs a kube-apiserver: make cluster-test"]
 fn the_roles_of_a_cluster_show_what_is_declared_once_they_are_ready() {
-    let Some(server) = program::ApiServer::begin() else { return };
-    let cache = std::env::var_os("CLUSTER_CACHE").map_or_else(|| program::root().join("target/cluster"), PathBuf::from);
-    let kubeconfig = server.kubeconfig("admin");
-    let kubectl = |args: &[&str], input: &str| {
-        let mut command = Command::new(cache.join("bin/kubectl"));
-        let mut child = command.arg("--kubeconfig").arg(&kubeconfig).args(args).stdin(Stdio::piped()).spawn().unwrap();
-        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-        assert!(child.wait().unwrap().success(), "kubectl {args:?}");
-    };
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).display().to_string();
-    let log = |name: &str| folder.path().join(name);
-    let env = [("KUBECONFIG", kubeconfig.as_path())];
-    let [controller, node, instance, webhook] = [(); 4].map(|()| free_address());
-    kubectl(&["apply", "-f", program::root().join("deploy/crds").to_str().unwrap()], "");
-    kubectl(&["wait", "--for=condition=Established", "crd", "--all"], "");
-    kubectl(&["create", "namespace", "longhorn-system"], "");
-    kubectl(&["create", "-f", "-"], r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"machine-1"}}"#);
-
-    let listen = format!("--listen={instance}");
-    let directory = format!("--directory={}", path("instance"));
-    let args = ["instance", "--node=machine-1", "--ip=127.0.0.1", &listen, &directory];
-    let _instance = Process::start(&args, &env, log("instance.log"));
+    let Some(cluster) = Cluster::begin() else { return };
+    let (_instance, instance) = cluster.instance(&cluster.admin());
     // A disk, so that there is something to show.
-    let disk = path("disk");
+    let disk = cluster.path("disk");
     std::fs::create_dir(&disk).unwrap();
     let patch = format!(r#"{{"spec":{{"disks":{{"disk-1":{{"path":"{disk}","allowScheduling":true}}}}}}}}"#);
     wait("/readyz", || get(instance, "/readyz"));
     let args = ["-n", "longhorn-system", "patch", "nodes.longhorn.io", "machine-1", "--type=merge", "-p", &patch];
-    kubectl(&args, "");
+    cluster.kubectl(&args, "");
 
-    let listen = format!("--listen={node}");
-    let socket = format!("--csi-socket={}", path("node.sock"));
-    let _node = Process::start(&["node", "--node=machine-1", &listen, &socket], &env, log("node.log"));
-    let (listen, webhook) = (format!("--listen={controller}"), format!("--webhook-listen={webhook}"));
-    let socket = format!("--csi-socket={}", path("controller.sock"));
-    let args = ["controller", "--pod-name=c", &listen, &webhook, &socket, "--image=none"];
-    let _controller = Process::start(&args, &env, log("controller.log"));
-    let shown = |name: &str| std::fs::read_to_string(log(name)).unwrap_or_default();
-    for (role, address, name) in [
-        (Role::Node, node, "node.log"),
-        (Role::Controller, controller, "controller.log"),
-        (Role::Instance, instance, "instance.log"),
-    ] {
-        eprintln!("{}: {}", role.as_str(), shown(name));
+    let (_node, node) = cluster.node();
+    let (_controller, controller) = cluster.controller("c", &cluster.admin());
+    for (role, address) in [(Role::Node, node), (Role::Controller, controller), (Role::Instance, instance)] {
         check(role, address);
     }
     exceeds(controller, "leader", 0.0);
     // It is the one that tells: of the node, here.
     wait("an event", || {
-        let mut command = Command::new(cache.join("bin/kubectl"));
-        let args = ["-n", "longhorn-system", "describe", "nodes.longhorn.io", "machine-1"];
-        let text = command.arg("--kubeconfig").arg(&kubeconfig).args(args).output().unwrap().stdout;
-        let text = String::from_utf8_lossy(&text).into_owned();
+        let text = cluster.kubectl(&["-n", "longhorn-system", "describe", "nodes.longhorn.io", "machine-1"], "");
         if text.contains("backing-image-csi-controller") { Ok(()) } else { Err(text) }
     });
 }

@@ -16,7 +16,7 @@ use store::{Scoped, Store, StoreError, TypedEvent};
 use crate::limits::RESYNC;
 use crate::queue::{Kind, Queue};
 use crate::teller::Teller;
-use crate::{ControllerError, Shared, node};
+use crate::{Beginning, ControllerError, Shared, node};
 
 /// The prefix of data source workloads (see [`api::names::data_source_workload_name`]).
 const DATA_SOURCE_PREFIX: &str = "backing-image-ds-";
@@ -45,7 +45,7 @@ struct Known {
 }
 
 /// Turns changes into passes, and into news for users, until the store ends.
-pub async fn run(shared: &Shared, recorder: Recorder) -> Result<(), ControllerError> {
+pub async fn run(shared: &Shared, recorder: Recorder, beginning: Beginning) -> Result<(), ControllerError> {
     let store = &shared.store;
     let mut events = futures::stream::select_all([
         watch::<Node>(store, "nodes", Event::Node).await?,
@@ -68,11 +68,13 @@ pub async fn run(shared: &Shared, recorder: Recorder) -> Result<(), ControllerEr
     resync.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut known = Known::default();
     let mut teller = Teller::new(recorder, list(store).await?);
+    drop(beginning);
     loop {
         tokio::select! {
             event = events.next() => match event {
+                Some(Ok((Event::Everything, _))) => unless_away(everything(shared, Some(&mut teller)).await)?,
                 Some(Ok((event, is_gone))) => {
-                    unless_away(tell(shared, &mut teller, &event, is_gone).await)?;
+                    tell(&mut teller, &event, is_gone);
                     unless_away(concern(shared, event, &mut known).await)?;
                 }
                 Some(Err(source)) => return Err(ControllerError::Watch { what: "the store", source }),
@@ -82,7 +84,7 @@ pub async fn run(shared: &Shared, recorder: Recorder) -> Result<(), ControllerEr
                 Some(image) => shared.queue.add(Kind::DataSource, image),
                 None => shared.queue.add(Kind::Manager, name),
             },
-            _ = resync.tick() => unless_away(everything(shared).await)?,
+            _ = resync.tick() => unless_away(everything(shared, None).await)?,
         }
         shared.metrics.observe_queue(shared.queue.len());
     }
@@ -126,8 +128,7 @@ where
     Ok(events.boxed())
 }
 
-async fn tell(shared: &Shared, teller: &mut Teller, event: &Event, is_gone: bool) -> Result<(), ControllerError> {
-    let store = &shared.store;
+fn tell(teller: &mut Teller, event: &Event, is_gone: bool) {
     match event {
         Event::Image(image) => teller.image(image, is_gone),
         Event::Manager(manager) => teller.manager(manager, is_gone),
@@ -136,19 +137,9 @@ async fn tell(shared: &Shared, teller: &mut Teller, event: &Event, is_gone: bool
         Event::Engine(engine) => teller.engine(engine, is_gone),
         Event::Replica(replica) => teller.replica(replica, is_gone),
         Event::Node(node) => teller.node(node, is_gone),
-        // What they mean is told by our Node.
-        Event::KubernetesNode(_) | Event::Pod(_) => {}
-        Event::Everything => {
-            list(store).await?.iter().for_each(|node| teller.node(node, false));
-            list(store).await?.iter().for_each(|image| teller.image(image, false));
-            list(store).await?.iter().for_each(|manager| teller.manager(manager, false));
-            list(store).await?.iter().for_each(|source| teller.data_source(source, false));
-            list(store).await?.iter().for_each(|volume| teller.volume(volume, false));
-            list(store).await?.iter().for_each(|engine| teller.engine(engine, false));
-            list(store).await?.iter().for_each(|replica| teller.replica(replica, false));
-        }
+        // What Kubernetes' own mean is told by our Node.
+        Event::KubernetesNode(_) | Event::Pod(_) | Event::Everything => {}
     }
-    Ok(())
 }
 
 async fn concern(shared: &Shared, event: Event, known: &mut Known) -> Result<(), ControllerError> {
@@ -195,12 +186,12 @@ async fn concern(shared: &Shared, event: Event, known: &mut Known) -> Result<(),
             let essence = essence(node);
             if known.nodes.get(&name) != Some(&essence) {
                 known.nodes.insert(name, essence);
-                everything(shared).await?;
+                everything(shared, None).await?;
             }
         }
         Event::KubernetesNode(node) => queue.add(Kind::Node, node.metadata.name.unwrap_or_default()),
         Event::Pod(pod) => queue.add(Kind::Node, node::of_instance(&pod).unwrap_or_default()),
-        Event::Everything => everything(shared).await?,
+        Event::Everything => everything(shared, None).await?,
     }
     Ok(())
 }
@@ -224,24 +215,31 @@ fn essence(node: Node) -> String {
     serde_json::to_string(&(&node.metadata.uid, &node.spec, &status, deleted)).unwrap_or_default()
 }
 
-async fn everything(shared: &Shared) -> Result<(), ControllerError> {
-    let queue = &shared.queue;
-    for image in list::<BackingImage>(&shared.store).await? {
+/// Asks for a pass over everything. After lost events (`teller`), what nobody heard of is told as well.
+async fn everything(shared: &Shared, teller: Option<&mut Teller>) -> Result<(), ControllerError> {
+    let (store, queue) = (&shared.store, &shared.queue);
+    let nodes: Vec<Node> = list(store).await?;
+    let images: Vec<BackingImage> = list(store).await?;
+    let managers: Vec<BackingImageManager> = list(store).await?;
+    let sources: Vec<BackingImageDataSource> = list(store).await?;
+    let volumes: Vec<Volume> = list(store).await?;
+    if let Some(teller) = teller {
+        nodes.iter().for_each(|node| teller.node(node, false));
+        images.iter().for_each(|image| teller.image(image, false));
+        managers.iter().for_each(|manager| teller.manager(manager, false));
+        sources.iter().for_each(|source| teller.data_source(source, false));
+        volumes.iter().for_each(|volume| teller.volume(volume, false));
+        list(store).await?.iter().for_each(|engine| teller.engine(engine, false));
+        list(store).await?.iter().for_each(|replica| teller.replica(replica, false));
+    }
+    for image in images {
         queue.add(Kind::Image, image.metadata.name.unwrap_or_default());
         image.spec.disk_file_spec_map.keys().for_each(|disk| add_manager(queue, disk));
     }
-    for manager in list::<BackingImageManager>(&shared.store).await? {
-        queue.add(Kind::Manager, manager.metadata.name.unwrap_or_default());
-    }
-    for source in list::<BackingImageDataSource>(&shared.store).await? {
-        queue.add(Kind::DataSource, source.metadata.name.unwrap_or_default());
-    }
-    for node in list::<Node>(&shared.store).await? {
-        queue.add(Kind::Node, node.metadata.name.unwrap_or_default());
-    }
-    for volume in list::<Volume>(&shared.store).await? {
-        queue.add(Kind::Volume, volume.metadata.name.unwrap_or_default());
-    }
+    managers.into_iter().for_each(|manager| queue.add(Kind::Manager, manager.metadata.name.unwrap_or_default()));
+    sources.into_iter().for_each(|source| queue.add(Kind::DataSource, source.metadata.name.unwrap_or_default()));
+    nodes.into_iter().for_each(|node| queue.add(Kind::Node, node.metadata.name.unwrap_or_default()));
+    volumes.into_iter().for_each(|volume| queue.add(Kind::Volume, volume.metadata.name.unwrap_or_default()));
     // Workloads whose object is gone: their reconciler removes them.
     for workload in shared.workloads.list().await.unwrap_or_default() {
         match workload.spec.name.strip_prefix(DATA_SOURCE_PREFIX) {

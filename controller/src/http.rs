@@ -12,7 +12,7 @@ mod watch;
 
 use axum::Router;
 use runtime::metrics::Metrics;
-use runtime::probes;
+use runtime::probes::{self, Readiness};
 use store::Store;
 use tokio::sync::watch::Receiver;
 use tokio_util::sync::CancellationToken;
@@ -24,8 +24,8 @@ use crate::admission::Admission;
 pub struct ApiState {
     pub store: Store,
     pub metrics: Metrics,
-    /// Whether everything that this process promises answers; `/readyz`.
-    pub ready: Receiver<bool>,
+    /// Whether everything that this process promises works; `/readyz`.
+    pub ready: Receiver<Readiness>,
     /// Whether images may be downloaded from this very machine (the standalone mode, where every node is this machine).
     pub allow_loopback_sources: bool,
     /// Ends open watches, so that a server that waits for its connections can stop.

@@ -30,6 +30,7 @@ use planner::retry::Retry;
 use runtime::transport::Security;
 use store::Store;
 use store::events::Recorder;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -54,6 +55,8 @@ pub struct Context {
     pub security: Security,
     /// Whether nodes are those of a Kubernetes cluster, which says of each whether it is there.
     pub kubernetes: bool,
+    /// `false` from when the reconcilers begin until they watch everything that concerns them.
+    pub watching: watch::Sender<bool>,
     /// Another controller may be at work from now on: passes stop where they are. Whoever is alone never cancels it.
     pub deposed: CancellationToken,
 }
@@ -73,9 +76,26 @@ pub(crate) struct Shared {
     deposed: CancellationToken,
 }
 
+/// The time in which reconcilers do not watch yet; it also ends with them, since whoever does not lead has nothing to watch.
+pub(crate) struct Beginning(watch::Sender<bool>);
+
+impl Beginning {
+    fn new(watching: watch::Sender<bool>) -> Beginning {
+        watching.send_replace(false);
+        Beginning(watching)
+    }
+}
+
+impl Drop for Beginning {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}
+
 /// Runs all reconcilers until `shutdown`. Ends by itself only with an error.
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), ControllerError> {
     let _leading = context.metrics.lead();
+    let beginning = Beginning::new(context.watching);
     let tracker = TaskTracker::new();
     let queue = Arc::new(Queue::default());
     let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
@@ -94,7 +114,7 @@ pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), Co
     let (recorder, recording) = Recorder::new(shared.store.clone(), COMPONENT);
     tracker.spawn(recording.run(shutdown.clone()));
     let result = tokio::select! {
-        result = events::run(&shared, recorder) => result,
+        result = events::run(&shared, recorder, beginning) => result,
         () = work(&shared, &tracker) => Ok(()),
         () = shutdown.cancelled() => Ok(()),
     };

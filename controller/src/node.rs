@@ -94,3 +94,46 @@ fn instance(node: &str, pods: &[Pod]) -> Result<(), String> {
     }
     Err(why)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, from_value, json};
+
+    use super::*;
+
+    fn pod(component: &str, node: &str, conditions: Value) -> Pod {
+        let metadata = json!({"labels": {(COMPONENT.0): component}});
+        from_value(json!({"metadata": metadata, "spec": {"nodeName": node, "containers": []}, "status": {"conditions": conditions}}))
+            .unwrap()
+    }
+
+    fn ready(status: &str, message: &str) -> Value {
+        json!([{"type": "Ready", "status": status, "message": message}])
+    }
+
+    #[test]
+    fn only_a_ready_instance_pod_of_the_node_itself_puts_it_into_service() {
+        let well = pod("instance", "n1", ready("True", ""));
+        let starting = pod("instance", "n1", ready("False", "containers are not ready"));
+        assert_eq!(instance("n1", &[starting.clone(), well.clone()]), Ok(()), "one of two is enough");
+        assert_eq!(instance("n1", &[starting]), Err("is not ready: containers are not ready".into()));
+        assert_eq!(instance("n1", &[pod("instance", "n1", json!([]))]), Err("is not ready".into()));
+        assert_eq!(instance("n2", &[well]), Err("is not there".into()), "it is another node's");
+        assert_eq!(instance("n1", &[pod("node", "n1", ready("True", ""))]), Err("is not there".into()));
+    }
+
+    #[test]
+    fn a_node_is_ready_when_its_kubelet_says_so_and_off_by_that_taint_only() {
+        let node = |spec: Value, conditions: Value| -> KubernetesNode {
+            from_value(json!({"metadata": {}, "spec": spec, "status": {"conditions": conditions}})).unwrap()
+        };
+        let readiness = |conditions: Value| super::readiness(&node(json!({}), conditions));
+        assert_eq!(readiness(ready("True", "")), Ok(()));
+        assert_eq!(readiness(ready("Unknown", "Kubelet stopped posting.")), Err("Kubelet stopped posting".into()));
+        assert_eq!(readiness(ready("False", "")), Err("it is not ready".into()));
+        assert_eq!(readiness(json!([])), Err("its kubelet has not reported yet".into()));
+        let is_off =
+            |key: &str| is_out_of_service(&node(json!({"taints": [{"key": key, "effect": "NoExecute"}]}), json!([])));
+        assert!(is_off(OUT_OF_SERVICE) && !is_off("node.kubernetes.io/unreachable"));
+    }
+}

@@ -120,3 +120,28 @@ fn is_news(last: &Told, now: &Told) -> bool {
     let is_another = !last.again.is_empty() && !now.again.is_empty() && last.again != now.again;
     is_another || (last.mood, &last.reason) != (now.mood, &now.reason)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(mood: Mood, reason: &str, again: &str) -> Told {
+        Told { mood, reason: reason.to_owned(), again: again.to_owned() }
+    }
+
+    #[test]
+    fn another_reason_or_another_attempt_is_news() {
+        let last = told(Mood::Warning, "Failed", "12:00");
+        for (now, expected) in [
+            (told(Mood::Warning, "Failed", "12:00"), false),
+            (told(Mood::Warning, "Failed", "12:05"), true),
+            (told(Mood::Warning, "Failed", ""), false),
+            (told(Mood::Warning, "Gone", "12:00"), true),
+            (told(Mood::Normal, "Failed", "12:00"), true),
+        ] {
+            assert_eq!(is_news(&last, &now), expected, "{} {}", now.reason, now.again);
+        }
+        let first = told(Mood::Warning, "Failed", "");
+        assert!(!is_news(&first, &last), "the time of the next attempt becomes known");
+    }
+}

@@ -94,17 +94,6 @@ impl WebhookError {
     }
 }
 
-/// Answers reviews until `shutdown`.
-///
-/// # Errors
-/// When it cannot listen. While the store does not answer it waits.
-pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), WebhookError> {
-    match shutdown.run_until_cancelled(Webhook::start(config)).await {
-        Some(webhook) => webhook?.run(shutdown).await,
-        None => Ok(()),
-    }
-}
-
 /// A webhook that listens.
 pub struct Webhook {
     config: Config,
@@ -117,7 +106,7 @@ impl Webhook {
     /// Takes the certificate, or makes it, and listens.
     ///
     /// # Errors
-    /// As [`run`].
+    /// When it cannot listen. While the store does not answer it waits.
     pub async fn start(config: Config) -> Result<Webhook, WebhookError> {
         let keeper = Keeper::new(&config);
         let backoff = Backoff { initial: limits::FIRST_RETRY, max: limits::CERTIFICATE_RECHECK };
@@ -147,7 +136,7 @@ impl Webhook {
         self.listener.address()
     }
 
-    /// Answers until `shutdown`.
+    /// Answers reviews until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), WebhookError> {
         let Webhook { config, keeper, identity, listener } = self;
         let admission = Admission { store: config.store.clone(), allow_loopback_sources: false };

@@ -18,7 +18,7 @@ use tower::ServiceExt;
 const IMAGES: &str = "/apis/longhorn.io/v1beta2/namespaces/longhorn-system/backingimages";
 
 fn api() -> Router {
-    let (sender, ready) = tokio::sync::watch::channel(true);
+    let (sender, ready) = tokio::sync::watch::channel(Ok(()));
     // Kept for as long as the process lives: the API only reads it.
     std::mem::forget(sender);
     router(ApiState {

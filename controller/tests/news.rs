@@ -118,6 +118,7 @@ async fn a_controller_that_is_started_anew_counts_nothing_twice() {
         metrics: Metrics::default(),
         security: Default::default(),
         kubernetes: false,
+        watching: Default::default(),
         deposed: CancellationToken::new(),
     };
     let running = tokio::spawn(run(context, stop.clone()));

@@ -155,7 +155,7 @@ async fn authorities(admin: &Kubernetes) -> Vec<String> {
 
 /// The HTTP API of the standalone mode over an empty store: what it makes of a new object.
 async fn standalone(resource: &ResourceType, new: &Object) -> (u16, Value) {
-    let (_sender, ready) = tokio::sync::watch::channel(true);
+    let (_sender, ready) = tokio::sync::watch::channel(Ok(()));
     let api = router(ApiState {
         store: Store::new(Arc::new(Embedded::in_memory()), NAMESPACE),
         metrics: Default::default(),

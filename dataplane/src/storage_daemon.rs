@@ -70,7 +70,7 @@ pub struct Config {
     pub directory: PathBuf,
     /// File name of the head in it.
     pub head: String,
-    /// Where it serves NBD, from [`listener::listen`]. It is closed here, so that nobody can connect once the daemon has ended.
+    /// Where it serves NBD: from [`listener::listen`], or a unix socket that does not block. It is closed here, so that nobody can connect once the daemon has ended.
     pub listener: OwnedFd,
     /// `None`: a volume without image.
     pub base: Option<Base>,

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use api::ErrorKind;
+use runtime::transport::SecurityError;
 
 /// Why an engine may not have a successor under a mounted volume.
 pub const NOT_REPLACEABLE: &str = "this kernel cannot repeat the requests that it had taken (that takes Linux 6.9), or replacing engines is switched off";
@@ -17,6 +18,8 @@ pub enum EngineError {
     ParseConfig { path: PathBuf, source: serde_json::Error },
     #[error("the engine's configuration is not valid: {problem}")]
     Config { problem: String },
+    #[error("the certificates of the engine of volume `{volume}` cannot be used")]
+    Certificates { volume: String, source: SecurityError },
     #[error("volume `{volume}` has no replica to start with: {reason}")]
     NoReplica { volume: String, reason: String },
     #[error("cannot mount the volume on `{path}`; FUSE is needed (/dev/fuse, root)")]
@@ -60,6 +63,7 @@ impl EngineError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             EngineError::ParseConfig { .. } | EngineError::Config { .. } => ErrorKind::Invalid,
+            EngineError::Certificates { source, .. } => source.kind(),
             EngineError::ReadConfig { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
             EngineError::NoReplica { .. }
             | EngineError::GaveUp { .. }

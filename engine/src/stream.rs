@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use proto::engine::ReplicaAddress;
 use proto::replica::file;
+use runtime::transport::Security;
 use rustix::net::RecvFlags;
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -27,8 +28,13 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// Connects to a service of a replica.
-    pub fn connect(address: &ReplicaAddress, service: Service, deadline: Instant) -> io::Result<Stream> {
+    /// Connects to a service of a replica. With TLS the stream is the plain end of a relay.
+    pub fn connect(
+        address: &ReplicaAddress,
+        service: Service,
+        security: &Security,
+        deadline: Instant,
+    ) -> io::Result<Stream> {
         match address {
             ReplicaAddress::Directory(directory) => {
                 let name = match service {
@@ -45,7 +51,10 @@ impl Stream {
                 }
                 let stream = TcpStream::connect_timeout(&address, left(deadline)?)?;
                 stream.set_nodelay(true)?;
-                Ok(Stream::Tcp(stream))
+                match security.tunnel() {
+                    None => Ok(Stream::Tcp(stream)),
+                    Some(tunnel) => Ok(Stream::Unix(tunnel.open(stream, left(deadline)?)?)),
+                }
             }
         }
     }

@@ -11,7 +11,7 @@ async fn main() {
     assert_eq!((role.as_str(), flag.as_str()), ("replica", "--config"));
     let config = Config::read(Path::new(file)).expect("a configuration");
     let shutdown = runtime::shutdown::on_signal().expect("signal handlers");
-    if let Err(error) = run(config, Default::default(), shutdown).await {
+    if let Err(error) = run(config, shutdown).await {
         let mut source: Option<&dyn std::error::Error> = Some(&error);
         while let Some(cause) = source {
             eprint!("{cause}: ");

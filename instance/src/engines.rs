@@ -290,6 +290,7 @@ async fn start(role: &Arc<Role>, name: &str, engine: &Engine, place: &Place) -> 
         silence_limit_ms: role.config.engines.silence_limit.as_millis() as u64,
         replace_engine: role.config.engines.replace,
         program: Some(role.config.program.clone()),
+        certificates: role.config.security.directory().map(Path::to_owned),
     };
     fs::create_dir_all(&place.directory).map_err(at("make"))?;
     unmount(place).await?;

@@ -30,10 +30,10 @@ pub enum InstanceError {
     #[error("replica `{replica}` cannot run: {reason}")]
     Replica { replica: String, reason: String },
     #[error(
-        "TLS between engines and replicas is not supported yet: run this node in plain text, \
-         in a network that only its own processes reach"
+        "this node has certificates that are in no directory, so its replicas and engines, which are processes of their own, \
+         could not read them; give it a directory with `ca.crt`, `tls.crt` and `tls.key`"
     )]
-    PlainOnly,
+    NoCertificateFiles,
 }
 
 impl InstanceError {
@@ -45,7 +45,7 @@ impl InstanceError {
             InstanceError::Control { .. } => ErrorKind::Unavailable,
             InstanceError::NoPort { .. } => ErrorKind::Exhausted,
             InstanceError::Replica { .. } => ErrorKind::NotReady,
-            InstanceError::PlainOnly => ErrorKind::Unsupported,
+            InstanceError::NoCertificateFiles => ErrorKind::Invalid,
             InstanceError::NoMachine { .. } => ErrorKind::NotFound,
             InstanceError::File { .. }
             | InstanceError::Parse { .. }

@@ -12,6 +12,7 @@ mod engine_progress;
 mod engine_upgrade;
 mod engines;
 mod error;
+mod first_pass;
 mod kernel;
 mod limits;
 mod metrics;

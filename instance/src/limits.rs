@@ -10,6 +10,10 @@ pub const RETRY: Backoff = Backoff { initial: Duration::from_millis(100), max: D
 /// How often disks are looked at and every object is reconciled although nothing happened.
 pub const RESYNC: Duration = Duration::from_secs(30);
 
+/// How long the first pass over a replica is waited for before the role counts as ready without it: longer than an answer on its control
+/// socket and the end of a process may take together.
+pub const FIRST_PASS: Duration = Duration::from_secs(60);
+
 /// How often it is glanced at whether disks are what they were: a fault of one is told within 10 s.
 pub const GLANCE: Duration = Duration::from_secs(3);
 

@@ -2,18 +2,21 @@
 //!
 //! It answers a request that changes something only after the change is durable (see ARCHITECTURE.md, "Generations").
 //! Its directory belongs to one process at a time, by a lock that the daemon inherits.
+//! With certificates the daemon serves on a unix socket in that directory, and this process relays to it.
 
 mod control;
+mod data;
 mod directory;
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use api::ErrorKind;
 use dataplane::DataplaneError;
 use dataplane::storage_daemon::{self, Base, BaseFormat, StorageDaemon};
 use proto::replica::file;
-use runtime::transport::{Protocol, Security};
+use runtime::transport::{Protocol, Security, SecurityError};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,6 +36,9 @@ pub struct Config {
     pub image: Option<Image>,
     /// NBD over TCP; the control protocol is at the next port.
     pub listen: SocketAddr,
+    /// A directory with certificates, for both; absent: they are plain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificates: Option<PathBuf>,
 }
 
 /// The local copy that a replica reads what it has not written from.
@@ -70,10 +76,8 @@ pub enum ReplicaError {
     Daemon { replica: String, source: DataplaneError },
     #[error("{message}")]
     DaemonEnded { message: String },
-    #[error(
-        "TLS is not supported yet for replica `{replica}`: its engine speaks in plain text; run both without certificates"
-    )]
-    PlainOnly { replica: String },
+    #[error("the certificates of replica `{replica}` cannot be used")]
+    Certificates { replica: String, source: SecurityError },
 }
 
 impl ReplicaError {
@@ -86,7 +90,7 @@ impl ReplicaError {
             ReplicaError::InUse { .. } => ErrorKind::NotReady,
             ReplicaError::Mismatch { .. } => ErrorKind::Corrupt,
             ReplicaError::Daemon { source, .. } => source.kind(),
-            ReplicaError::PlainOnly { .. } => ErrorKind::Unsupported,
+            ReplicaError::Certificates { source, .. } => source.kind(),
         }
     }
 
@@ -96,19 +100,21 @@ impl ReplicaError {
 }
 
 /// Serves a replica until `shutdown` (everything is flushed then) or until its daemon dies (an error).
-///
-/// # Errors
-/// Also `Unsupported` when `security` asks for TLS: the control protocol could do it, but the engine's own sockets and
-/// `qemu-storage-daemon` cannot yet (docs/decisions/0011-transport.md).
-pub async fn run(config: Config, security: Security, shutdown: CancellationToken) -> Result<(), ReplicaError> {
-    if !security.is_plain() {
-        return Err(ReplicaError::PlainOnly { replica: config.replica });
-    }
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), ReplicaError> {
+    let security = Security::from_directory(config.certificates.as_deref());
+    let security = security.map_err(|source| ReplicaError::Certificates { replica: config.replica.clone(), source })?;
     let lock = directory::claim(&config.directory).await?;
     let record = directory::open_record(&config)?;
     let inherited = lock.try_clone().map_err(|e| ReplicaError::io("share the lock of the replica", e))?;
-    let listener = storage_daemon::listener::listen(config.listen)
+    let network = storage_daemon::listener::listen(config.listen)
         .map_err(|e| ReplicaError::io(format!("listen on {}", config.listen), e))?;
+    let (listener, relayed) = if security.is_plain() {
+        (network, None)
+    } else {
+        let path = config.directory.join(file::NBD_SOCKET);
+        let socket = runtime::socket::bind_private(&path);
+        (socket.map_err(|e| ReplicaError::io(format!("listen on `{}`", path.display()), e))?, Some(network))
+    };
     let failed = |source| ReplicaError::Daemon { replica: config.replica.clone(), source };
     let daemon = StorageDaemon::start(storage_daemon::Config {
         directory: config.directory.clone(),
@@ -122,7 +128,8 @@ pub async fn run(config: Config, security: Security, shutdown: CancellationToken
     })
     .await
     .map_err(failed)?;
-    let outcome = serve(&config, &security, Replica::new(config.directory.clone(), record, daemon), shutdown).await;
+    let replica = Replica::new(config.directory.clone(), record, daemon);
+    let outcome = serve(&config, &security, relayed, replica, shutdown).await;
     drop(lock);
     outcome
 }
@@ -130,6 +137,7 @@ pub async fn run(config: Config, security: Security, shutdown: CancellationToken
 async fn serve(
     config: &Config,
     security: &Security,
+    relayed: Option<OwnedFd>,
     replica: Replica,
     shutdown: CancellationToken,
 ) -> Result<(), ReplicaError> {
@@ -137,6 +145,8 @@ async fn serve(
     let stop = shutdown.child_token();
     let control_address = SocketAddr::new(config.listen.ip(), config.listen.port() + 1);
     let listen = async {
+        let data = relayed.map(|socket| security.listen_on(socket, Protocol::Nbd)).transpose();
+        let data = data.map_err(|e| ReplicaError::io(format!("listen on {}", config.listen), e))?;
         let tcp = security
             .listen(control_address, Protocol::Lines)
             .await
@@ -145,15 +155,18 @@ async fn serve(
         // Last, because whoever sees it may rely on the others. The lock makes sure that nobody else serves it.
         let unix =
             runtime::socket::bind(&path).map_err(|e| ReplicaError::io(format!("listen on `{}`", path.display()), e))?;
-        Ok((tcp, unix))
+        Ok((data, tcp, unix))
     };
-    let (tcp, unix) = match listen.await {
+    let (data, tcp, unix) = match listen.await {
         Ok(listeners) => listeners,
         Err(error) => {
             let _ = replica.quit().await;
             return Err(error);
         }
     };
+    if let Some(data) = data {
+        tasks.spawn(data::serve(data, config.directory.join(file::NBD_SOCKET), stop.clone(), tasks.clone()));
+    }
     tasks.spawn(control::serve_tcp(tcp, replica.clone(), stop.clone(), tasks.clone()));
     tasks.spawn(control::serve_unix(unix, replica.clone(), stop.clone(), tasks.clone()));
     tracing::info!(replica = %config.replica, address = %config.listen, "replica serves");

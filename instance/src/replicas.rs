@@ -178,6 +178,7 @@ async fn start(role: &Arc<Role>, name: &str, replica: &Replica, image: Option<Im
         size_bytes: replica.spec.volume_size.0,
         image,
         listen: SocketAddr::new(role.config.ip, port),
+        certificates: role.config.security.directory().map(Path::to_owned),
     };
     let file = path.join("config.json");
     let text =

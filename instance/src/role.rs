@@ -18,13 +18,15 @@ use runtime::process::ProcessIdentity;
 use runtime::queue::Queue;
 use runtime::transport::Security;
 use store::{Selector, Store, StoreError, TypedEvent};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info_span, warn};
 
 use crate::engine_progress::Progress;
 use crate::error::InstanceError;
-use crate::limits::{ENGINE_SILENCE_LIMIT, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
+use crate::first_pass::FirstPass;
+use crate::limits::{ENGINE_SILENCE_LIMIT, FIRST_PASS, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
 use crate::metrics::Metrics;
 use crate::processes::Processes;
 use crate::{disk_watch, disks, engines, kernel, replicas};
@@ -47,10 +49,12 @@ pub struct Config {
     /// The user and group that agents run as, where it is not ours: they get what they write.
     pub disk_owner: Option<u32>,
     pub engines: EngineOptions,
-    /// How its replicas listen and its engines connect: in plain only, for now.
+    /// How its replicas listen and its engines connect. They are told the directory of the certificates.
     pub security: Security,
     /// See [`Metrics::register`].
     pub metrics: Metrics,
+    /// Told `true` once every disk and replica that was there at the start has had a pass.
+    pub ready: watch::Sender<bool>,
 }
 
 /// How engines are kept alive.
@@ -84,6 +88,7 @@ pub struct Role {
     pub replicas: Processes,
     pub engines: Processes,
     pub queue: Queue<Key>,
+    first_pass: FirstPass,
     pub tasks: TaskTracker,
     pub cancelled: CancellationToken,
     /// One port is given at a time.
@@ -154,10 +159,10 @@ impl Role {
 /// Runs the role until it is cancelled. Processes stay.
 ///
 /// # Errors
-/// `Unsupported` when its configuration asks for TLS (docs/decisions/0011-transport.md).
+/// `Invalid` when its certificates are in no directory.
 pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), InstanceError> {
-    if !config.security.is_plain() {
-        return Err(InstanceError::PlainOnly);
+    if !config.security.is_plain() && config.security.directory().is_none() {
+        return Err(InstanceError::NoCertificateFiles);
     }
     let open = |kind: &str| {
         let path = config.directory.join(kind);
@@ -171,6 +176,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         replicas,
         engines,
         queue: Queue::new(RETRY),
+        first_pass: FirstPass::new(config.ready.clone()),
         tasks: TaskTracker::new(),
         cancelled: cancelled.child_token(),
         ports: tokio::sync::Mutex::new(()),
@@ -180,8 +186,8 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         config,
     });
     role.config.metrics.look_at(&role);
-    role.queue.add(Key::Disks);
-    role.adopt()?;
+    role.adopt().await?;
+    role.tasks.spawn(role.clone().end_first_pass());
     for _ in 0..WORKERS {
         let role = role.clone();
         role.tasks.clone().spawn(async move { role.work().await });
@@ -198,19 +204,32 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
 }
 
 impl Role {
-    /// Every process that was recorded gets a pass, also one whose object is gone.
-    fn adopt(&self) -> Result<(), InstanceError> {
+    /// The disks, every replica of this node, and every process that was recorded get a pass, also one whose object is gone.
+    async fn adopt(&self) -> Result<(), InstanceError> {
         let names = |p: &Processes, root: &str| {
             let path = self.config.directory.join(root);
             p.names().map_err(|source| InstanceError::File { action: "list", path, source })
         };
-        for name in names(&self.replicas, "replicas")? {
-            self.queue.add(Key::Replica(name));
-        }
+        let ours: Vec<Replica> = self.config.store.list(&Selector::default()).await?;
+        let ours = ours.into_iter().filter(|replica| self.is_ours(&replica.spec.node_id));
+        let replicas = names(&self.replicas, "replicas")?.into_iter().chain(ours.filter_map(|r| r.metadata.name));
+        let first: BTreeSet<Key> = replicas.map(Key::Replica).chain([Key::Disks]).collect();
+        self.first_pass.begin(first.clone());
+        first.into_iter().for_each(|key| self.queue.add(key));
         for name in names(&self.engines, "engines")? {
             self.queue.add(Key::Engine(name));
         }
         Ok(())
+    }
+
+    async fn end_first_pass(self: Arc<Self>) {
+        let limit = tokio::time::sleep(FIRST_PASS);
+        if self.cancelled.run_until_cancelled(limit).await.is_some() {
+            let left = self.first_pass.give_up();
+            if left > 0 {
+                warn!(replicas = left, "a first look takes long; this node counts as ready without it");
+            }
+        }
     }
 
     async fn work(self: Arc<Self>) {
@@ -222,6 +241,7 @@ impl Role {
             let span = info_span!("pass", node = %self.config.node, ?key);
             let passed = self.pass(&key).instrument(span.clone()).await;
             let _entered = span.enter();
+            self.first_pass.ended(&key, passed.is_ok());
             match passed {
                 Ok(recheck) => self.queue.finish(&key, Some(recheck.unwrap_or(RESYNC))),
                 Err(InstanceError::Store(e)) if e.is_conflict() => {

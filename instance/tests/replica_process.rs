@@ -56,6 +56,7 @@ impl Replica {
             size_bytes: SIZE,
             image,
             listen: free_address(),
+            certificates: None,
         };
         let file = folder.path().join("config.json");
         Replica { config, file, child: None, _folder: folder }

@@ -3,6 +3,7 @@
 #[path = "../../runtime/tests/authority/mod.rs"]
 mod authority;
 
+use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,6 +42,17 @@ fn config(store: &Store, folder: &Path) -> Config {
         engines: Default::default(),
         security: Default::default(),
         metrics: Default::default(),
+        ready: Default::default(),
+    }
+}
+
+async fn disk_uuid(store: &Store) -> String {
+    loop {
+        let node = store.get::<Node>("node-1").await.unwrap().unwrap();
+        match node.status.and_then(|s| s.disk_status.get("d").map(|d| d.disk_uuid.clone())) {
+            Some(uuid) if !uuid.is_empty() => return uuid,
+            _ => tokio::task::yield_now().await,
+        }
     }
 }
 
@@ -94,13 +106,7 @@ async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
     store.create(&Node::new("node-1", node)).await.unwrap();
     let mut token = CancellationToken::new();
     let mut role = tokio::spawn(run(config(&store, folder.path()), token.clone()));
-    let uuid = loop {
-        let node = store.get::<Node>("node-1").await.unwrap().unwrap();
-        match node.status.and_then(|s| s.disk_status.get("d").map(|d| d.disk_uuid.clone())) {
-            Some(uuid) if !uuid.is_empty() => break uuid,
-            _ => tokio::task::yield_now().await,
-        }
-    };
+    let uuid = disk_uuid(&store).await;
 
     let mut image = store.create(&BackingImage::new("img", BackingImageSpec::default())).await.unwrap();
     let spec = ReplicaSpec {
@@ -176,6 +182,53 @@ async fn a_replica_waits_for_its_image_runs_is_adopted_dies_and_is_removed() {
     role.await.unwrap().unwrap();
 }
 
+/// A node is in service from then on, so what is known of it is to be true by then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_is_ready_when_its_disks_are_reported_and_its_replicas_were_come_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let path = folder.path().join("disk-1").display().to_string();
+    let disks = [("d".to_owned(), DiskSpec { path: path.clone(), ..Default::default() })];
+    let node = NodeSpec { name: "node-1".into(), disks: disks.into(), ..Default::default() };
+    store.create(&Node::new("node-1", node)).await.unwrap();
+    let run_until_ready = async || {
+        let (ready, mut is_ready) = tokio::sync::watch::channel(false);
+        let token = CancellationToken::new();
+        let role = tokio::spawn(run(Config { ready, ..config(&store, folder.path()) }, token.clone()));
+        let in_time = tokio::time::timeout(Duration::from_secs(20), is_ready.wait_for(|ready| *ready)).await;
+        in_time.expect("it is ready in time").unwrap();
+        (token, role)
+    };
+    let (token, role) = run_until_ready().await;
+    let node = store.get::<Node>("node-1").await.unwrap().unwrap();
+    let uuid = node.status.unwrap().disk_status["d"].disk_uuid.clone();
+    assert!(!uuid.is_empty());
+    token.cancel();
+    role.await.unwrap().unwrap();
+
+    let spec = |node: &str| ReplicaSpec {
+        volume_name: "vol".into(),
+        volume_size: SizeBytes(16 << 20),
+        node_id: node.into(),
+        disk_id: uuid.clone(),
+        disk_path: path.clone(),
+        data_directory_name: "vol-01234567".into(),
+        desire_state: DesireState::Running,
+        ..Default::default()
+    };
+    let mut replica = Replica::new(NAME, spec("node-1"));
+    replica.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    store.create(&replica).await.unwrap();
+    store.create(&Replica::new("elsewhere", spec("node-2"))).await.unwrap();
+    let (token, role) = run_until_ready().await;
+    // Its process was started meanwhile, which takes longer than a look at the disk.
+    assert_eq!(state(store.get::<Replica>(NAME).await.unwrap().as_ref()), Some(InstanceState::Running));
+    store.delete::<Replica>(NAME, &Preconditions::default()).await.unwrap();
+    until(&store, "gone", |r| r.is_none()).await;
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
+
 async fn reported(store: &Store, is_it: impl Fn(&EngineStatus) -> bool) -> EngineStatus {
     let wait = async {
         loop {
@@ -221,25 +274,81 @@ async fn a_report_takes_over_the_generation_that_an_engine_left_and_never_lowers
     }
 }
 
-#[tokio::test]
-async fn a_node_that_shall_speak_tls_says_that_it_cannot_yet() {
-    let security = Authority::new().member();
+/// Replicas and engines are processes of their own: they read the files themselves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_and_engines_are_told_where_the_certificates_are() {
     let folder = tempfile::tempdir().unwrap();
+    let certificates = folder.path().join("certificates");
+    std::fs::create_dir(&certificates).unwrap();
+    let authority = Authority::new();
+    authority.issue(&certificates);
     let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
-    let config = Config { security: security.clone(), ..config(&store, folder.path()) };
-    let error = run(config, CancellationToken::new()).await.unwrap_err();
-    assert_eq!(error.kind(), api::ErrorKind::Unsupported);
-    assert!(error.to_string().contains("not supported yet"), "{error}");
-    let replica = backing_image_instance::replica_process::Config {
-        directory: folder.path().join("replica"),
-        volume: "vol".into(),
-        replica: NAME.into(),
-        size_bytes: 1 << 20,
-        image: None,
-        listen: ([127, 0, 0, 1], 0).into(),
+    let disk_path = folder.path().join("disk-1");
+    let disks = [("d".to_owned(), DiskSpec { path: disk_path.display().to_string(), ..Default::default() })];
+    let node = NodeSpec { name: "node-1".into(), disks: disks.into(), ..Default::default() };
+    store.create(&Node::new("node-1", node)).await.unwrap();
+    // The first pair of ports of this address is nobody else's.
+    let [high, low] = (std::process::id() as u16).to_be_bytes();
+    let config = Config { ip: [127, 79, high, low].into(), ..config(&store, folder.path()) };
+    let in_memory = Config { security: authority.member(), ..config.clone() };
+    let refused = tokio::time::timeout(Duration::from_secs(30), run(in_memory, CancellationToken::new()));
+    let error = refused.await.expect("it does not begin").unwrap_err();
+    assert_eq!(error.kind(), api::ErrorKind::Invalid);
+    assert!(error.to_string().contains("give it a directory"), "{error}");
+
+    let security = Security::from_directory(Some(&certificates)).unwrap();
+    let token = CancellationToken::new();
+    let role = tokio::spawn(run(Config { security, ..config.clone() }, token.clone()));
+    let spec = ReplicaSpec {
+        volume_name: "vol".into(),
+        volume_size: SizeBytes(16 << 20),
+        node_id: "node-1".into(),
+        desire_state: DesireState::Running,
+        disk_id: disk_uuid(&store).await,
+        disk_path: disk_path.display().to_string(),
+        data_directory_name: "vol-01234567".into(),
+        ..Default::default()
     };
-    let stop = CancellationToken::new();
-    let error = backing_image_instance::replica_process::run(replica, security, stop).await.unwrap_err();
-    assert_eq!(error.kind(), api::ErrorKind::Unsupported);
-    assert!(!folder.path().join("replica").exists(), "nothing was begun");
+    let mut replica = Replica::new(NAME, spec);
+    replica.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    store.create(&replica).await.unwrap();
+    let running = status(until(&store, "running", |r| state(r) == Some(InstanceState::Running)).await);
+    let (ip, port) = (config.ip, running.port);
+    let asked = tokio::task::spawn_blocking(move || {
+        let stream = std::net::TcpStream::connect((ip, port + 1)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let mut stream = authority.member().secure(stream).unwrap();
+        stream.write_all(b"{\"request\":\"status\"}\n").unwrap();
+        let mut line = String::new();
+        std::io::BufReader::new(stream).read_line(&mut line).unwrap();
+        line
+    });
+    assert!(asked.await.unwrap().contains("\"record\""));
+
+    let spec = EngineSpec {
+        volume_name: "vol".into(),
+        volume_size: SizeBytes(16 << 20),
+        node_id: "node-1".into(),
+        desire_state: DesireState::Running,
+        replica_address_map: [(NAME.to_owned(), format!("{ip}:{port}"))].into(),
+        ..Default::default()
+    };
+    store.create(&Engine::new("vol-e", spec)).await.unwrap();
+    // The program of this test is no engine; what one would read is there.
+    let file = folder.path().join("instance/engines/vol-e/config.json");
+    let told = async {
+        loop {
+            match std::fs::read(&file) {
+                Ok(text) => break serde_json::from_slice::<proto::engine::Config>(&text).unwrap(),
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    };
+    let told = tokio::time::timeout(Duration::from_secs(30), told).await.unwrap();
+    assert_eq!(told.certificates.as_deref(), Some(certificates.as_path()));
+
+    store.delete::<Replica>(NAME, &Preconditions::default()).await.unwrap();
+    until(&store, "gone", |r| r.is_none()).await;
+    token.cancel();
+    role.await.unwrap().unwrap();
 }

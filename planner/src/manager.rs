@@ -20,8 +20,11 @@ use jiff::Timestamp;
 use self::object::{object, wish};
 use crate::disk::{Disk, Disks, Health};
 use crate::image::difference;
-use crate::retry::{Retry, sooner};
+use crate::retry::{Retry, after, sooner};
 use crate::workload::{State, Wish, Workload};
+
+/// How long an agent of another version may run without an answer: longer than one that is busy, or whose network is set up anew, takes.
+const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 
 /// What an agent says, when it is asked.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -45,6 +48,8 @@ pub struct Memory {
     pub restart: Retry,
     /// Attempts to get a copy, by image name.
     pub copies: BTreeMap<String, Attempt>,
+    /// Since when the agent runs and does not answer.
+    pub silent_since: Option<Timestamp>,
 }
 
 /// The attempts to get one copy.
@@ -135,7 +140,9 @@ pub struct Decision {
 pub fn decide(observed: &Observed) -> Decision {
     let o = observed;
     let status = o.manager.as_ref().and_then(|m| m.status.clone()).unwrap_or_default();
-    let mut decision = Decision { actions: vec![], status, memory: o.memory.clone(), recheck_after: None };
+    // Silence counts anew after each look that did not meet it.
+    let memory = Memory { silent_since: None, ..o.memory.clone() };
+    let mut decision = Decision { actions: vec![], status, memory, recheck_after: None };
     let wanted = wanted(o);
     let Some(manager) = &o.manager else {
         if wanted.is_empty() {
@@ -236,7 +243,10 @@ fn running<'a>(o: &'a Observed, disk: &Disk, decision: &mut Decision) -> Option<
         silence(&mut decision.status, ManagerState::Starting, "the agent of the disk is started anew", o.now);
         return None;
     }
-    if must_be_replaced(workload, &wish, o.agent.as_ref()) {
+    let is_silent = workload.state == State::Running && matches!(o.agent, Some(Err(_)));
+    let since = o.memory.silent_since.unwrap_or(o.now);
+    decision.memory.silent_since = is_silent.then_some(since);
+    if must_be_replaced(workload, &wish, o.agent.as_ref(), after(since, SILENCE_LIMIT) <= o.now) {
         decision.actions.extend([Action::RemoveWorkload, Action::EnsureWorkload(wish)]);
         let why = "the agent of the disk is replaced by one of the present version";
         silence(&mut decision.status, ManagerState::Starting, why, o.now);
@@ -279,14 +289,22 @@ fn running<'a>(o: &'a Observed, disk: &Disk, decision: &mut Decision) -> Option<
 }
 
 /// Whether an agent of another version, or of another object, makes room: once it has nothing in hand. One that does not get ready,
-/// such as one whose image cannot be pulled any more, has nothing.
-fn must_be_replaced(workload: &Workload, wish: &Wish, agent: Option<&Result<Agent, String>>) -> bool {
+/// such as one whose image cannot be pulled any more, has nothing. One that is silent for long may have: what it receives goes on where
+/// it was or is begun again, who receives from it asks another one, and what it holds is looked at when its successor adopts it. That
+/// costs less than an agent with which the present version may never be able to speak.
+fn must_be_replaced(
+    workload: &Workload,
+    wish: &Wish,
+    agent: Option<&Result<Agent, String>>,
+    is_silent_for_long: bool,
+) -> bool {
     let is_idle = match (&workload.state, agent) {
         (State::Starting(_), _) => true,
         (State::Running, Some(Ok(agent))) => agent.files.iter().all(|file| {
             let is_settled = matches!(file.state, CopyState::Ready | CopyState::Failed | CopyState::FailedAndCleanup);
             is_settled && file.sending_reference == 0
         }),
+        (State::Running, Some(Err(_))) => is_silent_for_long,
         // What it does is not known, or it ended and is started anew anyway.
         (State::Running | State::Unknown(_) | State::Failed(_), _) => false,
     };

@@ -182,7 +182,7 @@ fn of_problem(conditions: &[Condition], r#type: &str) -> Option<Fact> {
 fn of_condition(condition: &Condition, holds: &str) -> Option<Fact> {
     let Condition { r#type, status, last_transition_time, reason, message, next_retry_time, hint, .. } = condition;
     let reason = if reason.is_empty() { r#type.as_str() } else { reason };
-    if QUIET.contains(&reason) && *status != ConditionStatus::True {
+    if QUIET.contains(&reason) {
         return None;
     }
     let mut text = if message.is_empty() { holds.to_owned() } else { message.clone() };

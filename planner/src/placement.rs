@@ -241,4 +241,29 @@ mod tests {
         let disks = Disks::of(&[node]);
         assert!(disks.incomplete.contains("n") && !disks.is_gone("x"));
     }
+
+    #[test]
+    fn a_disk_is_what_it_reports_on_a_node_that_works_and_what_the_user_allows() {
+        use api::{Condition, ConditionStatus, names::condition::READY};
+        let is = |status| vec![Condition::new(READY, status, "", "why")];
+        let seen = |node_ready, uuid: &str, allowed| {
+            let mut node = api::Node::new("n", Default::default());
+            let spec = api::node::DiskSpec { allow_scheduling: allowed, ..Default::default() };
+            node.spec.disks.insert("disk-1".into(), spec);
+            let status = node.status.get_or_insert_default();
+            status.conditions = is(node_ready);
+            let conditions = is(ConditionStatus::True);
+            let disk = api::node::DiskStatus { disk_uuid: uuid.into(), conditions, ..Default::default() };
+            status.disk_status.insert("disk-1".into(), disk);
+            Disks::of(&[node])
+        };
+        let well = seen(ConditionStatus::True, "d", true);
+        assert_eq!((&well.list[0].health, &well.list[0].unschedulable), (&Health::Ready, &None));
+        let away = seen(ConditionStatus::Unknown, "d", true);
+        assert_eq!(away.list[0].health, Health::Unknown("node n does not answer: why".into()));
+        let closed = seen(ConditionStatus::True, "d", false);
+        assert_eq!(closed.list[0].unschedulable.as_deref(), Some("scheduling is switched off there"));
+        let unnamed = seen(ConditionStatus::True, "", true);
+        assert!(unnamed.list.is_empty() && unnamed.incomplete.contains("n"), "its UUID is not known yet");
+    }
 }

@@ -53,6 +53,10 @@ pub struct Config {
     /// The program of the next engine; absent: the holder's own. The holder reads it before each start.
     #[serde(default)]
     pub program: Option<PathBuf>,
+    /// A directory with the certificates of this process (`ca.crt`, `tls.crt`, `tls.key`), for connections to replicas over TCP; absent: they are
+    /// plain. It is read at the start, and again when its files were replaced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificates: Option<PathBuf>,
 }
 
 /// For a configuration that an older version wrote.

@@ -21,6 +21,10 @@ pub struct Config {
     pub image: Option<ImageFile>,
     /// TCP address of NBD; the control protocol is on the next port.
     pub listen: SocketAddr,
+    /// A directory with the certificates of this process (`ca.crt`, `tls.crt`, `tls.key`), for connections over TCP; absent: they are
+    /// plain. It is read at the start, and again when its files were replaced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificates: Option<PathBuf>,
 }
 
 /// The file below a replica.
@@ -40,7 +44,7 @@ pub mod file {
     pub const RECORD: &str = "replica.json";
     /// The writable qcow2 layer.
     pub const HEAD: &str = "volume-head.qcow2";
-    /// NBD of the current export, same node only.
+    /// NBD of the current export, where a relay stands between it and the network.
     pub const NBD_SOCKET: &str = "nbd.sock";
     /// This protocol.
     pub const CONTROL_SOCKET: &str = "control.sock";

@@ -9,8 +9,12 @@ use tokio::sync::watch::Receiver;
 
 use crate::metrics::{CONTENT_TYPE, Metrics};
 
-/// `/healthz` and `/livez`: the process answers. `/readyz`: so does everything that it promises. `/metrics`.
-pub fn router(metrics: Metrics, ready: Receiver<bool>) -> Router {
+/// Whether a role does now what it promises; otherwise what is missing, in sentences.
+pub type Readiness = Result<(), String>;
+
+/// `/healthz` and `/livez`: the process answers, whatever the world around it does, since whoever asks there kills it when it does not.
+/// `/readyz`: everything that it promises works now. `/metrics`.
+pub fn router(metrics: Metrics, ready: Receiver<Readiness>) -> Router {
     let alive = || get(async || "ok");
     Router::new()
         .route("/healthz", alive())
@@ -19,8 +23,11 @@ pub fn router(metrics: Metrics, ready: Receiver<bool>) -> Router {
         .route("/metrics", get(render_metrics).with_state(metrics))
 }
 
-async fn readyz(State(ready): State<Receiver<bool>>) -> (StatusCode, &'static str) {
-    if *ready.borrow() { (StatusCode::OK, "ok") } else { (StatusCode::SERVICE_UNAVAILABLE, "starting") }
+async fn readyz(State(ready): State<Receiver<Readiness>>) -> (StatusCode, String) {
+    match &*ready.borrow() {
+        Ok(()) => (StatusCode::OK, "ok".into()),
+        Err(missing) => (StatusCode::SERVICE_UNAVAILABLE, missing.clone()),
+    }
 }
 
 async fn render_metrics(State(metrics): State<Metrics>) -> Response {

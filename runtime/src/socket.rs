@@ -5,15 +5,20 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::files;
 
 /// Longest path that the kernel takes (`sun_path` less its zero byte).
 const MAX_PATH: usize = 107;
+/// As the standard library has it; the kernel cuts it to its own limit.
+const BACKLOG: i32 = 128;
 
 /// A path to a socket that the kernel takes; it works as long as this value lives.
 struct Reachable {
@@ -45,6 +50,19 @@ pub fn bind_blocking(path: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(reachable(path)?.path)
 }
 
+/// Listens without blocking, for this user alone from the first moment; a stale socket file is replaced.
+pub fn bind_private(path: &Path) -> io::Result<OwnedFd> {
+    files::remove_if_present(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Linux gives the file the mode of the socket.
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    let target = reachable(path)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(&target.path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
 /// Connects within a tokio runtime.
 pub async fn connect(path: &Path) -> io::Result<tokio::net::UnixStream> {
     let target = reachable(path)?;
@@ -61,6 +79,7 @@ pub fn bind(path: &Path) -> io::Result<tokio::net::UnixListener> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
@@ -70,6 +89,10 @@ mod tests {
         let deep = folder.path().join("a".repeat(100)).join("b".repeat(100));
         std::fs::create_dir_all(&deep).unwrap();
         let path = deep.join("control.sock");
+        let private = bind_private(&path).unwrap();
+        assert!(connect_blocking(&path).is_ok());
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+        drop(private);
         for _ in 0..2 {
             let listener = bind_blocking(&path).unwrap();
             let mut client = connect_blocking(&path).unwrap();

@@ -8,10 +8,14 @@
 mod blocking;
 mod identity;
 mod listener;
+mod relay;
+mod source;
 mod stream;
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::ErrorKind;
@@ -23,13 +27,15 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 
 pub use blocking::BlockingStream;
 pub use identity::Identity;
 pub use listener::Listener;
+pub use relay::{Tunnel, relay};
+use source::Source;
 pub use stream::Stream;
 
 /// The DNS name in the certificate of every process of ours.
@@ -42,6 +48,8 @@ pub enum Protocol {
     Grpc,
     /// Our own: JSON lines.
     Lines,
+    /// The data of a replica.
+    Nbd,
 }
 
 impl Protocol {
@@ -50,7 +58,7 @@ impl Protocol {
         match self {
             Protocol::Http1 => vec![b"http/1.1".to_vec()],
             Protocol::Grpc => vec![b"h2".to_vec()],
-            Protocol::Lines => vec![],
+            Protocol::Lines | Protocol::Nbd => vec![],
         }
     }
 }
@@ -58,6 +66,11 @@ impl Protocol {
 /// Certificates that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SecurityError {
+    #[error(
+        "cannot read `{}`; a directory of certificates holds `ca.crt`, `tls.crt` and `tls.key`, as cert-manager writes them",
+        path.display()
+    )]
+    Read { path: PathBuf, source: io::Error },
     #[error("{what} cannot be read: PEM is expected, `-----BEGIN {what}-----`")]
     Pem { what: &'static str },
     #[error("the certificate and its key cannot be used together; give both from one issue")]
@@ -75,7 +88,7 @@ impl SecurityError {
 
 /// How this process listens and connects. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Security(Option<Arc<Tls>>);
+pub struct Security(Option<Arc<Source>>);
 
 #[derive(Debug)]
 struct Tls {
@@ -83,12 +96,8 @@ struct Tls {
     client: Arc<ClientConfig>,
 }
 
-impl Security {
-    /// Mutual TLS: `identity` is shown to everybody, and who has nothing that one of `authorities` (PEM) signed is refused.
-    ///
-    /// # Errors
-    /// `Invalid` when there is no usable certificate in `authorities`.
-    pub fn mutual(authorities: &str, identity: &Identity) -> Result<Security, SecurityError> {
+impl Tls {
+    fn mutual(authorities: &str, identity: &Identity) -> Result<Tls, SecurityError> {
         let roots = Arc::new(roots(authorities)?);
         let unusable = |error: Box<dyn std::error::Error + Send + Sync>| SecurityError::Authority(error);
         let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider()).build();
@@ -106,7 +115,46 @@ impl Security {
             .with_custom_certificate_verifier(Arc::new(servers))
             .with_client_cert_resolver(Arc::new(identity.clone()));
         client.resumption = Resumption::disabled();
-        Ok(Security(Some(Arc::new(Tls { server, client: Arc::new(client) }))))
+        Ok(Tls { server, client: Arc::new(client) })
+    }
+}
+
+impl Security {
+    /// Mutual TLS: `identity` is shown to everybody, and who has nothing that one of `authorities` (PEM) signed is refused.
+    ///
+    /// # Errors
+    /// `Invalid` when there is no usable certificate in `authorities`.
+    pub fn mutual(authorities: &str, identity: &Identity) -> Result<Security, SecurityError> {
+        Ok(Security::given(Tls::mutual(authorities, identity)?))
+    }
+
+    fn given(tls: Tls) -> Security {
+        Security(Some(Arc::new(Source::Given(Arc::new(tls)))))
+    }
+
+    /// The same with the files of a directory: `ca.crt`, `tls.crt` and `tls.key`, PEM. When they are replaced, new connections go by
+    /// the new ones; those that are open stay as they are. Plain without a directory.
+    ///
+    /// # Errors
+    /// `Invalid` when a file cannot be read or used.
+    pub fn from_directory(directory: Option<&Path>) -> Result<Security, SecurityError> {
+        let Some(directory) = directory else { return Ok(Security::default()) };
+        // Other processes are told of it, and they may work elsewhere.
+        let path = std::path::absolute(directory);
+        let path = path.map_err(|source| SecurityError::Read { path: directory.to_owned(), source })?;
+        Ok(Security(Some(Arc::new(Source::directory(path)?))))
+    }
+
+    /// Where its certificates come from, for a process that shall have the same.
+    pub fn directory(&self) -> Option<&Path> {
+        match self.0.as_deref() {
+            Some(Source::Directory { path, .. }) => Some(path),
+            Some(Source::Given(_)) | None => None,
+        }
+    }
+
+    fn tls(&self) -> Option<Arc<Tls>> {
+        self.0.as_ref().map(|source| source.tls())
     }
 
     /// Whether connections are plain TCP.
@@ -121,15 +169,25 @@ impl Security {
 
     /// Listens.
     pub async fn listen(&self, address: SocketAddr, protocol: Protocol) -> io::Result<Listener> {
-        let config = self.0.as_ref().map(|tls| tls.server.clone());
-        Listener::bind(address, config, protocol).await
+        self.accept(TcpListener::bind(address).await?, protocol)
+    }
+
+    /// Takes over a TCP socket that listens already, with options of its own, and does not block.
+    pub fn listen_on(&self, socket: OwnedFd, protocol: Protocol) -> io::Result<Listener> {
+        self.accept(TcpListener::from_std(socket.into())?, protocol)
+    }
+
+    fn accept(&self, listener: TcpListener, protocol: Protocol) -> io::Result<Listener> {
+        let source = self.0.clone();
+        let tls = source.map(|source| listener::each_time(move || source.tls().server.clone(), protocol));
+        Listener::over(listener, tls)
     }
 
     /// A gRPC channel that connects when it is first used. The endpoint's address begins with `http://` also for TLS.
     pub fn connect_lazily(&self, endpoint: &Endpoint) -> Channel {
         match &self.0 {
             None => endpoint.connect_lazy(),
-            Some(tls) => endpoint.connect_with_connector_lazy(connector(tls)),
+            Some(source) => endpoint.connect_with_connector_lazy(connector(source)),
         }
     }
 
@@ -137,18 +195,23 @@ impl Security {
     pub async fn connect(&self, endpoint: &Endpoint) -> Result<Channel, tonic::transport::Error> {
         match &self.0 {
             None => endpoint.connect().await,
-            Some(tls) => endpoint.connect_with_connector(connector(tls)).await,
+            Some(source) => endpoint.connect_with_connector(connector(source)).await,
         }
     }
 
-    /// For HTTP clients that make their connections themselves; none when they are plain.
+    /// For HTTP clients that make their connections themselves, with the certificates of this moment; none when they are plain.
     pub fn client_config(&self) -> Option<ClientConfig> {
-        self.0.as_ref().map(|tls| ClientConfig::clone(&tls.client))
+        self.tls().map(|tls| ClientConfig::clone(&tls.client))
+    }
+
+    /// For code that reads and writes sockets itself; none when they are plain anyway.
+    pub fn tunnel(&self) -> Option<Tunnel> {
+        self.tls().map(|tls| Tunnel(tls.client.clone()))
     }
 
     /// A connection for blocking reads and writes; with TLS the handshake comes with the first of them.
     pub fn secure(&self, stream: std::net::TcpStream) -> io::Result<BlockingStream> {
-        match &self.0 {
+        match self.tls() {
             None => Ok(BlockingStream::Plain(stream)),
             Some(tls) => {
                 let session = rustls::ClientConnection::new(tls.client.clone(), peer_name());
@@ -161,7 +224,7 @@ impl Security {
 
 /// Connects to the address of a `http://` URI.
 fn connector(
-    tls: &Arc<Tls>,
+    source: &Arc<Source>,
 ) -> impl tower::Service<
     http::Uri,
     Response = TokioIo<Stream>,
@@ -169,9 +232,9 @@ fn connector(
     Future = futures::future::BoxFuture<'static, io::Result<TokioIo<Stream>>>,
 > + Send
 + 'static {
-    let tls = TlsConnector::from(tls.client.clone());
+    let source = source.clone();
     tower::service_fn(move |uri: http::Uri| {
-        let tls = tls.clone();
+        let tls = TlsConnector::from(source.tls().client.clone());
         let connected = async move {
             let address = (uri.host().unwrap_or_default().trim_matches(['[', ']']), uri.port_u16().unwrap_or(80));
             let stream = TcpStream::connect(address).await?;

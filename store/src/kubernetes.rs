@@ -6,6 +6,7 @@
 
 mod address;
 mod failure;
+mod heard;
 mod limits;
 mod watch;
 
@@ -19,17 +20,24 @@ use crate::{
     Object, ObjectKey, ObjectList, ObjectStore, Preconditions, ResourceType, Selector, StoreError, WatchStream, rules,
 };
 use failure::Failed;
+pub use heard::Heard;
 
 /// The objects of one cluster. Cheap to clone.
 #[derive(Clone)]
 pub struct Kubernetes {
     client: Client,
+    heard: Heard,
 }
 
 impl Kubernetes {
     /// What that client reaches. Its connections and credentials are the client's.
     pub fn new(client: Client) -> Kubernetes {
-        Kubernetes { client }
+        Kubernetes { client, heard: Heard::begin() }
+    }
+
+    /// When the API server last said something.
+    pub fn heard(&self) -> Heard {
+        self.heard.clone()
     }
 
     /// Replaces an object or its status. One without a version is written over whatever is there now.
@@ -121,7 +129,13 @@ impl Kubernetes {
         let body = body.map(serde_json::to_vec).transpose().map_err(kube::Error::SerdeError)?.unwrap_or_default();
         let request = request.body(body).map_err(kube::Error::HttpError)?;
         match timeout(limits::REQUEST, self.client.request(request)).await {
-            Ok(answer) => Ok(answer?),
+            Ok(answer) => {
+                let answer = answer.map_err(Failed::from);
+                if answer.as_ref().err().is_none_or(Failed::is_judgment) {
+                    self.heard.now();
+                }
+                answer
+            }
             Err(_) => Err(Failed::Silent),
         }
     }

@@ -295,3 +295,40 @@ async fn a_replacement_of_another_object_is_a_conflict_at_once() {
     assert!(store.replace(&widgets(), meant).await.unwrap_err().is_conflict());
     assert!(script.is_played());
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_api_server_was_heard_when_it_answered_or_a_watch_brought_something() {
+    let second = Duration::from_secs(1);
+    let not_mine = event("ERROR", failure(500, "InternalError"));
+    let (store, script) = Script::play(vec![
+        ("GET /a", Json(404, failure(404, "NotFound"))),
+        ("GET /a", Json(503, failure(503, "ServiceUnavailable"))),
+        ("GET /a", Json(401, failure(401, "Unauthorized"))),
+        ("GET /a", Json(429, failure(429, "TooManyRequests"))),
+        ("GET /a", CutOff),
+        ("GET /a", Silence),
+        ("GET /a", Json(200, at_version("a", 1, 3))),
+        ("GET limit=1", list(5, vec![])),
+        ("GET watch=true resourceVersion=5", EventsThenSilence(vec![bookmark(6), not_mine])),
+        ("GET limit=1", Silence),
+    ]);
+    let heard = store.heard();
+    let get = async || {
+        tokio::time::sleep(second).await; // poll
+        store.get(&widgets(), &suite::key("a")).await
+    };
+    assert!(get().await.is_err(), "a kind that it does not know");
+    assert_eq!(heard.elapsed(), Duration::ZERO, "it judged");
+    for what in ["without its own store", "without knowing us", "without time for us", "cut off", "silent"] {
+        assert!(get().await.is_err(), "{what}");
+        assert!(heard.elapsed() >= second, "{what}");
+    }
+    get().await.unwrap();
+    assert_eq!(heard.elapsed(), Duration::ZERO);
+    let mut watch = store.watch(&widgets(), None, Some("5".into())).await.unwrap();
+    tokio::time::sleep(second).await; // poll
+    // The bookmark is read, then an error, which is no sign of health; then it tries again in vain.
+    let nothing = tokio::time::timeout(10 * second, next(&mut watch)).await;
+    assert!(nothing.is_err() && script.is_played());
+    assert_eq!(heard.elapsed(), 10 * second);
+}

@@ -8,6 +8,7 @@ mod fio;
 mod images;
 mod kills;
 mod kubernetes;
+mod reaction;
 mod server;
 mod table;
 mod volume;
@@ -32,7 +33,7 @@ pub struct Bench {
     /// Seconds of each fio job.
     #[arg(long, default_value_t = 4)]
     seconds: u32,
-    /// Parts to measure: images, volumes, csi, idle, kubernetes. When none is named, all but kubernetes, which builds a cluster first.
+    /// Parts to measure: images, volumes, csi, idle, reaction, kubernetes. When none is named, all but kubernetes, which builds a cluster first.
     parts: Vec<String>,
     /// The program to measure; the released one when absent.
     #[arg(long, env = "BACKING_IMAGE_CSI_BINARY")]
@@ -42,9 +43,10 @@ pub struct Bench {
 /// Measures and prints.
 pub fn run(root: &Path, bench: Bench) -> anyhow::Result<()> {
     let Bench { runs, size_mib, seconds, parts, binary } = bench;
-    if let Some(part) = parts.iter().find(|p| !["images", "volumes", "csi", "idle", "kubernetes"].contains(&p.as_str()))
+    if let Some(part) =
+        parts.iter().find(|p| !["images", "volumes", "csi", "idle", "reaction", "kubernetes"].contains(&p.as_str()))
     {
-        bail!("there is no part `{part}`; there are images, volumes, csi, idle and kubernetes");
+        bail!("there is no part `{part}`; there are images, volumes, csi, idle, reaction and kubernetes");
     }
     let binary = std::path::absolute(binary.unwrap_or_else(|| crate::release_binary(root)))?;
     if !binary.exists() {
@@ -65,6 +67,9 @@ pub fn run(root: &Path, bench: Bench) -> anyhow::Result<()> {
         }
         if wanted("idle") {
             volumes::measure_idle(&binary, &mut table)?;
+        }
+        if wanted("reaction") {
+            reaction::measure(&binary, &mut table)?;
         }
         if parts.iter().any(|p| p == "kubernetes") {
             kubernetes::measure(root, &binary, &mut table)?;

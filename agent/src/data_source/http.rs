@@ -44,7 +44,7 @@ pub(super) async fn serve(
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     let face = Face { status, shutdown: shutdown.clone() };
-    let (_, ready) = watch::channel(true);
+    let (_, ready) = watch::channel(Ok(()));
     let probes = runtime::probes::router(crate::metrics::of_data_source(), ready);
     let app = Router::new().route("/v1/file", get(read).post(act)).with_state(face).merge(probes);
     axum::serve(listener, app).with_graceful_shutdown(shutdown.cancelled_owned()).await

@@ -26,7 +26,7 @@ use crate::limits::{CHUNK_BYTES, MAX_SYNCS};
 use crate::metrics::{self, Look};
 
 pub(super) async fn serve(listener: Listener, registry: Arc<Registry>, shutdown: CancellationToken) -> io::Result<()> {
-    let (_, ready) = tokio::sync::watch::channel(true);
+    let (_, ready) = tokio::sync::watch::channel(Ok(()));
     let probes = runtime::probes::router(metrics::of_manager(look(&registry)), ready);
     let app = Router::new()
         .route("/v1/copies/{key}/manifest", get(manifest))

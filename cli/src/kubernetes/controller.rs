@@ -6,19 +6,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::controller::leader::{Candidate, Term, Timing};
-use ::controller::{Context, ControllerError, Metrics, webhook};
+use ::controller::webhook::{self, Webhook};
+use ::controller::{Context, ControllerError, Metrics};
 use api::{ErrorKind, Setting};
 use clap::Args;
 use k8s_openapi::api::core::v1::Toleration;
 use store::Selector;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use workloads::Workloads;
 use workloads::pods::{Pods, PodsConfig, Resources, tolerations};
 
+use super::ready::Promise;
 use super::{Cluster, Start, checked};
 use crate::failure::Failure;
-use crate::probe;
 use crate::roles::{listen, security};
 
 /// Between two attempts of a leader whose store went away at its first step.
@@ -132,7 +134,14 @@ pub async fn run(controller: Controller) -> anyhow::Result<()> {
     });
     let webhook = webhook::Config::new(start.store.clone(), webhook_listen, metrics.clone());
     let shutdown = start.roles.shutdown();
-    start.roles.spawn("webhook", async move { Ok(webhook::run(webhook, shutdown).await?) });
+    let (listens, is_listening) = watch::channel(false);
+    start.roles.spawn("webhook", async move {
+        let Some(webhook) = shutdown.run_until_cancelled(Webhook::start(webhook)).await else { return Ok(()) };
+        let webhook = webhook?;
+        listens.send_replace(true);
+        Ok(webhook.run(shutdown).await?)
+    });
+    let (watching, is_watching) = watch::channel(true);
     let candidate = Candidate {
         store: start.store.clone(),
         // A container that was started anew is another candidate: what its former process had begun may still arrive.
@@ -145,14 +154,22 @@ pub async fn run(controller: Controller) -> anyhow::Result<()> {
         metrics,
         security: security(),
         kubernetes: true,
+        watching,
         deposed: CancellationToken::new(),
     };
     let shutdown = start.roles.shutdown();
     let reconcilers = async move { Ok(candidate.run(&shutdown, |term| reconcile(context.clone(), term)).await?) };
     start.roles.spawn("reconcilers", reconcilers);
-    let (ready, shutdown) = (start.ready.clone(), start.roles.shutdown());
-    start.roles.spawn("ready", probe::report(csi_socket, ready, shutdown));
-    start.run().await
+    let promises = vec![
+        Promise::Socket(csi_socket),
+        Promise::Told(
+            is_listening,
+            "the admission webhook does not listen yet: it has no certificate, the log says why",
+        ),
+        Promise::Told(is_watching, "this process leads, and does not see yet what changes: the log says why"),
+        Promise::Heard(start.heard.clone()),
+    ];
+    start.run(promises).await
 }
 
 /// The reconcilers for one term. An API server that goes away at their first step is no reason to end the CSI services too.

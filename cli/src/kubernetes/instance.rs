@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use anyhow::Context;
 use api::names::AGENT_UID;
 use clap::Args;
+use tokio::sync::watch;
 
+use super::ready::Promise;
 use super::{Cluster, Start, checked};
 use crate::engines::Engines;
 use crate::roles::{listen, security};
@@ -54,11 +56,15 @@ pub async fn run(Instance { cluster, node, ip, directory, listen, engines }: Ins
         engines: engines.options(),
         security: security(),
         metrics: ::instance::Metrics::default(),
+        ready: watch::Sender::new(false),
     };
     start.metrics.register(|registry| config.metrics.register(registry));
     ::instance::discovery::create(&config).await.with_context(|| format!("cannot make the Node object `{node}`"))?;
+    let first_pass = Promise::Told(
+        config.ready.subscribe(),
+        "the first look at the disks and replicas of this node is not over; the log says what it meets",
+    );
     let shutdown = start.roles.shutdown();
     start.roles.spawn("instance", async move { Ok(::instance::run(config, shutdown).await?) });
-    start.ready.send_replace(true);
-    start.run().await
+    start.run(vec![first_pass]).await
 }

@@ -7,8 +7,8 @@ use api::Volume;
 use clap::Args;
 use store::Selector;
 
+use super::ready::Promise;
 use super::{Cluster, Start, checked};
-use crate::probe;
 use crate::roles::listen;
 
 /// Serves the CSI node service of one node of a Kubernetes cluster.
@@ -39,7 +39,6 @@ pub async fn run(Node { cluster, node, csi_socket, listen }: Node) -> anyhow::Re
     };
     let shutdown = start.roles.shutdown();
     start.roles.spawn("csi-node", async move { Ok(csi::serve_node(services, shutdown).await?) });
-    let (ready, shutdown) = (start.ready.clone(), start.roles.shutdown());
-    start.roles.spawn("ready", probe::report(csi_socket, ready, shutdown));
-    start.run().await
+    // Its store has answered; to ask again and again, on every node, would tell nobody anything: each call says so for itself.
+    start.run(vec![Promise::Socket(csi_socket)]).await
 }

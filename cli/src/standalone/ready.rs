@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
+use runtime::probes::Readiness;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -15,7 +16,7 @@ pub async fn announce(
     file: PathBuf,
     nodes: Vec<String>,
     url: String,
-    ready: watch::Sender<bool>,
+    ready: watch::Sender<Readiness>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let sockets = std::iter::once("controller".to_owned()).chain(nodes).map(|name| csi.join(format!("{name}.sock")));
@@ -26,7 +27,7 @@ pub async fn announce(
     }
     runtime::files::write_durably(&file, format!("{url}\n").as_bytes())
         .with_context(|| format!("cannot write `{}`", file.display()))?;
-    ready.send_replace(true);
+    drop(ready.send_replace(Ok(())));
     info!(url, "ready");
     shutdown.cancelled().await;
     Ok(())

@@ -54,6 +54,7 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
         metrics: controller::Metrics::default(),
         security: security(),
         kubernetes: false,
+        watching: Default::default(),
         deposed: CancellationToken::new(),
     };
     metrics.register(|registry| reconcilers.metrics.register(registry));
@@ -81,6 +82,7 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
             engines,
             security: security(),
             metrics: instances.clone(),
+            ready: Default::default(),
         };
         let shutdown = roles.shutdown();
         roles.spawn(&format!("instance {name}"), async move { Ok(instance::run(node, shutdown).await?) });

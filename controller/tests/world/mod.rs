@@ -46,6 +46,7 @@ pub async fn world_of(kubernetes: bool) -> World {
         metrics: Metrics::default(),
         security: Default::default(),
         kubernetes,
+        watching: Default::default(),
         deposed: CancellationToken::new(),
     };
     tokio::spawn(run(context, stop.clone()));

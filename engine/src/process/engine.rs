@@ -143,7 +143,7 @@ impl Engine {
     ) -> Result<Engine, EngineError> {
         let events = |source: Errno| EngineError::Events { source: source.into() };
         let members = started.set();
-        let Started { generation, members: connections, errors: start_errors, compare } = started;
+        let Started { security, generation, members: connections, errors: start_errors, compare } = started;
         let mut buffers = Buffers::default();
         let core = Core::new(Options {
             size_bytes: config.size_bytes,
@@ -168,7 +168,7 @@ impl Engine {
             let (link, control, export) = match connection {
                 Some(member) => {
                     let address = config.replicas[name].clone();
-                    let control = ReplicaControl::new(address, member.control).map_err(events)?;
+                    let control = ReplicaControl::new(address, security.clone(), member.control).map_err(events)?;
                     (Some(Link::new(member.data.into_socket()).map_err(events)?), Some(control), member.export)
                 }
                 None => (None, None, String::new()),

@@ -19,6 +19,7 @@ use std::os::fd::RawFd;
 use std::path::Path;
 
 use proto::engine::{Config, HolderReport};
+use runtime::transport::Security;
 use tracing::{info, warn};
 
 use crate::error::EngineError;
@@ -104,8 +105,10 @@ fn serve(config: Config, life: &LifeFiles, fuse_fd: RawFd, lives: u32) -> Result
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
         warn!(%error, "cannot become an I/O flusher; reclaim of memory may wait for this volume");
     }
+    let security = Security::from_directory(config.certificates.as_deref());
+    let security = security.map_err(|source| EngineError::Certificates { volume: config.volume.clone(), source })?;
     let names: Vec<String> = config.replicas.keys().cloned().collect();
-    let started = start::start(&config, &names, life, lives)?;
+    let started = start::start(&config, security, &names, life, lives)?;
     info!(volume = %config.volume, generation = started.generation, lives, "engine serves");
     let mount_file = config.mount_file.clone();
     let mut engine = Engine::new(config, names, life.clone(), lives, started, fuse_device, signals)?;

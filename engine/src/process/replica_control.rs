@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use proto::engine::ReplicaAddress;
 use proto::replica::{Reply, Request};
+use runtime::transport::Security;
 
 use crate::core::ControlReply;
 use crate::lines::Lines;
@@ -26,13 +27,23 @@ pub enum Answer {
 /// The connection, made again on demand: a replica may end an idle one.
 pub struct ReplicaControl {
     address: ReplicaAddress,
+    security: Security,
     lines: Option<Lines>,
     unanswered: usize,
 }
 
 impl ReplicaControl {
-    pub fn new(address: ReplicaAddress, stream: Stream) -> Result<ReplicaControl, rustix::io::Errno> {
-        Ok(ReplicaControl { address, lines: Some(Lines::new(stream.into_socket())?), unanswered: 0 })
+    pub fn new(
+        address: ReplicaAddress,
+        security: Security,
+        stream: Stream,
+    ) -> Result<ReplicaControl, rustix::io::Errno> {
+        let lines = Some(Lines::new(stream.into_socket())?);
+        Ok(ReplicaControl { address, security, lines, unanswered: 0 })
+    }
+
+    fn connect(&self) -> io::Result<Stream> {
+        Stream::connect(&self.address, Service::Control, &self.security, Instant::now() + RECONNECT_LIMIT)
     }
 
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -47,8 +58,7 @@ impl ReplicaControl {
         if self.lines.is_some() {
             return Ok(false);
         }
-        let stream = Stream::connect(&self.address, Service::Control, Instant::now() + RECONNECT_LIMIT);
-        let stream = stream.map_err(|error| error.to_string())?;
+        let stream = self.connect().map_err(|error| error.to_string())?;
         self.lines = Some(Lines::new(stream.into_socket()).map_err(|error| error.to_string())?);
         Ok(true)
     }
@@ -62,7 +72,7 @@ impl ReplicaControl {
         if self.lines.is_some() {
             return Ok(false);
         }
-        match Stream::connect(&self.address, Service::Control, Instant::now() + RECONNECT_LIMIT) {
+        match self.connect() {
             Ok(stream) => {
                 self.lines = Lines::new(stream.into_socket()).ok();
                 Ok(self.lines.is_some())

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use proto::engine::{Config, ReplicaAddress};
 use proto::replica::{Reply, Request};
+use runtime::transport::Security;
 use tracing::{info, warn};
 
 use super::beginning::{Beginning, Next, Round, is_rival};
@@ -27,6 +28,8 @@ pub struct Member {
 
 /// All members have recorded `generation` and their exports are open.
 pub struct Started {
+    /// How to connect anew.
+    pub security: Security,
     pub generation: u64,
     pub members: Vec<Option<Member>>,
     /// Why a replica of the configuration is no member.
@@ -43,6 +46,7 @@ impl Started {
 
 struct Starting<'a> {
     config: &'a Config,
+    security: &'a Security,
     names: &'a [String],
     addresses: Vec<&'a ReplicaAddress>,
     limit: Duration,
@@ -54,10 +58,17 @@ struct Starting<'a> {
 ///
 /// # Errors
 /// [`EngineError::NoReplica`] when nobody is left to begin with.
-pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) -> Result<Started, EngineError> {
+pub fn start(
+    config: &Config,
+    security: Security,
+    names: &[String],
+    life: &LifeFiles,
+    lives: u32,
+) -> Result<Started, EngineError> {
     let nobody = |reason: String| EngineError::NoReplica { volume: config.volume.clone(), reason };
     let mut starting = Starting {
         config,
+        security: &security,
         names,
         addresses: names.iter().map(|name| &config.replicas[name]).collect(),
         limit: Duration::from_millis(config.replica_timeout_ms),
@@ -124,7 +135,8 @@ pub fn start(config: &Config, names: &[String], life: &LifeFiles, lives: u32) ->
             _ => None,
         });
     }
-    Ok(Started { generation, members, errors: starting.errors, compare })
+    let errors = starting.errors;
+    Ok(Started { security, generation, members, errors, compare })
 }
 
 impl Starting<'_> {
@@ -170,9 +182,9 @@ impl Starting<'_> {
     }
 
     fn ask_status(&mut self) -> Vec<Option<Answer>> {
-        let (config, addresses) = (self.config, self.addresses.clone());
+        let (config, security, addresses) = (self.config, self.security, self.addresses.clone());
         self.each(Set::first(self.names.len()), move |replica, control, deadline| {
-            let mut stream = Stream::connect(addresses[replica], Service::Control, deadline)?;
+            let mut stream = Stream::connect(addresses[replica], Service::Control, security, deadline)?;
             let (record, serves) = match stream.ask(&Request::Status, deadline)? {
                 Reply::Status { record, export, .. } => (record, export.is_some()),
                 other => return Err(unexpected(&other)),
@@ -216,10 +228,10 @@ impl Starting<'_> {
 
     fn connect(&mut self, exports: &[Option<String>]) -> Vec<Option<Stream>> {
         let opened = self.answered(exports);
-        let (addresses, size_bytes) = (self.addresses.clone(), self.config.size_bytes);
+        let (addresses, security, size_bytes) = (self.addresses.clone(), self.security, self.config.size_bytes);
         self.each(opened, move |replica, _, deadline| {
             let export = exports[replica].as_ref().expect("it was opened");
-            let mut stream = Stream::connect(addresses[replica], Service::Data, deadline)?;
+            let mut stream = Stream::connect(addresses[replica], Service::Data, security, deadline)?;
             stream.set_deadline(deadline)?;
             let size = nbd::client::open_export(&mut stream, export)?;
             if size != size_bytes {

@@ -105,6 +105,7 @@ impl Volume {
             silence_limit_ms: 10_000,
             replace_engine: true,
             program: None,
+            certificates: None,
         };
         let config_path = path.join("engine.json");
         Volume { config, replicas, holder: None, loop_device: None, config_path, folder }

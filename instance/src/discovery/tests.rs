@@ -74,6 +74,8 @@ fn the_annotation_lists_disks_as_longhorn_does() {
     let ssd = &disks["fast-ssd-disk"];
     assert_eq!((ssd.path.as_str(), ssd.allow_scheduling, ssd.storage_reserved), ("/mnt/disk2", false, 10_485_760));
     assert_eq!(ssd.tags, ["ssd", "fast"]);
+    let emptied = read(r#"[{"path":"/a","evictionRequested":true,"diskType":"block"}]"#).unwrap();
+    assert!(emptied["disk-a"].eviction_requested && emptied["disk-a"].r#type == "block");
     assert!(read(r#"[{"path":"/a"}]"#).unwrap()["disk-a"].allow_scheduling);
     for (wrong, why) in [
         ("", "EOF"),
@@ -142,6 +144,7 @@ fn config(folder: &Path, store: &Store) -> Config {
         engines: EngineOptions::default(),
         security: Default::default(),
         metrics: Default::default(),
+        ready: Default::default(),
     }
 }
 

@@ -8,6 +8,8 @@
 //! `MODEL_ROUNDS` asks for more than one round over the shapes.
 
 mod array;
+#[path = "../../../runtime/tests/authority/mod.rs"]
+mod authority;
 mod clients;
 #[path = "../engine_role/mod.rs"]
 mod engine_role;
@@ -17,6 +19,7 @@ mod steps;
 mod world;
 
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use runtime::transport::{Identity, PEER_NAME, Security};
 
 use world::{Form, Length, Shape};
 
@@ -35,17 +38,18 @@ fn seed_of_now() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros() as u64
 }
 
-/// Each form of image in each length, with one and three replicas in turn.
+/// Each form of image in each length, with one and three replicas in turn, and with TLS between them in every other pair of shapes.
 fn shapes(seed: u64) -> Vec<Shape> {
     let forms = [Form::Raw, Form::Qcow2, Form::Zlib, Form::Zstd];
     let lengths = [Length::Shorter, Length::Equal, Length::Longer];
     let images = forms.iter().flat_map(|form| lengths.iter().map(|length| Some((*form, *length))));
     let replicas = |index: u64| if (index + seed).is_multiple_of(2) { 1 } else { 3 };
+    let tls = |index: u64| ((index + seed) / 2).is_multiple_of(2);
     // The order of lengths is odd, so that neighbors differ in both.
     std::iter::once(None)
         .chain(images)
         .zip(0..)
-        .map(|(image, index)| Shape { image, replicas: replicas(index) })
+        .map(|(image, index)| Shape { image, replicas: replicas(index), tls: tls(index) })
         .collect()
 }
 
@@ -74,8 +78,8 @@ fn random_requests_leave_what_an_array_of_bytes_has() {
 /// The daemon of a replica process that was killed ends with its next request; an idle volume has none.
 #[test]
 fn an_idle_volume_notices_that_the_process_of_a_replica_died() {
-    for number in [0, 1] {
-        let mut world = world::World::new(&Shape { image: None, replicas: 3 }, 1);
+    for (number, tls) in [(0, false), (1, false), (1, true)] {
+        let mut world = world::World::new(&Shape { image: None, replicas: 3, tls }, 1);
         world.attach();
         let _frozen = world.freeze_daemon(number);
         world.kill_replica(number);

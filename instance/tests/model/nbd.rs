@@ -22,7 +22,7 @@ const NO_SPACE: u32 = 28;
 
 /// An attached volume over a shorter image, and its bytes.
 fn volume(replicas: usize) -> (World, Vec<u8>) {
-    let mut world = World::new(&Shape { image: Some((Form::Zlib, Length::Shorter)), replicas }, SIZE);
+    let mut world = World::new(&Shape { image: Some((Form::Zlib, Length::Shorter)), replicas, tls: false }, SIZE);
     world.attach();
     let mut bytes = image_content(world.image_bytes);
     bytes.resize(world.volume_bytes as usize, 0);

@@ -16,6 +16,7 @@ use proto::replica::{Record, Reply, Request};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::array::fill;
+use crate::authority::Authority;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -36,6 +37,7 @@ pub enum Length {
 pub struct Shape {
     pub image: Option<(Form, Length)>,
     pub replicas: usize,
+    pub tls: bool,
 }
 
 pub struct World {
@@ -132,6 +134,11 @@ impl World {
             Some((_, Length::Longer)) => volume_bytes + 300 * 512 + odd,
         };
         let image = shape.image.map(|(form, _)| make_image(folder.path(), form, image_bytes));
+        let certificates = shape.tls.then(|| folder.path().join("certificates"));
+        if let Some(directory) = &certificates {
+            std::fs::create_dir(directory).unwrap();
+            Authority::new().issue(directory);
+        }
         let replica = |number: usize| {
             let config = ReplicaConfig {
                 directory: folder.path().join(format!("r{number}")),
@@ -140,6 +147,7 @@ impl World {
                 size_bytes: volume_bytes,
                 image: image.clone(),
                 listen: free_address(),
+                certificates: certificates.clone(),
             };
             Replica { file: folder.path().join(format!("r{number}.json")), config, child: None }
         };
@@ -160,6 +168,7 @@ impl World {
             silence_limit_ms: 10_000,
             replace_engine: true,
             program: None,
+            certificates: certificates.clone(),
         };
         World {
             volume_bytes,

@@ -199,17 +199,41 @@ fn one_of_another_version_is_replaced_when_it_has_nothing_in_hand() {
     for busy in ["file=pending", "file=starting", "file=in-progress", "file=ready; sending"] {
         assert!(!is_replaced(&format!("wanted; held; process=running; {busy}; outdated")), "{busy}");
     }
-    let mut o = world("wanted; held; process=running; outdated");
-    o.agent = Some(Err("it is silent".into()));
-    assert_eq!(decide(&o).actions, [], "what it does is not known");
-    o.workload.as_mut().unwrap().state = State::Unknown("its node does not answer".into());
-    assert_eq!(decide(&o).actions, []);
     check(
         "wanted; held=ready; process=running; file=ready; outdated",
         expect![
             "RemoveWorkload; start backing-image-manager daemon --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --disk-uuid d --disk-path /d | Starting unknown the agent of the disk is replaced by one of the present version"
         ],
     );
+}
+
+/// An agent with which the present version cannot speak at all would stay for ever.
+#[test]
+fn one_of_another_version_that_is_silent_for_long_is_replaced() {
+    let mut o = world("wanted; held; process=running; outdated");
+    let begin = o.now;
+    let mut look = |seconds: i64, agent: Result<Agent, String>, state: State, is_outdated: bool| -> Vec<Action> {
+        o.now = begin + jiff::SignedDuration::from_secs(seconds);
+        o.agent = (state == State::Running).then_some(agent);
+        let workload = o.workload.as_mut().unwrap();
+        (workload.state, workload.is_outdated) = (state, is_outdated);
+        let decision = decide(&o);
+        o.memory = decision.memory;
+        decision.actions
+    };
+    let silent = || Err("it is silent".to_owned());
+    assert_eq!(look(0, silent(), State::Running, true), [], "what it does is not known");
+    assert_eq!(look(119, silent(), State::Running, true), []);
+    assert_eq!(look(500, silent(), State::Unknown("its node does not answer".into()), true), []);
+    assert_eq!(look(501, silent(), State::Running, true), [], "its silence begins anew");
+    assert_eq!(look(620, silent(), State::Running, true), []);
+    let busy = FileInfo { state: CopyState::InProgress, ..Default::default() };
+    let busy = Agent { files: vec![busy], ..Default::default() };
+    assert!(!look(621, Ok(busy), State::Running, true).contains(&Action::RemoveWorkload), "it answers");
+    assert_eq!(look(622, silent(), State::Running, true), []);
+    assert_eq!(look(800, silent(), State::Running, false), [], "one of this version may yet come to itself");
+    let replaced = look(801, silent(), State::Running, true);
+    assert!(matches!(&replaced[..], [Action::RemoveWorkload, Action::EnsureWorkload(_)]), "{replaced:?}");
 }
 
 #[test]

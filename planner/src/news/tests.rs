@@ -41,6 +41,7 @@ fn an_image_tells_of_each_copy_by_the_name_of_its_disk() {
         message: message.into(),
         error_kind,
         next_retry_time: "N".into(),
+        last_state_transition_time: "S".into(),
         ..Default::default()
     };
     let ready = condition(READY, ConditionStatus::True, "Ready", "1 of 3 copies ready");
@@ -67,6 +68,7 @@ fn an_image_tells_of_each_copy_by_the_name_of_its_disk() {
         ]
     );
     assert_eq!(facts[2].again, "N", "each attempt counts");
+    assert_eq!(facts[2].since, "S", "whether it was told before is known by that");
 }
 
 #[test]
@@ -84,6 +86,10 @@ fn a_failure_names_what_can_be_done_and_a_beginning_is_quiet() {
         .with_hint("correct spec.checksum");
     let facts = of_image(&image(failed, &[]), &disks());
     assert_eq!(said(&facts), ["Ready Warning DataSourceFailed : SHA-512 is a, not b; correct spec.checksum"]);
+    let retried = Condition { next_retry_time: "N".into(), ..condition(READY, ConditionStatus::False, "", "refused") };
+    let facts = of_image(&image(retried, &[]), &disks());
+    assert_eq!(said(&facts), ["Ready Warning Ready : refused"], "a condition without a reason is known by its type");
+    assert_eq!(facts[0].again, "N", "each attempt counts");
     let begun = Condition::new(READY, ConditionStatus::False, "Preparing", "the image was just created");
     assert_eq!(of_image(&image(begun, &[]), &disks()), []);
     let deleted = Condition::new(READY, ConditionStatus::False, "Deleting", "deletion waits for x");
@@ -132,6 +138,9 @@ fn a_replica_that_failed_names_reason_disk_node_and_volume() {
     let facts = of_replica(&replica, &disks());
     assert_eq!(said(&facts), ["failed Warning ReplicaFailed : it did not answer for 8 s (a of node-a, volume v)"]);
     assert_eq!((facts[0].since.as_str(), facts[0].again.as_str()), ("F", "F"));
+    replica.spec.failed_reason.clear();
+    let by_user = "failed Warning ReplicaFailed : it was marked as failed (a of node-a, volume v)";
+    assert_eq!(said(&of_replica(&replica, &disks())), [by_user]);
     replica.spec.failed_at.clear();
     replica.status.as_mut().unwrap().conditions = vec![condition(READY, ConditionStatus::True, "Serving", "")];
     assert_eq!(said(&of_replica(&replica, &disks())), ["Ready Normal Serving : it serves from a of node-a"]);
@@ -160,7 +169,7 @@ fn a_node_tells_of_its_disks() {
                 "d3".into(),
                 disk(vec![
                     condition(READY, no, "NoDirectory", "gone"),
-                    condition(SCHEDULABLE, no, "NoDirectory", "gone"),
+                    condition(SCHEDULABLE, no, "DiskNotReady", "it is not ready"),
                 ]),
             ),
         ]

@@ -51,6 +51,7 @@ fn world(text: &str) -> Observed {
                 o.disks.nodes.insert(value.into(), health.clone());
                 o.disks.list.iter_mut().filter(|d| d.node == value).for_each(|d| d.health = health.clone());
             }
+            "gone" => drop(o.disks.nodes.remove(value)),
             "off" => drop(o.disks.out_of_service.insert(value.into())),
             "since" => drop(o.silent_since.insert(value.into(), "2025-12-31T23:00:00Z".parse().unwrap())),
             "just" => drop(o.silent_since.insert(value.into(), "2025-12-31T23:59:50Z".parse().unwrap())),
@@ -396,6 +397,15 @@ fn a_node_that_is_declared_out_of_service_keeps_no_volume() {
         r3 Stopped
         Detached Unknown Detached: it can be attached"#]],
     );
+    // To take its Node object away says the same.
+    check(
+        &format!("dropped=r2; {engine}; gone=n1"),
+        expect![[r#"
+        r1 Running
+        r2 Running
+        r3 Running
+        Detached Unknown Detached: it can be attached"#]],
+    );
     // Nor is its replica waited for, however short it is away.
     let stopped = format!("on=n2; just=n1; engine=stopped:4@n2; {replicas}");
     check(
@@ -547,6 +557,11 @@ fn an_engine_that_is_to_run_on_a_silent_node_may_run_whatever_it_said_last() {
             r2 Running
             engine Stopped at n1 with r2 above 4
             Detaching Unknown Detaching: it must be detached from node n1 first: node n1 does not answer since 2025-12-31T23:00:00Z; the engine there may still write, so it is waited for until the node returns, is declared out of service, or its Node object is deleted"#]],
+    );
+    // Its end was reported before the node fell silent.
+    check(
+        "silent=n1; engine=stopped:4@n1; recorded=4; map=r2; r1=failed r2=stopped:4{r2} r3=failed",
+        expect!["Detached Unknown Degraded: it can be attached; failed are r1 on node n1: gone; r3 on node n3: gone"],
     );
 }
 

@@ -11,7 +11,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{ServerConfig, SignatureScheme};
+use tokio::net::TcpListener;
 
+use super::listener::each_time;
 use super::{Listener, Protocol, SecurityError, certificates, provider};
 
 /// A certificate with its key. Clones share it: what one replaces, all show from then on.
@@ -44,7 +46,8 @@ impl Identity {
             .map_err(io::Error::other)?
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(self.clone()));
-        Listener::bind(address, Some(config), protocol).await
+        let listener = TcpListener::bind(address).await?;
+        Listener::over(listener, Some(each_time(move || config.clone(), protocol)))
     }
 
     fn current(&self) -> Arc<CertifiedKey> {

@@ -25,6 +25,20 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// After a failure that is ours (no descriptors are left): time for connections to end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
+/// What each handshake goes by: that of this moment.
+pub(super) type EachTime = Arc<dyn Fn() -> Arc<ServerConfig> + Send + Sync>;
+
+pub(super) fn each_time(config: impl Fn() -> ServerConfig + Send + Sync + 'static, protocol: Protocol) -> EachTime {
+    Arc::new(move || {
+        let mut config = config();
+        config.alpn_protocols = protocol.names();
+        // Each connection shows and checks the certificates of today; ours last long, so that costs little.
+        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Arc::new(config)
+    })
+}
+
 /// Accepts connections, of one kind only.
 pub struct Listener {
     address: SocketAddr,
@@ -38,22 +52,13 @@ enum Source {
 }
 
 impl Listener {
-    pub(super) async fn bind(
-        address: SocketAddr,
-        tls: Option<ServerConfig>,
-        protocol: Protocol,
-    ) -> io::Result<Listener> {
-        let listener = TcpListener::bind(address).await?;
+    pub(super) fn over(listener: TcpListener, tls: Option<EachTime>) -> io::Result<Listener> {
         let address = listener.local_addr()?;
         let source = match tls {
             None => Source::Plain(listener),
-            Some(mut config) => {
-                config.alpn_protocols = protocol.names();
-                // Each connection shows and checks the certificates of today; ours last long, so that costs little.
-                config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-                config.send_tls13_tickets = 0;
+            Some(tls) => {
                 let (sender, ready) = mpsc::channel(1);
-                let task = tokio::spawn(shake_hands(listener, TlsAcceptor::from(Arc::new(config)), sender));
+                let task = tokio::spawn(shake_hands(listener, tls, sender));
                 Source::Tls(ready, task.abort_handle())
             }
         };
@@ -126,7 +131,7 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     }
 }
 
-async fn shake_hands(listener: TcpListener, tls: TlsAcceptor, ready: mpsc::Sender<(Stream, SocketAddr)>) {
+async fn shake_hands(listener: TcpListener, tls: EachTime, ready: mpsc::Sender<(Stream, SocketAddr)>) {
     let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     loop {
         let slot = slots.clone().acquire_owned().await.expect("the semaphore is never closed");
@@ -138,13 +143,13 @@ async fn shake_hands(listener: TcpListener, tls: TlsAcceptor, ready: mpsc::Sende
 async fn shake(
     stream: TcpStream,
     peer: SocketAddr,
-    tls: TlsAcceptor,
+    tls: EachTime,
     ready: mpsc::Sender<(Stream, SocketAddr)>,
     slot: OwnedSemaphorePermit,
 ) {
     let shaken = async {
         stream.set_nodelay(true)?;
-        tls.accept(stream).await
+        TlsAcceptor::from(tls()).accept(stream).await
     };
     let problem = match timeout(HANDSHAKE_TIMEOUT, shaken).await {
         Ok(Ok(stream)) => {

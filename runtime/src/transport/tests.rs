@@ -1,7 +1,7 @@
 //! Who is let in, who is believed, and what a replaced certificate does.
 
 #[path = "../../tests/authority/mod.rs"]
-mod authority;
+pub(super) mod authority;
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -84,8 +84,8 @@ async fn who_has_no_certificate_of_the_authority_is_refused() {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(believing))
         .with_no_client_auth();
-    let server = authority.member().0.unwrap().server.clone();
-    let nobody = Security(Some(Arc::new(Tls { server, client: Arc::new(client) })));
+    let server = authority.member().tls().unwrap().server.clone();
+    let nobody = Security::given(Tls { server, client: Arc::new(client) });
     assert!(ask(&nobody, address).await.is_err(), "no certificate");
     assert_eq!(&ask(&authority.member(), address).await.unwrap(), b"ping", "others are served on");
     serving.abort();
@@ -157,4 +157,30 @@ fn a_certificate_is_accepted_for_its_name_and_time_and_by_its_authority() {
     // rcgen's certificates end in the year 4096.
     assert!(!is_accepted(&trusted, &chain, "webhook.example", 80_000_000_000));
     assert!(!is_accepted("", &chain, "webhook.example", now) && !is_accepted(&trusted, "", "webhook.example", now));
+}
+
+#[tokio::test]
+async fn replaced_files_are_read_for_the_next_connection() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let folder = tempfile::tempdir().unwrap();
+    let missing = Security::from_directory(Some(folder.path())).unwrap_err();
+    assert!(missing.to_string().contains("ca.crt") && missing.kind() == ErrorKind::Invalid, "{missing}");
+    old.issue(folder.path());
+    let security = Security::from_directory(Some(folder.path())).unwrap();
+    assert_eq!(security.directory(), Some(folder.path()));
+    let (listener, address) = listen(&security).await;
+    let serving = echo(listener);
+    let (of_old, of_new) = (old.member(), new.member());
+    assert!(ask(&of_old, address).await.is_ok() && ask(&of_new, address).await.is_err());
+    // In the middle of being replaced: they stay as they were.
+    let key = std::fs::read(folder.path().join("tls.key")).unwrap();
+    std::fs::write(folder.path().join("tls.key"), "half").unwrap();
+    assert!(ask(&of_old, address).await.is_ok());
+    std::fs::write(folder.path().join("tls.key"), key).unwrap();
+    new.issue(folder.path());
+    // Certificate and authority, of a server and of a client.
+    assert!(ask(&of_new, address).await.is_ok() && ask(&of_old, address).await.is_err());
+    assert!(ask(&security, address).await.is_ok());
+    serving.abort();
+    assert!(Security::from_directory(None).unwrap().is_plain());
 }

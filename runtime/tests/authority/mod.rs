@@ -31,6 +31,17 @@ impl Authority {
         Identity::from_pem(&chain, &key).unwrap()
     }
 
+    /// The files of a process that trusts this authority and has a certificate of it.
+    pub fn issue(&self, directory: &std::path::Path) {
+        let (chain, key) = self.pair(PEER_NAME);
+        for (name, text) in [("ca.crt", self.pem()), ("tls.crt", chain), ("tls.key", key)] {
+            // Another file each time, as where a Secret changes.
+            let new = directory.join(format!("{name}.new"));
+            std::fs::write(&new, text).unwrap();
+            std::fs::rename(new, directory.join(name)).unwrap();
+        }
+    }
+
     /// A process that trusts this authority and has a certificate of it.
     pub fn member(&self) -> Security {
         Security::mutual(&self.pem(), &self.identity(PEER_NAME)).unwrap()

@@ -25,6 +25,11 @@ impl Failed {
         }
     }
 
+    /// The API server looked at the request and refused it; without its own store, or without knowing us, it could not.
+    pub fn is_judgment(&self) -> bool {
+        self.status().is_some_and(|status| (400..500).contains(&status.code) && !matches!(status.code, 401 | 429))
+    }
+
     /// The object of that name does not exist.
     pub fn is_absence(&self, name: &str) -> bool {
         self.status().is_some_and(|status| status.code == 404 && named(status) == name && !name.is_empty())

@@ -103,6 +103,7 @@ impl Watch {
             }
         }
         self.failures = 0;
+        self.api.heard.now();
         self.source = Source::Connection(connection);
     }
 

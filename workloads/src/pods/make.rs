@@ -269,6 +269,11 @@ mod tests {
         let referred = json!({"name": "ADDRESS", "valueFrom": {"secretKeyRef": {"name": name, "key": "ADDRESS"}}});
         assert!(container["env"].as_array().unwrap().contains(&referred), "{container}");
         assert_eq!(json!(secret)["stringData"], json!({"ADDRESS": "http://user:word@host"}));
+        assert_eq!(json!(secret)["immutable"], true, "a revision never changes");
+        let [kind, owner, uid] = ["BackingImageDataSource", "a", "u"].map(str::to_owned);
+        let owned = WorkloadSpec { owner: Some(Owner { kind, name: owner, uid }), ..spec.clone() };
+        let owners = |secret: Option<Secret>| secret.unwrap().metadata.owner_references.map(|all| all[0].uid.clone());
+        assert_eq!(owners(super::secret(&owned, &config)).as_deref(), Some("u"), "it goes with its object");
         let other = WorkloadSpec { revision: "abc-2".into(), ..spec.clone() };
         assert_ne!(super::secret(&other, &config).unwrap().metadata.name, Some(name));
         let none = WorkloadSpec { secrets: Secrets::default(), ..spec };
@@ -286,6 +291,9 @@ mod tests {
         assert_eq!(pod["metadata"]["namespace"], "longhorn-system");
         assert_eq!((&of_pod["nodeName"], &of_pod["restartPolicy"]), (&json!("n1"), &json!("Never")));
         assert_eq!(of_pod["automountServiceAccountToken"], false);
+        assert_eq!(of_pod["enableServiceLinks"], false, "nothing is told of the other services of the namespace");
+        // Also when somebody else removes it, such as a drain.
+        assert_eq!(of_pod["terminationGracePeriodSeconds"], limits::STOP_GRACE_SECONDS);
         assert_eq!(of_pod["serviceAccountName"], "agent");
         assert_eq!(
             of_pod["securityContext"],
@@ -297,6 +305,8 @@ mod tests {
             json!({"allowPrivilegeEscalation": false, "privileged": false, "readOnlyRootFilesystem": true,
                 "capabilities": {"drop": ["ALL"]}})
         );
+        // Why it ended is told by that.
+        assert_eq!(container["terminationMessagePolicy"], "FallbackToLogsOnError");
         for shared in ["hostNetwork", "hostPID", "hostIPC"] {
             assert!(of_pod[shared].is_null(), "{shared}");
         }

@@ -1,14 +1,14 @@
 //! One standalone instance to measure: start, command line, processes, end.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tempfile::TempDir;
 
 /// How often a condition is looked at: well below what is measured.
@@ -86,30 +86,22 @@ impl World {
         self.cli(&["apply", "-f", &file.to_string_lossy()]).map(drop)
     }
 
-    /// Waits until so many copies of an image are ready: by a watch, since looking again and again takes the machine's time.
+    /// Waits until so many copies of an image are ready.
     pub fn wait_for_copies(&self, image: &str, copies: usize) -> anyhow::Result<()> {
+        self.follow(image)?.until(|files| ready(files) >= copies).map(drop)
+    }
+
+    /// The states of an image's copies as they change: by a watch, since looking again and again takes the machine's time.
+    pub fn follow(&self, image: &str) -> anyhow::Result<Following> {
         let images = format!("{}/apis/longhorn.io/v1beta2/backingimages?watch=true", self.server);
-        let deadline = DEADLINE.as_secs().to_string();
         let mut watch = Command::new("curl")
-            .args(["-sN", "--max-time", &deadline, &images])
+            .args(["-sN", "--max-time", &DEADLINE.as_secs().to_string(), &images])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start curl")?;
-        let changes = BufReader::new(watch.stdout.take().context("curl has no output")?).lines();
-        let is_ready = |line: String| {
-            let change: Value = serde_json::from_str(&line).unwrap_or_default();
-            let object = &change["object"];
-            let files = object["status"]["diskFileStatusMap"].as_object().cloned().unwrap_or_default();
-            object["metadata"]["name"] == image && files.values().filter(|f| f["state"] == "ready").count() >= copies
-        };
-        let found = changes.map_while(Result::ok).any(is_ready);
-        let _ = watch.kill();
-        let _ = watch.wait();
-        if !found {
-            bail!("image {image} has not {copies} ready copies");
-        }
-        Ok(())
+        let lines = BufReader::new(watch.stdout.take().context("curl has no output")?).lines();
+        Ok(Following { image: image.to_owned(), watch, lines })
     }
 
     /// Pids of the instance's processes whose command line contains a word; an empty one finds all.
@@ -128,6 +120,40 @@ impl World {
         pids.filter(|pid| is_whole || *pid != self.daemon.id())
             .filter(|pid| command_line(*pid).contains(&*text) || has_open(*pid, directory))
             .collect()
+    }
+}
+
+/// How many copies are ready.
+pub fn ready(files: &Map<String, Value>) -> usize {
+    files.values().filter(|file| file["state"] == "ready").count()
+}
+
+/// A watch of one image; it ends when it is dropped.
+pub struct Following {
+    image: String,
+    watch: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Following {
+    /// Waits for a state of the copies (`diskFileStatusMap`); returns when it was seen.
+    pub fn until(&mut self, is_it: impl Fn(&Map<String, Value>) -> bool) -> anyhow::Result<Instant> {
+        for line in self.lines.by_ref().map_while(Result::ok) {
+            let change: Value = serde_json::from_str(&line).unwrap_or_default();
+            let object = &change["object"];
+            let files = object["status"]["diskFileStatusMap"].as_object().cloned().unwrap_or_default();
+            if object["metadata"]["name"] == *self.image && is_it(&files) {
+                return Ok(Instant::now());
+            }
+        }
+        bail!("the copies of image {} do not come to what is waited for", self.image)
+    }
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        let _ = self.watch.kill();
+        let _ = self.watch.wait();
     }
 }
 

@@ -1,0 +1,127 @@
+//! Reconcilers say whether they see what changes, on the in-memory store.
+
+mod world;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use api::Setting;
+use async_trait::async_trait;
+use backing_image_controller::{Context, Metrics, run};
+use store::embedded::Embedded;
+use store::{
+    Object, ObjectKey, ObjectList, ObjectStore, Preconditions, ResourceType, Selector, Store, StoreError, WatchStream,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use world::agents::FakeWorkloads;
+
+/// A store that gives watches of replicas once it may.
+struct Gate {
+    inner: Embedded,
+    open: watch::Receiver<bool>,
+    /// Lists, by kind.
+    lists: Arc<Mutex<BTreeMap<String, usize>>>,
+}
+
+#[async_trait]
+impl ObjectStore for Gate {
+    async fn create(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
+        self.inner.create(resource, object).await
+    }
+    async fn get(&self, resource: &ResourceType, key: &ObjectKey) -> Result<Option<Object>, StoreError> {
+        self.inner.get(resource, key).await
+    }
+    async fn list(&self, r: &ResourceType, namespace: Option<&str>, s: &Selector) -> Result<ObjectList, StoreError> {
+        *self.lists.lock().unwrap().entry(r.kind.clone()).or_default() += 1;
+        self.inner.list(r, namespace, s).await
+    }
+    async fn replace(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
+        self.inner.replace(resource, object).await
+    }
+    async fn replace_status(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
+        self.inner.replace_status(resource, object).await
+    }
+    async fn delete(&self, r: &ResourceType, k: &ObjectKey, p: &Preconditions) -> Result<Option<Object>, StoreError> {
+        self.inner.delete(r, k, p).await
+    }
+    async fn watch(&self, r: &ResourceType, ns: Option<&str>, from: Option<String>) -> Result<WatchStream, StoreError> {
+        if r.kind == "Replica" {
+            let _ = self.open.clone().wait_for(|open| *open).await;
+        }
+        self.inner.watch(r, ns, from).await
+    }
+}
+
+fn context(gate: Gate, watching: watch::Sender<bool>) -> Context {
+    Context {
+        store: Store::new(Arc::new(gate), "longhorn-system"),
+        workloads: Arc::new(FakeWorkloads::new()),
+        metrics: Metrics::default(),
+        security: Default::default(),
+        kubernetes: false,
+        watching,
+        deposed: CancellationToken::new(),
+    }
+}
+
+async fn until(sees: &mut watch::Receiver<bool>, wanted: bool) {
+    let in_time = tokio::time::timeout(std::time::Duration::from_secs(10), sees.wait_for(|sees| *sees == wanted)).await;
+    in_time.expect("it says so in time").unwrap();
+}
+
+#[tokio::test]
+async fn reconcilers_that_wait_for_a_watch_say_that_they_do_not_see() {
+    let (gate, open) = watch::channel(false);
+    let (watching, mut sees) = watch::channel(true);
+    let context = context(Gate { inner: Embedded::in_memory(), open, lists: Arc::default() }, watching);
+    // They are cut off in the middle, as when the lease is lost: then there is nothing to see.
+    let running = tokio::spawn(run(context.clone(), CancellationToken::new()));
+    until(&mut sees, false).await;
+    running.abort();
+    until(&mut sees, true).await;
+
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(run(context, stop.clone()));
+    until(&mut sees, false).await;
+    let early = tokio::time::timeout(std::time::Duration::from_millis(300), sees.wait_for(|sees| *sees)).await.is_err();
+    assert!(early, "replicas are not watched");
+    gate.send_replace(true);
+    until(&mut sees, true).await;
+    stop.cancel();
+    running.await.unwrap().unwrap();
+}
+
+/// A cluster may have thousands of objects, and a setting is about all of them.
+#[tokio::test]
+async fn a_setting_that_changed_costs_one_list_of_each_kind() {
+    let lists = Arc::new(Mutex::new(BTreeMap::new()));
+    let (_gate, open) = watch::channel(true);
+    let context = context(Gate { inner: Embedded::in_memory(), open, lists: lists.clone() }, watch::Sender::default());
+    let store = context.store.clone();
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(run(context, stop.clone()));
+    let expected = async || {
+        // Each setting that is there at the start counts as one that changed; one resync comes at once.
+        let settings = store.objects().list(&ResourceType::of::<Setting>(), None, &Selector::default()).await.unwrap();
+        let all = settings.items.len();
+        let of_told = ["Engine", "Replica"].map(|kind| (kind, all));
+        let of_passes = ["BackingImage", "BackingImageDataSource", "BackingImageManager", "Volume"];
+        // Its nodes are what the teller begins with.
+        (all, of_told.into_iter().chain(of_passes.map(|kind| (kind, all + 1))).chain([("Node", all + 2)]))
+    };
+    let is_so = async || {
+        let (all, expected) = expected().await;
+        let found = lists.lock().unwrap().clone();
+        let found: BTreeMap<&str, usize> =
+            found.iter().map(|(k, n)| (k.as_str(), *n)).filter(|(kind, _)| *kind != "Setting").collect();
+        if all > 3 && found == expected.collect() { Ok(()) } else { Err(format!("{all} settings: {found:?}")) }
+    };
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(10);
+    while let Err(why) = is_so().await {
+        assert!(tokio::time::Instant::now() < deadline, "{why}");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await; // poll
+    }
+    stop.cancel();
+    running.await.unwrap().unwrap();
+}
