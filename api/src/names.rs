@@ -65,6 +65,8 @@ pub mod condition {
     pub const IN_SERVICE: &str = "InService";
     /// Node: it has disks, or what it waits for to get them by itself.
     pub const DEFAULT_DISKS: &str = "DefaultDisks";
+    /// Image: copies were taken out of `diskFileSpecMap`; while it is `False`, some were put back.
+    pub const CLEANED_UP: &str = "CleanedUp";
     /// Volume: its detachment or deletion waits for something.
     pub const DETACHED: &str = "Detached";
 

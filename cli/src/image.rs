@@ -1,5 +1,6 @@
 //! `image`: images for people, with their copies disk by disk.
 
+mod clean_up;
 mod hopeless;
 mod verify;
 
@@ -40,6 +41,8 @@ pub enum Image {
     },
     /// Reads copies again, compares them with what was downloaded, and repairs what is damaged from other copies.
     Verify(verify::Verify),
+    /// Takes copies from disks where nothing needs them, or says what would go.
+    CleanUp(clean_up::CleanUp),
 }
 
 /// What a new image is made of.
@@ -76,6 +79,7 @@ pub async fn run(client: &Client, image: Image, namespace: &str) -> anyhow::Resu
         Image::List { name } => list(client, name.as_deref(), namespace).await,
         Image::Wait { name, timeout } => wait(client, &name, timeout, namespace).await,
         Image::Verify(verify) => verify::run(client, verify, namespace).await,
+        Image::CleanUp(clean_up) => clean_up::run(client, clean_up, namespace).await,
     }
 }
 

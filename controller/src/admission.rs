@@ -3,12 +3,17 @@
 //! The rules are those of `api::validation`. The HTTP API and the admission webhook both ask here, so a mistake is the same sentence in
 //! both. Our own controllers write to the store directly and are not checked.
 
+use std::collections::BTreeSet;
+
 use api::ids::ImageName;
 use api::names::{self, label};
 use api::validation::image::ImageRules;
 use api::validation::{self, FieldErrors};
-use api::{BackingImage, ErrorKind, Node, Replica, Setting, Volume, setting};
+use api::{BackingImage, BackingImageDataSource, ErrorKind, Node, Replica, Setting, Volume, setting};
 use kube::ResourceExt;
+use planner::disk::Disks;
+use planner::image::guard::{self, Scene};
+use planner::setting::Settings;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -37,12 +42,19 @@ impl Admission {
         match resource.kind.as_str() {
             "BackingImage" => {
                 let rules = self.rules().await?;
-                let image: BackingImage = parsed(resource, &new)?;
-                let admitted = match old {
-                    None => validation::image::admit_new(image, &rules),
-                    Some(old) => validation::image::admit_change(&parsed(resource, old)?, image, &rules),
+                let mut image: BackingImage = parsed(resource, &new)?;
+                let Some(old) = old else {
+                    let admitted = validation::image::admit_new(image, &rules).map_err(refused)?;
+                    return object(&admitted, new);
                 };
-                return object(&admitted.map_err(refused)?, new);
+                let says_nothing_of_copies = new.0.get("spec").and_then(|s| s.get("diskFileSpecMap")).is_none();
+                let old: BackingImage = parsed(resource, old)?;
+                if says_nothing_of_copies {
+                    image.spec.disk_file_spec_map.clone_from(&old.spec.disk_file_spec_map);
+                }
+                let admitted = validation::image::admit_change(&old, image, &rules).map_err(refused)?;
+                self.admit_copies(&old, &admitted).await?;
+                return object(&admitted, new);
             }
             "Volume" => {
                 let volume: Volume = parsed(resource, &new)?;
@@ -69,6 +81,36 @@ impl Admission {
         Ok(new)
     }
 
+    /// Refuses to take a copy out of the map that a guard keeps.
+    async fn admit_copies(&self, old: &BackingImage, new: &BackingImage) -> Result<(), Failure> {
+        let staying: BTreeSet<String> = new.spec.disk_file_spec_map.keys().cloned().collect();
+        let removed = old.spec.disk_file_spec_map.keys().filter(|disk| !staying.contains(*disk));
+        let removed: BTreeSet<String> = removed.cloned().collect();
+        if removed.is_empty() || old.metadata.deletion_timestamp.is_some() {
+            return Ok(());
+        }
+        let name = old.name_any();
+        let replicas: Vec<Replica> = self.store.list(&Selector::default()).await?;
+        let nodes: Vec<Node> = self.store.list(&Selector::default()).await?;
+        let settings: Vec<Setting> = self.store.list(&Selector::default()).await?;
+        let replicas: Vec<Replica> = replicas.into_iter().filter(|r| r.spec.backing_image == name).collect();
+        let data_source: Option<BackingImageDataSource> = self.store.get(&name).await?;
+        let status = old.status.clone().unwrap_or_default();
+        let (disks, settings) = (Disks::of(&nodes), Settings::of(&settings));
+        let scene = Scene {
+            image: new,
+            status: &status,
+            data_source: data_source.as_ref(),
+            replicas: &replicas,
+            disks: &disks,
+            settings: &settings,
+        };
+        match guard::refusal(&scene, &removed, &staying) {
+            None => Ok(()),
+            Some(why) => Err(Failure::forbidden(format!("spec.diskFileSpecMap cannot be changed like that: {why}"))),
+        }
+    }
+
     async fn rules(&self) -> Result<ImageRules, Failure> {
         let settings: Vec<Setting> = self.store.list(&Selector::default()).await?;
         Ok(ImageRules {
@@ -83,13 +125,15 @@ impl Admission {
             return Ok(());
         }
         let replicas: Vec<Replica> = self.store.list(&Selector::label(label::BACKING_IMAGE, &key.name)).await?;
-        let mut users: Vec<String> = replicas.iter().map(|r| r.name_any()).collect();
-        if users.is_empty() {
-            // A volume that was created a moment ago has no replicas yet.
-            let volumes: Vec<Volume> = self.store.list(&Selector::default()).await?;
-            users = volumes.iter().filter(|v| v.spec.backing_image == key.name).map(|v| v.name_any()).collect();
-        }
-        validation::image::admit_deletion(&key.name, &users).map_err(|in_use| Failure::forbidden(in_use.to_string()))
+        // A volume that was created a moment ago has no replicas yet.
+        let volumes: Vec<Volume> = self.store.list(&Selector::default()).await?;
+        let volumes = volumes.iter().filter(|v| v.spec.backing_image == key.name).map(|v| v.name_any());
+        // A replica whose volume is gone names it all the same.
+        let volumes: BTreeSet<String> = volumes.chain(replicas.iter().map(|r| r.spec.volume_name.clone())).collect();
+        let volumes: Vec<String> = volumes.into_iter().filter(|name| !name.is_empty()).collect();
+        let replicas: Vec<String> = replicas.iter().map(|r| r.name_any()).collect();
+        validation::image::admit_deletion(&key.name, &replicas, &volumes)
+            .map_err(|in_use| Failure::forbidden(in_use.to_string()))
     }
 }
 

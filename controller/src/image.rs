@@ -1,21 +1,22 @@
 //! Brings the copies of one image in line with its spec.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use api::names::manager_name;
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica, Volume};
 use jiff::Timestamp;
 use planner::image::{Action, Decision, Observed, decide};
 use store::{Selector, StoreError};
 
 use crate::error::{Doing, ReconcileError};
+use crate::queue::Kind;
 use crate::{Shared, world};
 
 pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
     let Some(observed) = observe(name, shared).await? else { return Ok(None) };
     let decision = decide(&observed);
-    let recheck_after = decision.recheck_after;
-    act(name, &observed, decision, shared).await?;
-    Ok(recheck_after)
+    act(name, &observed, decision, shared).await
 }
 
 async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, ReconcileError> {
@@ -41,25 +42,60 @@ async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, Reconc
     }))
 }
 
-async fn act(name: &str, observed: &Observed, decision: Decision, shared: &Shared) -> Result<(), ReconcileError> {
+/// Returns when to look again: at once when somebody else was faster, since then something else was decided on.
+async fn act(
+    name: &str,
+    observed: &Observed,
+    decision: Decision,
+    shared: &Shared,
+) -> Result<Option<Duration>, ReconcileError> {
     let store = &shared.store;
-    // First, since the uuid must be durable before it is used.
+    let held = |image: &BackingImage| {
+        let status = image.status.clone().unwrap_or_default();
+        image.spec.disk_file_spec_map.keys().cloned().chain(status.disk_file_status_map.into_keys()).collect()
+    };
+    let held_before: BTreeSet<String> = held(&observed.image);
+    // What is let go stands in no object any more, so that nobody else tells its manager.
+    let tell_managers = |image: &BackingImage| {
+        let held: BTreeSet<String> = held(image);
+        for disk in held_before.difference(&held).filter_map(|disk| disk.parse().ok()) {
+            shared.queue.add(Kind::Manager, manager_name(&disk));
+        }
+    };
+    // First, since the uuid must be durable before it is used, and since what is let go must not come from an older look.
     if observed.image.status.as_ref() != Some(&decision.status) {
-        let status = decision.status;
-        store
-            .modify_status::<BackingImage>(name, |i| i.status = Some(status.clone()))
-            .await
-            .doing("report the image's status")?;
+        let (mut is_current, status) = (true, decision.status);
+        let report = |image: &mut BackingImage| {
+            is_current = image.metadata.resource_version == observed.image.metadata.resource_version;
+            if is_current {
+                image.status = Some(status.clone());
+            }
+        };
+        let image = store.modify_status(name, report).await.doing("report the image's status")?;
+        if !is_current {
+            return Ok(Some(Duration::ZERO));
+        }
+        tell_managers(&image);
     }
     for action in decision.actions {
         match action {
             Action::AddFinalizer => world::add_finalizer::<BackingImage>(store, name).await?,
             Action::SetCopies(map) => {
+                let mut is_current = true;
+                let change = |image: &mut BackingImage| {
+                    is_current = image.metadata.uid == observed.image.metadata.uid
+                        && image.spec.disk_file_spec_map == observed.image.spec.disk_file_spec_map;
+                    if is_current {
+                        image.spec.disk_file_spec_map.clone_from(&map);
+                    }
+                };
+                let image = store.modify(name, change).await.doing("set the wanted copies")?;
+                if !is_current {
+                    tracing::info!(image = name, "wanted copies were edited meanwhile");
+                    return Ok(Some(Duration::ZERO));
+                }
                 tracing::info!(image = name, disks = ?map.keys().collect::<Vec<_>>(), "wanted copies changed");
-                store
-                    .modify::<BackingImage>(name, |i| i.spec.disk_file_spec_map = map.clone())
-                    .await
-                    .doing("set the wanted copies")?;
+                tell_managers(&image);
             }
             Action::CreateDataSource(source) => match store.create(source.as_ref()).await {
                 Ok(_) => tracing::info!(image = name, disk = source.spec.disk_uuid, "data source created"),
@@ -83,5 +119,5 @@ async fn act(name: &str, observed: &Observed, decision: Decision, shared: &Share
             }
         }
     }
-    Ok(())
+    Ok(decision.recheck_after)
 }

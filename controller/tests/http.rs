@@ -125,7 +125,8 @@ async fn an_image_in_use_is_not_deleted() {
     assert_eq!(code, 201, "{answer}");
     let (code, status) = call(&api, "DELETE", &format!("{IMAGES}/one"), Value::Null).await;
     assert_eq!((code, status["reason"].as_str()), (StatusCode::FORBIDDEN, Some("Forbidden")));
-    assert!(status["message"].as_str().unwrap().contains("replicas using it"), "{status}");
+    let why = "since there are replicas using it: those of volume v; delete volume v first";
+    assert!(status["message"].as_str().unwrap().contains(why), "{status}");
 }
 
 #[tokio::test]

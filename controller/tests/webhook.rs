@@ -252,7 +252,10 @@ async fn an_image_in_use_is_not_deleted() {
     let gone = Preconditions::default();
     let error = user.delete(&ours("BackingImage"), &key("one"), &gone).await.unwrap_err();
     assert!(matches!(error, StoreError::Forbidden { .. }), "{error:?}");
-    assert!(error.to_string().contains("since there are replicas using it: v; delete their volumes first"), "{error}");
+    assert!(
+        error.to_string().contains("since there are replicas using it: those of volume v; delete volume v first"),
+        "{error}"
+    );
     user.delete(&ours("Volume"), &key("v"), &gone).await.unwrap();
     let last = user.delete(&ours("BackingImage"), &key("one"), &gone).await.unwrap().unwrap();
     assert!(at(&last, "/metadata/deletionTimestamp").is_string());

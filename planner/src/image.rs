@@ -1,9 +1,11 @@
 //! The copies of one image: how many, where, and where its first file comes from.
 //!
 //! Writes `diskFileSpecMap`, the image's status and its BackingImageDataSource. It removes nothing because of silence, and never
-//! the last ready copy of an image in use.
+//! the last ready copy of an image in use, whoever takes it out of the map (`guard`).
 
 mod copies;
+mod deletion;
+pub mod guard;
 mod source;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,6 +19,8 @@ use api::names::condition::READY;
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Replica, condition};
 use jiff::Timestamp;
 
+pub use self::copies::{Cause, Leaving, leaving};
+use self::guard::Scene;
 use crate::disk::{Disks, Load};
 use crate::placement::{Request, Selectors};
 use crate::retry::sooner;
@@ -39,11 +43,24 @@ pub struct Observed {
     pub settings: Settings,
 }
 
+impl Observed {
+    fn scene<'a>(&'a self, status: &'a BackingImageStatus) -> Scene<'a> {
+        Scene {
+            image: &self.image,
+            status,
+            data_source: self.data_source.as_ref(),
+            replicas: &self.replicas,
+            disks: &self.disks,
+            settings: &self.settings,
+        }
+    }
+}
+
 /// One step; each can be repeated.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     AddFinalizer,
-    /// Replaces `spec.diskFileSpecMap`.
+    /// Replaces `spec.diskFileSpecMap`, unless somebody else changed it since it was read.
     SetCopies(BTreeMap<String, DiskFileSpec>),
     CreateDataSource(Box<BackingImageDataSource>),
     SetDataSourceSpec(Box<BackingImageDataSourceSpec>),
@@ -81,15 +98,17 @@ pub fn decide(observed: &Observed) -> Decision {
         return Decision { actions, status, recheck_after: Some(Duration::ZERO) };
     }
     if deleting && o.volumes.is_empty() && o.replicas.is_empty() {
-        return delete(o, status, actions);
+        return deletion::decide(o, status, actions);
     }
 
     copies::observe(o, &mut status);
+    let was_ready: Vec<String> = ready_disks(&status).map(str::to_owned).collect();
     let mut map = o.image.spec.disk_file_spec_map.clone();
+    let told_until = guard::let_go(o, &mut status, &mut map);
     let (source, mut problem, mut recheck_after) = source::plan(o, &status, &mut map);
-    let (shortage, recheck) = copies::plan(o, &mut status, &mut map);
-    recheck_after = sooner(recheck_after, recheck);
-    assert_keeps_last_ready_copy(o, &status, &map);
+    let (shortage, recheck) = copies::plan(o, &status, &mut map);
+    recheck_after = sooner(sooner(recheck_after, recheck), told_until);
+    assert_keeps_last_ready_copy(o, &was_ready, &map);
     if map != o.image.spec.disk_file_spec_map {
         actions.push(Action::SetCopies(map.clone()));
     }
@@ -124,49 +143,10 @@ fn in_use(o: &Observed) -> Condition {
         .with_hint(format!("delete volume {users} first"))
 }
 
-/// The data source first, so that nobody writes any more when the agents remove everything of the image; then the object itself.
-fn delete(o: &Observed, mut status: BackingImageStatus, mut actions: Vec<Action>) -> Decision {
-    copies::observe(o, &mut status);
-    let name = name_of(&o.image);
-    let holders: Vec<String> = o
-        .managers
-        .iter()
-        .filter(|m| m.spec.backing_images.contains_key(name))
-        .map(|m| o.disks.label(&m.spec.disk_uuid))
-        .collect();
-    let source_waits = match &o.data_source {
-        Some(source) if source.metadata.deletion_timestamp.is_none() => {
-            actions.push(Action::DeleteDataSource);
-            true
-        }
-        Some(_) => true,
-        None => false,
-    };
-    if !source_waits && !o.image.spec.disk_file_spec_map.is_empty() {
-        actions.push(Action::SetCopies(BTreeMap::new()));
-    }
-    if !source_waits && holders.is_empty() && o.image.spec.disk_file_spec_map.is_empty() {
-        actions.push(Action::RemoveFinalizer);
-        return Decision { actions, status, recheck_after: None };
-    }
-    let mut waits = vec![];
-    if source_waits {
-        waits.push("its data source to end".to_owned());
-    }
-    if !holders.is_empty() {
-        waits.push(format!("its copies to be removed from {}", holders.join(", ")));
-    }
-    let message =
-        if waits.is_empty() { "deletion begins".into() } else { format!("deletion waits for {}", waits.join(" and ")) };
-    report(&mut status, o, Condition::new(READY, ConditionStatus::False, "Deleting", message));
-    Decision { actions, status, recheck_after: None }
-}
-
 /// Invariant 2. A bug must not cost data: stop rather than remove.
-fn assert_keeps_last_ready_copy(o: &Observed, status: &BackingImageStatus, map: &BTreeMap<String, DiskFileSpec>) {
-    let was: Vec<&str> = ready_disks(status).filter(|d| o.image.spec.disk_file_spec_map.contains_key(*d)).collect();
+fn assert_keeps_last_ready_copy(o: &Observed, was_ready: &[String], map: &BTreeMap<String, DiskFileSpec>) {
     assert!(
-        was.is_empty() || was.iter().any(|d| map.contains_key(*d)),
+        was_ready.is_empty() || was_ready.iter().any(|d| map.contains_key(d)),
         "image {}: the last ready copy would be removed",
         name_of(&o.image)
     );

@@ -164,6 +164,19 @@ pub fn decide(observed: &Observed) -> Decision {
         decision.memory = Memory::default();
         return decision;
     }
+    let mut spec = manager.spec.clone();
+    if let Some(disk) = o.disks.get(&o.disk_id) {
+        spec.node_id.clone_from(&disk.node);
+        spec.disk_path.clone_from(&disk.path);
+    }
+    for (image, uuid) in &wanted {
+        // An entry of another uuid goes first; see `files`.
+        spec.backing_images.entry(image.clone()).or_insert_with(|| uuid.clone());
+    }
+    if spec != manager.spec {
+        // Also while the disk is away: what may lie there is remembered.
+        decision.actions.push(Action::SetSpec(Box::new(spec.clone())));
+    }
     let disk = match o.disks.get(&o.disk_id) {
         Some(disk) if disk.health == Health::Ready => disk,
         Some(Disk { health: Health::NotReady(why) | Health::Unknown(why), .. }) => {
@@ -175,25 +188,17 @@ pub fn decide(observed: &Observed) -> Decision {
             return decision;
         }
     };
-    let mut spec = manager.spec.clone();
-    spec.node_id.clone_from(&disk.node);
-    spec.disk_path.clone_from(&disk.path);
-    for (image, uuid) in &wanted {
-        // An entry of another uuid goes first; see `files`.
-        spec.backing_images.entry(image.clone()).or_insert_with(|| uuid.clone());
-    }
-    if spec != manager.spec {
-        decision.actions.push(Action::SetSpec(Box::new(spec.clone())));
-    }
     if let Some(agent) = running(o, disk, &mut decision) {
         files(o, agent, &spec, &wanted, &mut decision);
     }
     decision
 }
 
-/// Image name → uuid of the copies that this disk shall hold.
+/// Image name → uuid of the copies that this disk shall hold: those that are wished, and those that their image has not let go yet
+/// (`image::guard`), so that an edit of the wish alone removes nothing.
 fn wanted(o: &Observed) -> BTreeMap<String, String> {
-    let has_copy_here = |i: &&BackingImage| i.spec.disk_file_spec_map.contains_key(&o.disk_id);
+    let is_held = |i: &BackingImage| i.status.as_ref().is_some_and(|s| s.disk_file_status_map.contains_key(&o.disk_id));
+    let has_copy_here = |i: &&BackingImage| i.spec.disk_file_spec_map.contains_key(&o.disk_id) || is_held(i);
     o.images
         .iter()
         .filter(has_copy_here)

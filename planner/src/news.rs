@@ -5,7 +5,7 @@
 
 use api::event::News;
 use api::image::{CopyState, DiskFileStatus};
-use api::names::condition::{DEFAULT_DISKS, ENGINE_REPLACEMENT, READY, SCHEDULABLE, SCHEDULED, UPGRADED};
+use api::names::condition::{CLEANED_UP, DEFAULT_DISKS, ENGINE_REPLACEMENT, READY, SCHEDULABLE, SCHEDULED, UPGRADED};
 use api::{
     BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Engine, ErrorKind, Node,
     Replica, Volume, condition,
@@ -54,8 +54,12 @@ impl Fact {
 pub fn of_image(image: &BackingImage, disks: &Disks) -> Vec<Fact> {
     let status = image.status.clone().unwrap_or_default();
     let mut facts: Vec<Fact> = of_ready(&status.conditions, "the image can be used").into_iter().collect();
+    facts.extend(of_problem(&status.conditions, CLEANED_UP).map(|fact| {
+        let message = fact.news.as_ref().map(|n| n.message.clone()).unwrap_or_default();
+        Fact { again: message, ..fact }
+    }));
     for (disk, copy) in &status.disk_file_status_map {
-        facts.extend(of_copy(disk, copy, &disks.label(disk)));
+        facts.extend(of_copy(disk, copy, disks));
         if !copy.damage.is_empty() {
             let news = News::warning("CopyDamaged", format!("{}: {}", disks.label(disk), copy.damage)).of_part(disk);
             let fact = Fact::new(format!("damage/{disk}"), news, &copy.verified_at);
@@ -65,9 +69,11 @@ pub fn of_image(image: &BackingImage, disks: &Disks) -> Vec<Fact> {
     facts
 }
 
-fn of_copy(disk: &str, copy: &DiskFileStatus, label: &str) -> Option<Fact> {
+fn of_copy(disk: &str, copy: &DiskFileStatus, disks: &Disks) -> Option<Fact> {
+    let label = disks.label(disk);
     let news = match copy.state {
         CopyState::NotStarted | CopyState::Pending => return None,
+        CopyState::Unknown if disks.is_gone(disk) => Some(News::warning("CopyDiskGone", copy.message.clone())),
         CopyState::Unknown => None,
         CopyState::Starting | CopyState::InProgress | CopyState::ReadyForTransfer => {
             Some(News::normal("CopyStarted", format!("the copy on {label} is being made")))

@@ -158,7 +158,9 @@ fn is_problem(condition: &Condition) -> bool {
     };
     // What nobody can tell is a problem when somebody says why.
     let is_unknown = condition.status == ConditionStatus::Unknown && !condition.message.is_empty();
-    is_unknown || condition.status == bad && !(condition.message.is_empty() && condition.reason.is_empty())
+    // An image that can be used, and yet lacks copies.
+    let is_meager = condition.reason == "FewerCopies" && condition.status == ConditionStatus::True;
+    is_meager || is_unknown || condition.status == bad && !(condition.message.is_empty() && condition.reason.is_empty())
 }
 
 /// A text with a capital letter and a full stop, so that sentences can follow it.

@@ -251,6 +251,9 @@ impl World {
             manager::Action::VerifyFile { .. } => {}
             manager::Action::Remove => {
                 self.tally.add("managers removed", 1);
+                if self.disks().get(id).is_none() {
+                    self.left_behind.insert(id.to_owned());
+                }
                 delete(&mut self.managers, name, self.now);
                 remove_finalizer(&mut self.managers, name);
             }

@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::data_source::BackingImageDataSourceSpec;
-use api::image::{CopyState, DiskFileSpec};
+use api::image::{BackingImageSpec, CopyState, DiskFileSpec};
 use api::names::condition as types;
 use api::{Condition, ConditionStatus};
-use planner::disk::Health;
+use planner::disk::{Disk, Health};
 use planner::image::{Action, Decision, Observed};
-use planner::placement::{Selectors, refusal};
 use planner::retry::since;
+use planner::setting::Settings;
 
 use crate::files::{File, Key};
 use crate::gaps;
@@ -38,6 +38,21 @@ pub fn needed(o: &Observed) -> usize {
 fn is_evicting(o: &Observed, disk: &str) -> bool {
     let entry = o.image.spec.disk_file_spec_map.get(disk);
     entry.is_some_and(|e| e.eviction_requested) || o.disks.get(disk).is_some_and(|d| d.evicting)
+}
+
+/// Why nothing of an image may be placed on a disk by itself; judged without the planner's own rules.
+pub fn ineligible(disk: &Disk, spec: &BackingImageSpec, settings: &Settings) -> Option<&'static str> {
+    let lacks = |wanted: &[String], tags: &[String], allow_empty: bool| {
+        wanted.iter().any(|tag| !tags.contains(tag)) || wanted.is_empty() && !tags.is_empty() && !allow_empty
+    };
+    match disk {
+        _ if disk.health != Health::Ready => Some("it is not ready"),
+        _ if disk.unschedulable.is_some() => Some("nothing may be placed there"),
+        _ if disk.evicting => Some("it shall be emptied"),
+        _ if lacks(&spec.node_selector, &disk.node_tags, settings.allow_empty_node_selector) => Some("its node's tags"),
+        _ if lacks(&spec.disk_selector, &disk.tags, settings.allow_empty_disk_selector) => Some("its tags"),
+        _ => None,
+    }
 }
 
 impl World {
@@ -114,8 +129,44 @@ impl World {
             );
         }
         self.judge_additions(name, o, d, &after);
+        if gaps::MAP_EDITS_ARE_GUARDED {
+            self.judge_letting_go(name, o, d, &after);
+        }
         let had = before.keys().any(|disk| state(disk) == CopyState::Ready);
         assert!(!loses_ready || had && left > 0, "invariant 2: the last ready copy of {name} is removed");
+    }
+
+    /// What was taken out of the map, by whom ever, is removed once it has left the status too.
+    fn judge_letting_go(&mut self, name: &str, o: &Observed, d: &Decision, after: &Copies) {
+        let known = o.image.status.clone().unwrap_or_default();
+        let goes = |disk: &&String| !after.contains_key(*disk) && !d.status.disk_file_status_map.contains_key(*disk);
+        let ready =
+            |disk: &String| d.status.disk_file_status_map.get(disk).is_some_and(|f| f.state == CopyState::Ready);
+        let others: BTreeSet<String> = after.keys().filter(|disk| ready(disk)).cloned().collect();
+        for disk in known.disk_file_status_map.keys().filter(goes) {
+            let user = o.replicas.iter().find(|r| r.spec.disk_id == *disk).map(|r| &r.metadata.name);
+            assert!(user.is_none(), "the copy of {name} on {disk} is let go, which replica {user:?} uses");
+            let source = o.data_source.as_ref().is_some_and(|s| !s.spec.file_transferred && s.spec.disk_uuid == *disk);
+            let moves =
+                d.actions.iter().any(|a| matches!(a, Action::SetDataSourceSpec(spec) if spec.disk_uuid != *disk));
+            assert!(
+                !source || moves,
+                "the copy of {name} on {disk} is let go before its data source has handed it over"
+            );
+            let manager = o.managers.iter().find(|m| m.spec.disk_uuid == *disk).and_then(|m| m.status.as_ref());
+            let state = manager.and_then(|s| s.backing_image_file_map.get(name)).map(|f| f.state).unwrap_or_default();
+            let is_silent = state == CopyState::Unknown && o.disks.get(disk).is_some() && !known.checksum.is_empty();
+            assert!(!is_silent, "invariant 6: the silent copy of {name} on {disk} is let go");
+            let (left, floor) = (others.len(), needed(o));
+            assert!(
+                state != CopyState::Ready || left >= floor,
+                "{left} ready copies of {name} are left when that on {disk} is let go, {floor} are needed"
+            );
+            self.tally.add("copies let go", 1);
+            let key = (disk.clone(), (name.to_owned(), known.uuid.clone()));
+            let relies = if state == CopyState::Ready { others.clone() } else { BTreeSet::from([disk.clone()]) };
+            self.licenses.insert(key, relies);
+        }
     }
 
     /// What is added is missed, allowed, and lies where something may be placed.
@@ -131,12 +182,14 @@ impl World {
                     _ => false,
                 })
         };
-        let added: Vec<&String> = after.keys().filter(|d| !before.contains_key(*d) && !serves(d)).collect();
-        let selectors =
-            [Selectors { who: "the image", node: &o.image.spec.node_selector, disk: &o.image.spec.disk_selector }];
+        // What is put back was never gone.
+        let known = o.image.status.clone().unwrap_or_default().disk_file_status_map;
+        let is_held = |disk: &str| known.contains_key(disk);
+        let added: Vec<&String> =
+            after.keys().filter(|d| !before.contains_key(*d) && !serves(d) && !is_held(d)).collect();
         for disk in &added {
             let refused =
-                o.disks.get(disk).map_or(Some("nobody has it".into()), |d| refusal(d, &selectors, &o.settings));
+                o.disks.get(disk).map_or(Some("nobody has it"), |d| ineligible(d, &o.image.spec, &o.settings));
             assert!(refused.is_none() || is_first(disk), "a copy of {name} is added on {disk}: {refused:?}");
             assert!(
                 o.settings.replenish_limit > 0 || is_first(disk),
@@ -158,12 +211,15 @@ impl World {
     }
 
     fn remember_use(&mut self, name: &str, o: &Observed) {
+        let known = o.image.status.clone().unwrap_or_default();
         let used: BTreeSet<&str> = o.replicas.iter().map(|r| r.spec.disk_id.as_str()).collect();
-        let wanted = &o.image.spec.disk_file_spec_map;
-        self.unused_since
-            .retain(|(disk, image), _| image != name || wanted.contains_key(disk) && !used.contains(disk.as_str()));
-        for disk in wanted.keys().filter(|d| !used.contains(d.as_str())) {
-            self.unused_since.entry((disk.clone(), name.to_owned())).or_insert(o.now);
+        // What somebody took out of the map is held until it is let go.
+        let held: BTreeSet<&String> =
+            o.image.spec.disk_file_spec_map.keys().chain(known.disk_file_status_map.keys()).collect();
+        let is_unused = |disk: &String| held.contains(disk) && !used.contains(disk.as_str());
+        self.unused_since.retain(|(disk, image), _| image != name || is_unused(disk));
+        for disk in held.iter().filter(|disk| is_unused(disk)) {
+            self.unused_since.entry(((*disk).clone(), name.to_owned())).or_insert(o.now);
         }
     }
 
@@ -204,7 +260,8 @@ impl World {
         if is_again {
             self.happens("preparations repeated", name);
         } else if moves {
-            if disks.get(&old).is_none_or(|d| d.health != Health::Ready) {
+            let key = (name.to_owned(), self.uuid_of(name));
+            if disks.get(&old).is_none_or(|d| d.health != Health::Ready) || !self.is_remembered(&old, &key) {
                 self.left_behind.insert(old);
             }
             self.happens("preparations moved", name);
@@ -219,6 +276,12 @@ impl World {
         self.disks.iter().filter(|(_, d)| holds(d)).map(|(id, _)| id.clone()).collect()
     }
 
+    /// Whether the manager of a disk knows that something of a file may lie there.
+    fn is_remembered(&self, id: &str, key: &Key) -> bool {
+        let mut managers = self.managers.values().filter(|m| m.spec.disk_uuid == id);
+        managers.any(|m| m.spec.backing_images.get(&key.0) == Some(&key.1))
+    }
+
     /// Nothing of an image is left when its object goes, except on disks that are away.
     pub fn judge_end_of_image(&mut self, name: &str) {
         let key = (name.to_owned(), self.uuid_of(name));
@@ -227,7 +290,9 @@ impl World {
             let is_away = disks.get(&id).is_none_or(|d| d.health != Health::Ready);
             assert!(is_away || self.left_behind.contains(&id), "image {name} goes and leaves files on {id}");
             self.happens("files left behind on a disk that is away", &id);
-            self.left_behind.insert(id);
+            if disks.get(&id).is_none() || !self.is_remembered(&id, &key) {
+                self.left_behind.insert(id);
+            }
         }
         self.happens("images deleted", name);
     }
@@ -271,13 +336,34 @@ impl World {
         if !in_use || !matches!(self.disks[id].files.get(key), Some(File { is_damaged: false, .. })) {
             return;
         }
-        let stays = |other: &String| !self.taken.contains(&(other.clone(), key.clone()));
         let is_good = |other: &String| other != id && self.disks[other].is_good(key);
         let is_fine = match self.licenses.get(&(id.to_owned(), key.clone())) {
-            // What a fault took since then is nobody's fault.
-            Some(others) => others.iter().any(stays),
+            Some(_) => self.is_covered(id, key),
             None => self.disks.keys().any(is_good),
         };
         assert!(is_fine, "invariant 2: the last ready copy of image {image} was removed from {id}");
+    }
+
+    /// Whether one of the copies that the removal of one relies on was not removed itself, or relies on such a one. What a fault took
+    /// since then is nobody's fault.
+    fn is_covered(&self, id: &str, key: &Key) -> bool {
+        let (mut seen, mut next) = (BTreeSet::from([id.to_owned()]), vec![id.to_owned()]);
+        while let Some(disk) = next.pop() {
+            let place = (disk.clone(), key.clone());
+            // A deletion that nobody has to allow relies on nothing.
+            let relies = self.licenses.get(&place).cloned().unwrap_or_default();
+            if relies.contains(&disk) {
+                return true;
+            }
+            for other in relies {
+                if !self.taken.contains(&(other.clone(), key.clone())) {
+                    return true;
+                }
+                if seen.insert(other.clone()) {
+                    next.push(other);
+                }
+            }
+        }
+        false
     }
 }

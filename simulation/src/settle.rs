@@ -8,12 +8,12 @@ use api::names::condition::READY;
 use api::names::{data_source_workload_name, manager_name};
 use api::volume::{Robustness, VolumeState};
 use api::{BackingImage, condition};
-use planner::placement::{Selectors, refusal};
 use planner::retry::{after, since};
 use rand::rngs::StdRng;
 
 use crate::files::node_of_path;
 use crate::gaps;
+use crate::invariants::ineligible;
 use crate::world::{GIB, World, mark};
 
 /// Rounds over all objects in which something is done, within which a world without faults settles.
@@ -167,10 +167,8 @@ impl World {
         let is_evicting = |d: &String| map[d].eviction_requested || disks.get(d).is_some_and(|d| d.evicting);
         let is_used =
             |d: &String| self.replicas.values().any(|r| r.spec.disk_id == **d && r.spec.backing_image == *name);
-        let selectors =
-            [Selectors { who: "the image", node: &image.spec.node_selector, disk: &image.spec.disk_selector }];
         let further = disks.list.iter().find(|d| {
-            !map.contains_key(&d.id) && refusal(d, &selectors, &self.settings).is_none() && d.available_bytes >= GIB
+            !map.contains_key(&d.id) && ineligible(d, &image.spec, &self.settings).is_none() && d.available_bytes >= GIB
         });
         let asked = image.spec.min_number_of_copies;
         let need = (if asked == 0 { self.settings.min_copies } else { asked }) as usize;
@@ -195,7 +193,9 @@ impl World {
         {
             return problem(&format!("and that on {disk} is not ready"));
         }
-        if let Some(disk) = map.keys().find(|d| gaps::ENTRIES_OF_GONE_DISKS_GO && staying > 0 && disks.is_gone(d)) {
+        if let Some(disk) =
+            map.keys().find(|d| gaps::ENTRIES_OF_GONE_DISKS_GO && staying > 0 && disks.is_gone(d) && !is_used(d))
+        {
             return problem(&format!("and still one on {disk}, which is gone"));
         }
         if let Some(disk) = ready.iter().find(|d| staying > need && !is_used(d) && !is_evicting(d)) {

@@ -71,13 +71,12 @@ pub fn admit_change(
 
 /// Why an image cannot be deleted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "cannot delete backing image `{image}` since there are replicas using it: {}; delete their volumes first",
-    .replicas.join(", ")
-)]
+#[error("cannot delete backing image `{image}` since there are replicas using it: {}; delete {} first", users(.replicas, .volumes), named(.volumes))]
 pub struct ImageInUse {
     pub image: String,
     pub replicas: Vec<String>,
+    /// The volumes that use it, also those without a replica so far.
+    pub volumes: Vec<String>,
 }
 
 impl ImageInUse {
@@ -87,12 +86,24 @@ impl ImageInUse {
     }
 }
 
-/// Whether an image may be deleted, given the names of all replicas that are labeled with it, whatever their state.
-pub fn admit_deletion(image: &str, replicas: &[String]) -> Result<(), ImageInUse> {
-    if replicas.is_empty() {
+fn users(replicas: &[String], volumes: &[String]) -> String {
+    if replicas.is_empty() { format!("those of {}", named(volumes)) } else { replicas.join(", ") }
+}
+
+fn named(volumes: &[String]) -> String {
+    match volumes {
+        [] => "their volumes".into(),
+        [one] => format!("volume {one}"),
+        several => format!("volumes {}", several.join(", ")),
+    }
+}
+
+/// Whether an image may be deleted, given the names of all replicas that are labeled with it, whatever their state, and of all volumes.
+pub fn admit_deletion(image: &str, replicas: &[String], volumes: &[String]) -> Result<(), ImageInUse> {
+    if replicas.is_empty() && volumes.is_empty() {
         return Ok(());
     }
-    Err(ImageInUse { image: image.to_owned(), replicas: replicas.to_vec() })
+    Err(ImageInUse { image: image.to_owned(), replicas: replicas.to_vec(), volumes: volumes.to_vec() })
 }
 
 fn fill_in(image: &mut BackingImage, rules: &ImageRules) {

@@ -54,6 +54,12 @@ fn world(text: &str) -> Observed {
             }
             // Its first file was never whole.
             "new" => o.images[0].status.as_mut().unwrap().checksum.clear(),
+            // Its key was taken out of the map, and nobody has let the copy go.
+            "edited" => {
+                o.images[0].spec.disk_file_spec_map.clear();
+                let copies = &mut o.images[0].status.as_mut().unwrap().disk_file_status_map;
+                copies.insert("d".into(), Default::default());
+            }
             "image" => o.images.push(BackingImage::new("ubuntu", BackingImageSpec::default())),
             "elsewhere" => {
                 let mut spec = o.manager.take().unwrap().spec;
@@ -258,6 +264,20 @@ fn removes_files_before_it_forgets_them() {
             "start backing-image-manager daemon --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --disk-uuid d --disk-path /d | Starting unknown the agent of the disk is starting"
         ],
     );
+}
+
+#[test]
+fn an_edit_of_the_map_alone_removes_nothing() {
+    check("wanted; edited; held=ready; process=running; file=ready", expect!["nothing | Running ready"]);
+    check("wanted; edited; held=ready; disk=silent", expect!["nothing | Unknown unknown node n does not answer"]);
+    // Let go by its image, too.
+    check("image; held=ready; process=running; file=ready", expect!["delete ubuntu; set {} | Running "]);
+}
+
+#[test]
+fn what_may_lie_on_a_disk_is_recorded_also_while_it_is_away() {
+    check("wanted; object; disk=silent", expect![[r#"set {"ubuntu": "12345678"} | Unknown "#]]);
+    check("held; disk=silent", expect!["nothing | Unknown "]);
 }
 
 #[test]

@@ -257,10 +257,15 @@ fn lets_an_image_go_that_is_being_deleted_whatever_it_holds() {
 
 #[test]
 fn keeps_an_image_that_replicas_use() {
-    assert_eq!(admit_deletion("a1", &[]), Ok(()));
-    let error = admit_deletion("a1", &["v-r-1".into(), "v-r-2".into()]).unwrap_err();
-    expect![
-        "cannot delete backing image `a1` since there are replicas using it: v-r-1, v-r-2; delete their volumes first"
-    ]
-    .assert_eq(&error.to_string());
+    let said = |replicas: &[&str], volumes: &[&str]| {
+        let owned = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+        admit_deletion("a1", &owned(replicas), &owned(volumes)).err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    assert_eq!(said(&[], &[]), "");
+    expect!["cannot delete backing image `a1` since there are replicas using it: v-r-1, v-r-2; delete volume v first"]
+        .assert_eq(&said(&["v-r-1", "v-r-2"], &["v"]));
+    expect!["cannot delete backing image `a1` since there are replicas using it: those of volumes v, w; delete volumes v, w first"]
+        .assert_eq(&said(&[], &["v", "w"]));
+    expect!["cannot delete backing image `a1` since there are replicas using it: v-r-1; delete their volumes first"]
+        .assert_eq(&said(&["v-r-1"], &[]));
 }

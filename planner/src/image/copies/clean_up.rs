@@ -1,0 +1,97 @@
+//! Which copies are not needed any more: unused for long, on a disk that shall be emptied, or on one that is gone for good.
+
+use std::collections::BTreeMap;
+
+use api::image::{CopyState, DiskFileSpec};
+use jiff::Timestamp;
+
+use crate::image::guard::Scene;
+use crate::placement::refusal;
+use crate::retry::{after, parse};
+
+/// A copy that goes by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaving {
+    pub disk: String,
+    /// When; it may have passed.
+    pub at: Timestamp,
+    pub cause: Cause,
+}
+
+/// Why a copy goes by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// No node has its disk any more, and each has told.
+    Gone,
+    /// Its disk or its entry shall be emptied.
+    Evicted,
+    /// No replica used it for `backing-image-cleanup-wait-interval`.
+    Unused,
+}
+
+impl Cause {
+    /// The cause as a part of a sentence.
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Cause::Gone => "no node has its disk any more",
+            Cause::Evicted => "it is evicted",
+            Cause::Unused => "no replica uses it",
+        }
+    }
+}
+
+/// The copies of `map` that go by themselves, the first one first, as long as nothing else happens: each under the guards
+/// ([`Scene::guard`]), given those before it (LF 4.6, 4.3).
+pub fn leaving(scene: &Scene<'_>, now: Timestamp, map: &BTreeMap<String, DiskFileSpec>) -> Vec<Leaving> {
+    let mut candidates: Vec<Leaving> = map.keys().filter_map(|disk| candidate(scene, now, map, disk)).collect();
+    candidates.sort_by(|a, b| (a.at, a.cause, &a.disk).cmp(&(b.at, b.cause, &b.disk)));
+    let mut rest = map.clone();
+    candidates.retain(|leaving| {
+        let goes = may_go(scene, &rest, leaving);
+        if goes {
+            rest.remove(&leaving.disk);
+        }
+        goes
+    });
+    candidates
+}
+
+fn candidate(
+    scene: &Scene<'_>,
+    now: Timestamp,
+    map: &BTreeMap<String, DiskFileSpec>,
+    disk: &String,
+) -> Option<Leaving> {
+    let leaving = |at, cause| Some(Leaving { disk: disk.clone(), at, cause });
+    let file = scene.status.disk_file_status_map.get(disk).cloned().unwrap_or_default();
+    if scene.disks.is_gone(disk) && file.state == CopyState::Unknown {
+        // A disk may be on its way from one node to another.
+        let since = parse(&file.last_state_transition_time).unwrap_or(now);
+        return leaving(after(since, scene.settings.recovery_wait), Cause::Gone);
+    }
+    if super::is_evicting(scene.disks, disk, &map[disk]) {
+        return leaving(now, Cause::Evicted);
+    }
+    let last_use = scene.status.disk_last_ref_at_map.get(disk).and_then(|at| parse(at))?;
+    leaving(after(last_use, scene.settings.cleanup_wait), Cause::Unused)
+}
+
+fn may_go(scene: &Scene<'_>, map: &BTreeMap<String, DiskFileSpec>, leaving: &Leaving) -> bool {
+    // What is to leave as well does not count.
+    let staying = map.iter().filter(|(d, s)| **d != leaving.disk && !super::is_evicting(scene.disks, d, s));
+    let staying: Vec<&str> = staying.map(|(disk, _)| disk.as_str()).collect();
+    if scene.guard(&leaving.disk, staying.iter().copied()).is_some() {
+        return false;
+    }
+    let state = |disk: &str| scene.status.disk_file_status_map.get(disk).map(|f| f.state).unwrap_or_default();
+    let ready = staying.iter().filter(|disk| state(disk) == CopyState::Ready).count();
+    // One that would be chosen again at once goes only when it is not missed.
+    let would_return = match leaving.cause {
+        Cause::Gone => false,
+        Cause::Evicted => scene.disks.get(&leaving.disk).is_some_and(|d| refusal(d, &[], scene.settings).is_none()),
+        Cause::Unused => true,
+    };
+    // Unknown is not absent: only that its disk is gone says something.
+    let is_silent = state(&leaving.disk) == CopyState::Unknown && leaving.cause != Cause::Gone;
+    !is_silent && (!would_return || ready >= scene.need())
+}
