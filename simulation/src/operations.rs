@@ -1,5 +1,6 @@
 //! What users do, and what breaks.
 
+use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use api::image::{BackingImageSpec, SourceType};
@@ -212,8 +213,8 @@ impl World {
         for path in self.mounts.keys().filter(|p| node_of_path(p) == name).cloned().collect::<Vec<_>>() {
             let disk = path.rsplit('/').next().unwrap_or_default().to_owned();
             let node = self.nodes.get_mut(name).expect("it is there");
-            if !node.spec.disks.contains_key(&disk) {
-                node.spec.disks.insert(disk, DiskSpec { path: path.clone(), ..Default::default() });
+            if let Entry::Vacant(free) = node.spec.disks.entry(disk) {
+                free.insert(DiskSpec { path: path.clone(), ..Default::default() });
                 self.happens("disks added to their node again", path);
             }
         }
