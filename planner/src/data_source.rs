@@ -234,6 +234,12 @@ fn follow(
                 status.size = report.size.max(status.size);
                 return (remove, Some(fail(o, status, report.kind, report.message.clone())));
             }
+            // On second sight, since the agent's report may be older than the transfer.
+            let was_let_go = report.state == CopyState::Ready && status.current_state == CopyState::Ready;
+            if was_let_go && matches!(o.taken_over, Some(CopyState::Failed | CopyState::FailedAndCleanup)) {
+                let why = "the file was handed over, and the agent of the disk does not have it";
+                return (remove, Some(fail(o, status, None, why.into())));
+            }
             status.current_state =
                 if report.state == CopyState::NotStarted { CopyState::Starting } else { report.state };
             status.size = report.size;

@@ -1,22 +1,28 @@
-//! The controller: passes over objects, with a crash possible after every action.
+//! The controller: passes over objects, with a crash possible before and after every action.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 use api::image::CopyState;
+use api::manager::ManagerState;
 use api::names::{FINALIZER, MANAGER_PORT, data_source_workload_name, manager_name};
-use planner::workload::State;
+use planner::retry::sooner;
 use planner::{data_source, image, manager, volume};
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::files::disk_of;
+use crate::any;
 use crate::world::{IMAGES, VOLUMES, World, delete, kube_meta::Meta, remove_finalizer};
 
 impl World {
     pub fn any_pass(&mut self, random: &mut StdRng) {
-        let disks: Vec<String> = self.disks.keys().cloned().collect();
         match random.random_range(0..4) {
             0 => self.image_pass(IMAGES[random.random_range(0..IMAGES.len())], random),
             1 => self.source_pass(IMAGES[random.random_range(0..IMAGES.len())], random),
-            2 => self.manager_pass(&disks[random.random_range(0..disks.len())].clone(), random),
+            2 => {
+                let disks: Vec<String> = self.disks.keys().cloned().collect();
+                any(&disks, random).into_iter().for_each(|disk| self.manager_pass(disk, random));
+            }
             _ => self.volume_pass(VOLUMES[random.random_range(0..VOLUMES.len())], random),
         }
     }
@@ -39,14 +45,30 @@ impl World {
         self.work_on_files(random);
     }
 
-    /// Whether the controller dies right after this action.
-    fn crashes(&mut self, random: &mut StdRng) -> bool {
-        self.summary.actions += 1;
-        let crashes = self.faults && random.random_bool(0.05);
-        if crashes {
+    /// Whether the controller dies now, before it writes what it decided.
+    fn dies(&mut self, random: &mut StdRng) -> bool {
+        self.dies_at(0.005, random)
+    }
+
+    fn dies_at(&mut self, odds: f64, random: &mut StdRng) -> bool {
+        let dies = self.faults && random.random_bool(odds);
+        if dies {
             self.crash_controller();
         }
-        crashes
+        dies
+    }
+
+    /// Whether the controller dies right after this action.
+    fn crashes(&mut self, what: &Option<String>, random: &mut StdRng) -> bool {
+        self.actions += 1;
+        if let Some(what) = what {
+            println!("{} ACTION {what}", self.now);
+        }
+        self.dies_at(0.05, random)
+    }
+
+    fn looks_again(&mut self, after: Option<Duration>) {
+        self.recheck = sooner(self.recheck, after);
     }
 
     fn image_pass(&mut self, name: &str, random: &mut StdRng) {
@@ -67,47 +89,36 @@ impl World {
                 .map(|(n, _)| n.clone())
                 .collect(),
             disks: self.disks(),
-            settings: Default::default(),
+            settings: self.settings.clone(),
             image: object,
         };
         let decision = image::decide(&observed);
-        self.images.get_mut(name).expect("it is there").status = Some(decision.status.clone());
+        self.judge_image(name, &observed, &decision);
+        if self.dies(random) {
+            return;
+        }
+        self.looks_again(decision.recheck_after);
+        self.images.get_mut(name).expect("it is there").status = Some(decision.status);
         for action in decision.actions {
+            let said = self.told.then(|| match &action {
+                image::Action::SetCopies(map) => format!("image {name}: SetCopies {:?}", map.keys()),
+                other => format!("image {name}: {other:?}"),
+            });
             match action {
                 image::Action::AddFinalizer => add_finalizer(self.images.get_mut(name)),
                 image::Action::SetCopies(map) => {
-                    let image = self.images.get_mut(name).expect("it is there");
-                    let states = &decision.status.disk_file_status_map;
-                    let is_silent = |d: &String| states.get(d).is_some_and(|f| f.state == CopyState::Unknown);
-                    let removed = image.spec.disk_file_spec_map.keys().find(|d| !map.contains_key(*d) && is_silent(d));
-                    // Only the user's own deletion reaches silent disks; it waits for them.
-                    let deleting = image.metadata.deletion_timestamp.is_some();
-                    assert!(
-                        deleting || removed.is_none(),
-                        "invariant 6: a silent copy of {name} is removed: {removed:?}"
-                    );
-                    image.spec.disk_file_spec_map = map;
+                    self.license(name, &observed, &map);
+                    self.images.get_mut(name).expect("it is there").spec.disk_file_spec_map = map;
                 }
                 image::Action::CreateDataSource(source) => drop(self.sources.entry(name.into()).or_insert(*source)),
-                image::Action::SetDataSourceSpec(spec) => {
-                    if let Some(source) = self.sources.get_mut(name) {
-                        source.spec = *spec;
-                    }
-                }
+                image::Action::SetDataSourceSpec(spec) => self.move_source(name, *spec),
                 image::Action::DeleteDataSource => delete(&mut self.sources, name, self.now),
                 image::Action::RemoveFinalizer => {
-                    // What lies on a disk that is away is remembered by its manager.
-                    let is_remembered = |disk: &String| {
-                        let mut managers = self.managers.values().filter(|m| m.spec.disk_uuid == *disk);
-                        managers.any(|m| m.spec.backing_images.contains_key(name))
-                    };
-                    let holding = self.disks.iter().filter(|(_, d)| d.whole.contains_key(name)).map(|(d, _)| d);
-                    let left: Vec<_> = holding.filter(|d| !is_remembered(d)).collect();
-                    assert!(left.is_empty(), "image {name} goes and leaves files on {left:?}");
+                    self.judge_end_of_image(name);
                     remove_finalizer(&mut self.images, name);
                 }
             }
-            if self.crashes(random) {
+            if self.crashes(&said, random) {
                 return;
             }
         }
@@ -116,116 +127,138 @@ impl World {
     fn source_pass(&mut self, name: &str, random: &mut StdRng) {
         let Some(source) = self.sources.get(name).cloned() else { return };
         let workload_name = data_source_workload_name(&name.parse().expect("a name"));
-        let mut workload = self.workloads.get(&workload_name).cloned();
-        let mut report = None;
-        if let Some(workload) = &mut workload {
-            if !self.answers(&workload.wish.node) {
-                workload.state = State::Unknown("silent".into());
-            } else if workload.state == State::Running {
-                let made = self.disks.get(&disk_of(&workload.wish)).and_then(|d| d.made.get(name));
-                report = Some(made.map(|(_, r)| r.clone()).ok_or_else(|| "no answer".to_owned()));
-            }
-        }
+        let workload = self.seen(&workload_name);
+        let key = (name.to_owned(), source.spec.uuid.clone());
+        let report = workload.as_ref().and_then(|w| self.ask_source(&key, w));
         let manager = self.managers.get(&manager_name(&source.spec.disk_uuid.parse().expect("a disk")));
         let files = manager.and_then(|m| m.status.clone()).unwrap_or_default().backing_image_file_map;
         let taken_over = files.get(name).filter(|f| f.uuid == source.spec.uuid).map(|f| f.state);
         let observed =
             data_source::Observed { now: self.now, disks: self.disks(), workload, report, taken_over, source };
         let decision = data_source::decide(&observed);
+        self.judge_conditions("data source", name, &decision.status.conditions);
+        if self.dies(random) {
+            return;
+        }
+        self.looks_again(decision.recheck_after);
         self.sources.get_mut(name).expect("it is there").status = Some(decision.status);
         for action in decision.actions {
+            let said = self.told.then(|| format!("source {name}: {action:?}"));
             match action {
                 data_source::Action::EnsureWorkload(wish) => self.ensure_workload(&wish),
                 data_source::Action::RemoveWorkload(workload) => drop(self.workloads.remove(&workload)),
                 data_source::Action::RemoveFinalizer => remove_finalizer(&mut self.sources, name),
             }
-            if self.crashes(random) {
+            if self.crashes(&said, random) {
                 return;
             }
         }
     }
 
-    fn manager_pass(&mut self, id: &str, random: &mut StdRng) {
-        let name = manager_name(&id.parse().expect("a disk"));
-        let mut workload = self.workloads.get(&name).cloned();
-        let mut agent = None;
-        if let Some(workload) = &mut workload {
-            if !self.answers(&workload.wish.node) {
-                workload.state = State::Unknown("silent".into());
-            } else if workload.state == State::Running {
-                agent = Some(Ok(manager::Agent {
-                    api_version: 3,
-                    api_min_version: 3,
-                    files: self.disks[id]
-                        .known
-                        .iter()
-                        .map(|(name, file)| api::manager::FileInfo { name: name.clone(), ..file.clone() })
-                        .collect(),
-                }));
-            }
-        }
-        let mut peers = std::collections::BTreeMap::<String, Vec<String>>::new();
+    /// Image name → addresses of the other agents that have a ready copy of it; as in `controller/src/manager.rs`.
+    fn peers(&self, id: &str) -> BTreeMap<String, Vec<String>> {
+        let mut peers = BTreeMap::<String, Vec<String>>::new();
         for other in self.managers.values().filter(|m| m.spec.disk_uuid != id) {
-            let status = other.status.clone().unwrap_or_default();
-            for (image, file) in status.backing_image_file_map.iter().filter(|(_, f)| f.state == CopyState::Ready) {
-                let is_same =
-                    self.images.get(image).and_then(|i| i.status.as_ref()).is_some_and(|s| s.uuid == file.uuid);
-                if is_same {
-                    peers.entry(image.clone()).or_default().push(format!("{}:{MANAGER_PORT}", other.spec.disk_uuid));
+            let Some(status) = other.status.as_ref().filter(|s| s.current_state == ManagerState::Running) else {
+                continue;
+            };
+            for (name, image) in &self.images {
+                let Some(known) = &image.status else { continue };
+                let copy = known.disk_file_status_map.get(&other.spec.disk_uuid);
+                let file = status.backing_image_file_map.get(name);
+                if copy.is_none_or(|f| f.state == CopyState::Ready)
+                    && file.is_some_and(|f| f.uuid == known.uuid && f.state == CopyState::Ready)
+                {
+                    peers.entry(name.clone()).or_default().push(format!("{}:{MANAGER_PORT}", other.spec.disk_uuid));
                 }
             }
         }
+        peers
+    }
+
+    fn manager_pass(&mut self, id: &str, random: &mut StdRng) {
+        let name = manager_name(&id.parse().expect("a disk"));
+        let workload = self.seen(&name);
         let observed = manager::Observed {
             now: self.now,
             name: name.clone(),
             disk_id: id.to_owned(),
             disks: self.disks(),
             manager: self.managers.get(&name).cloned(),
+            agent: workload.as_ref().and_then(|w| self.ask_agent(id, w)),
             workload,
-            agent,
             images: self.images.values().cloned().collect(),
             data_sources: self.sources.clone(),
-            peers,
-            scrub_interval: std::time::Duration::ZERO,
+            peers: self.peers(id),
+            scrub_interval: self.settings.scrub_interval,
             memory: self.manager_memory.get(&name).cloned().unwrap_or_default(),
         };
         let decision = manager::decide(&observed);
+        self.judge_conditions("manager", &name, &decision.status.conditions);
+        if self.dies(random) {
+            return;
+        }
+        self.looks_again(decision.recheck_after);
         self.manager_memory.insert(name.clone(), decision.memory);
         if let Some(manager) = self.managers.get_mut(&name) {
             manager.status = Some(decision.status);
         }
         for action in decision.actions {
-            match action {
-                manager::Action::Create(manager) => drop(self.managers.entry(name.clone()).or_insert(*manager)),
-                manager::Action::SetSpec(spec) => self.managers.get_mut(&name).expect("it is there").spec = *spec,
-                manager::Action::EnsureWorkload(wish) => self.ensure_workload(&wish),
-                manager::Action::RemoveWorkload => drop(self.workloads.remove(&name)),
-                manager::Action::DeleteFile { image, .. } => self.delete_file(id, &image),
-                manager::Action::FetchFile { file, from } => {
-                    if self.fetch_file(id, &file.image, &file.uuid, from.is_some()).is_none() {
-                        let attempt =
-                            self.manager_memory.entry(name.clone()).or_default().copies.entry(file.image).or_default();
-                        attempt.retry = attempt.retry.failed(self.now, "refused");
-                        attempt.is_running = false;
-                        return;
-                    }
-                }
-                manager::Action::SyncFile { file, .. } => {
-                    let info =
-                        api::manager::FileInfo { uuid: file.uuid, state: CopyState::InProgress, ..Default::default() };
-                    self.disks.get_mut(id).expect("disks stay").known.insert(file.image, info);
-                }
-                // Reading changes nothing here.
-                manager::Action::VerifyFile { .. } => {}
-                manager::Action::Remove => {
-                    delete(&mut self.managers, &name, self.now);
-                    remove_finalizer(&mut self.managers, &name);
-                }
+            if let manager::Action::VerifyFile { image, uuid, requested_at, .. } = action {
+                // Reading changes nothing, so it is no step of the plan.
+                self.tally.add("readings of a copy", 1);
+                self.disks.get_mut(id).expect("disks stay").readings.insert((image, uuid), requested_at);
+                continue;
             }
-            if self.crashes(random) {
+            let said = self.told.then(|| format!("manager {id}: {action:?}"));
+            if let Err((image, why)) = self.act_on_disk(id, &name, action) {
+                if self.told {
+                    println!("{} REFUSED {said:?}: {why}", self.now);
+                }
+                // As `controller/src/manager.rs` does: the copy has failed, or the whole pass is tried again.
+                if let Some(image) = image {
+                    let attempt = self.manager_memory.entry(name).or_default().copies.entry(image).or_default();
+                    attempt.retry = attempt.retry.failed(self.now, why);
+                    attempt.is_running = false;
+                    self.looks_again(Some(Duration::ZERO));
+                }
+                return;
+            }
+            if self.crashes(&said, random) {
                 return;
             }
         }
+    }
+
+    fn act_on_disk(
+        &mut self,
+        id: &str,
+        name: &str,
+        action: manager::Action,
+    ) -> Result<(), (Option<String>, &'static str)> {
+        match action {
+            manager::Action::Create(manager) => drop(self.managers.entry(name.to_owned()).or_insert(*manager)),
+            manager::Action::SetSpec(spec) => self.managers.get_mut(name).expect("it is there").spec = *spec,
+            manager::Action::EnsureWorkload(wish) => self.ensure_workload(&wish),
+            manager::Action::RemoveWorkload => drop(self.workloads.remove(name)),
+            manager::Action::DeleteFile { image, uuid } => {
+                self.delete_file(id, &(image, uuid)).map_err(|why| (None, why))?;
+            }
+            manager::Action::FetchFile { file, from } => {
+                self.fetch_file(id, &file, from.is_some()).map_err(|why| (Some(file.image), why))?;
+            }
+            manager::Action::SyncFile { file, from } => self.sync_file(id, file, from),
+            manager::Action::VerifyFile { .. } => {}
+            manager::Action::Remove => {
+                self.tally.add("managers removed", 1);
+                if self.disks().get(id).is_none() {
+                    self.left_behind.insert(id.to_owned());
+                }
+                delete(&mut self.managers, name, self.now);
+                remove_finalizer(&mut self.managers, name);
+            }
+        }
+        Ok(())
     }
 
     fn volume_pass(&mut self, name: &str, random: &mut StdRng) {
@@ -245,15 +278,21 @@ impl World {
             replicas: replicas.into_iter().filter(|r| r.spec.volume_name == name).collect(),
             disks: self.disks(),
             silent_since: silent_since.collect(),
-            settings: Default::default(),
+            settings: self.settings.clone(),
             restart: self.restarts.get(name).cloned().unwrap_or_default(),
             volume: object,
         };
         let decision = volume::decide(&observed);
+        self.judge_conditions("volume", name, &decision.status.conditions);
+        if self.dies(random) {
+            return;
+        }
+        self.looks_again(decision.recheck_after);
         self.restarts.insert(name.into(), decision.restart);
         self.volumes.get_mut(name).expect("it is there").status = Some(decision.status);
         let engine = api::names::engine_name(name);
         for action in decision.actions {
+            let said = self.told.then(|| format!("volume {name}: {action:?}"));
             match action {
                 volume::Action::AddFinalizer => add_finalizer(self.volumes.get_mut(name)),
                 volume::Action::CreateEngine(new) => drop(self.engines.entry(engine.clone()).or_insert(*new)),
@@ -275,7 +314,7 @@ impl World {
                     remove_finalizer(&mut self.volumes, name);
                 }
             }
-            if self.crashes(random) {
+            if self.crashes(&said, random) {
                 return;
             }
         }

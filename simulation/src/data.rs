@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 
 use api::engine::{DesireState, EngineStatus, InstanceState, ReplicaMode};
+use api::image::CopyState;
 use api::replica::ReplicaStatus;
 use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::world::{World, remove_finalizer};
+use crate::{any, gaps};
 
 /// A replica as it lies on its disk.
 #[derive(Clone, Debug, Default)]
@@ -26,7 +28,6 @@ pub struct ReplicaFiles {
 /// An engine process.
 #[derive(Clone, Debug, Default)]
 pub struct EngineProcess {
-    pub volume: String,
     pub node: String,
     pub generation: u64,
     pub members: BTreeSet<String>,
@@ -56,25 +57,44 @@ impl World {
         for name in replicas {
             self.instance_replica(&name);
         }
+        self.report_disks(node);
     }
 
+    /// As `instance/src/replicas.rs` and `replica_decision.rs` do.
     fn instance_replica(&mut self, name: &str) {
         let replica = self.replicas[name].clone();
+        let spec = &replica.spec;
+        let is_there = self.is_mounted(&spec.disk_id, &spec.disk_path);
         if replica.metadata.deletion_timestamp.is_some() {
-            self.replica_files.remove(name);
-            remove_finalizer(&mut self.replicas, name);
+            // Its data lies on a disk that is away: until that is back, or taken off the node.
+            let is_replaced = self.known_at(&spec.disk_path).is_some_and(|id| id != spec.disk_id);
+            let is_given_up =
+                !self.wished_paths().contains(&spec.disk_path) || is_replaced && gaps::REPLACED_DISKS_ARE_GIVEN_UP;
+            if is_there || is_given_up {
+                self.replica_files.remove(name);
+                remove_finalizer(&mut self.replicas, name);
+            }
             return;
         }
-        let has_copy = replica.spec.backing_image.is_empty()
-            || self.disks.get(&replica.spec.disk_id).is_some_and(|d| d.whole.contains_key(&replica.spec.backing_image));
+        let copy = self.images.get(&spec.backing_image).and_then(|i| i.status.clone()).unwrap_or_default();
+        let is_told = copy.disk_file_status_map.get(&spec.disk_id).is_some_and(|f| f.state == CopyState::Ready);
+        let key = (spec.backing_image.clone(), copy.uuid.clone());
+        let has_copy = self.disks.get(&spec.disk_id).is_some_and(|d| d.files.contains_key(&key));
         let files = self.replica_files.entry(name.to_owned()).or_insert_with(|| ReplicaFiles {
-            node: replica.spec.node_id.clone(),
+            node: spec.node_id.clone(),
             clean: true,
             ..Default::default()
         });
-        files.has_ended &= replica.spec.desire_state == DesireState::Running;
-        files.is_up =
-            replica.spec.desire_state == DesireState::Running && !files.has_ended && (files.is_up || has_copy);
+        let is_wished = spec.desire_state == DesireState::Running;
+        files.has_ended &= is_wished;
+        if is_wished && !files.has_ended && !files.is_up && is_told && is_there {
+            // Without the file that it was told of its process ends.
+            (files.is_up, files.has_ended) = (has_copy, !has_copy);
+        }
+        files.is_up &= is_wished;
+        if is_wished && !is_there && !files.is_up {
+            files.has_ended = true;
+        }
         let state = match (replica.spec.desire_state, files.is_up) {
             (DesireState::Running, _) if files.has_ended => InstanceState::Error,
             (DesireState::Running, true) => InstanceState::Running,
@@ -142,13 +162,7 @@ impl World {
         let engine = self.engines[name].clone();
         let (volume, node) = (engine.spec.volume_name.clone(), engine.spec.node_id.clone());
         let members: BTreeSet<String> = engine.spec.replica_address_map.keys().cloned().collect();
-        let mut process = EngineProcess {
-            volume: volume.clone(),
-            node,
-            members: members.clone(),
-            is_alive: true,
-            ..Default::default()
-        };
+        let mut process = EngineProcess { node, members: members.clone(), is_alive: true, ..Default::default() };
         let is_reachable = |n: &String| self.replica_files.get(n).is_some_and(|f| f.is_up && self.answers(&f.node));
         if members.is_empty() || !members.iter().all(is_reachable) {
             process.is_alive = false;
@@ -177,7 +191,7 @@ impl World {
             (files.generation, files.members, files.clean) = (process.generation, members.clone(), false);
         }
         if process.is_alive {
-            self.summary.attachments += 1;
+            self.happens("attachments", name);
         }
         self.engine_processes.insert(volume, process);
     }
@@ -225,7 +239,7 @@ impl World {
             self.replica_files.get_mut(member).expect("it is there").writes = number;
         }
         self.acknowledged.insert(volume, number);
-        self.summary.acknowledged_writes += 1;
+        self.tally.add("acknowledged writes", 1);
     }
 
     /// Fence: the remaining replicas record the next generation before anything goes on.
@@ -239,7 +253,7 @@ impl World {
         if away.is_empty() || !process.is_alive {
             return;
         }
-        self.summary.fences += 1;
+        self.happens("fences", volume);
         process.members.retain(|m| !away.contains(m));
         process.dropped.extend(away);
         process.generation += 1;
@@ -264,10 +278,24 @@ impl World {
 
     pub fn kill_replica(&mut self, random: &mut StdRng) {
         let names: Vec<String> = self.replica_files.keys().cloned().collect();
-        if names.is_empty() {
-            return;
-        }
-        let name = names[random.random_range(0..names.len())].clone();
+        any(&names, random).into_iter().for_each(|name| self.end_replica(name, random));
+    }
+
+    /// The replicas on a disk lose it.
+    pub fn end_replicas_on(&mut self, id: &str, random: &mut StdRng) {
+        let names: Vec<String> =
+            self.replicas.iter().filter(|(_, r)| r.spec.disk_id == id).map(|(n, _)| n.clone()).collect();
+        names
+            .iter()
+            .filter(|n| self.replica_files.contains_key(*n))
+            .cloned()
+            .collect::<Vec<_>>()
+            .iter()
+            .for_each(|n| self.end_replica(n, random));
+    }
+
+    fn end_replica(&mut self, name: &str, random: &mut StdRng) {
+        let name = name.to_owned();
         let users: Vec<String> =
             self.engine_processes.iter().filter(|(_, p)| p.members.contains(&name)).map(|(v, _)| v.clone()).collect();
         let files = self.replica_files.get_mut(&name).expect("it is there");

@@ -1,30 +1,62 @@
-//! Disks, agents and data sources.
+//! Disks, what lies on them, and what their nodes say of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::image::CopyState;
 use api::manager::FileInfo;
+use api::node::DiskStatus;
+use api::{Condition, ConditionStatus, condition};
 use planner::data_source::Report;
-use planner::workload::{State, Wish, Workload};
-use rand::Rng;
-use rand::rngs::StdRng;
 
 use crate::world::{GIB, World};
 
-/// One disk: its whole files, and what its agent knows.
-#[derive(Clone, Debug, Default)]
-pub struct Disk {
-    /// Image name → uuid of the whole copies that lie there.
-    pub whole: BTreeMap<String, String>,
-    /// What the present life of the agent knows.
-    pub known: BTreeMap<String, FileInfo>,
-    /// What data sources made, by image: handed over by rename.
-    pub made: BTreeMap<String, (String, Report)>,
+/// Image name and uuid: what a file is a copy of.
+pub type Key = (String, String);
+
+/// A whole file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct File {
+    /// A byte is not what it was.
+    pub is_damaged: bool,
+    /// Its time is another one than was recorded.
+    pub is_touched: bool,
 }
 
-pub fn whole_file(uuid: &str) -> FileInfo {
+/// One disk, wherever it is.
+#[derive(Clone, Debug, Default)]
+pub struct Disk {
+    pub capacity: u64,
+    /// Others took all that was free.
+    pub is_full: bool,
+    pub is_read_only: bool,
+    pub files: BTreeMap<Key, File>,
+    /// What data sources work on, or have made, and the file is not handed over yet.
+    pub made: BTreeMap<Key, Report>,
+    /// What the present life of its agent knows.
+    pub known: BTreeMap<Key, FileInfo>,
+    /// Syncs under way: the disks of the peers.
+    pub syncs: BTreeMap<Key, Vec<String>>,
+    /// Readings under way, and when they were asked for.
+    pub readings: BTreeMap<Key, String>,
+}
+
+impl Disk {
+    pub fn free(&self) -> u64 {
+        // What is handed over lies among the files.
+        let made = self.made.values().filter(|report| report.state != CopyState::Ready).count();
+        let files = self.files.len() + made;
+        if self.is_full { 0 } else { self.capacity.saturating_sub(files as u64 * GIB) }
+    }
+
+    pub fn is_good(&self, key: &Key) -> bool {
+        self.files.get(key).is_some_and(|file| !file.is_damaged)
+    }
+}
+
+pub fn whole_file(key: &Key) -> FileInfo {
     FileInfo {
-        uuid: uuid.into(),
+        name: key.0.clone(),
+        uuid: key.1.clone(),
         size: GIB,
         virtual_size: GIB,
         real_size: GIB,
@@ -36,138 +68,72 @@ pub fn whole_file(uuid: &str) -> FileInfo {
     }
 }
 
+/// The node of a path `/node-1/disk-1`.
+pub fn node_of_path(path: &str) -> &str {
+    path.trim_start_matches('/').split('/').next().unwrap_or_default()
+}
+
 impl World {
-    pub fn ensure_workload(&mut self, wish: &Wish) {
-        if self.workloads.contains_key(&wish.name) {
-            return;
-        }
-        let state = if self.answers(&wish.node) { State::Running } else { State::Starting(String::new()) };
-        let workload = Workload { wish: wish.clone(), state, ip: format!("ip-{}", wish.name), is_outdated: false };
-        let disk = disk_of(wish);
-        if let Some(disk) = self.disks.get_mut(&disk) {
-            match wish.name.strip_prefix("backing-image-ds-") {
-                Some(image) => drop(disk.made.insert(
-                    image.into(),
-                    (uuid_of(wish), Report { state: CopyState::Starting, ..Default::default() }),
-                )),
-                None => disk.known.clear(),
-            }
-        }
-        self.workloads.insert(wish.name.clone(), workload);
+    /// Where a disk is mounted.
+    pub fn path_of(&self, id: &str) -> Option<&str> {
+        self.mounts.iter().find(|(_, mounted)| mounted.as_deref() == Some(id)).map(|(path, _)| path.as_str())
     }
 
-    /// Time goes on for all processes on nodes that answer: sources and syncs end, well or not.
-    pub fn work_on_files(&mut self, random: &mut StdRng) {
-        let names: Vec<String> = self.workloads.keys().cloned().collect();
-        for name in names {
-            let workload = self.workloads[&name].clone();
-            if !self.answers(&workload.wish.node) {
-                continue;
-            }
-            if matches!(workload.state, State::Starting(_)) {
-                self.workloads.get_mut(&name).expect("it is there").state = State::Running;
-            }
-            let fails = self.faults && random.random_bool(0.2);
-            let id = disk_of(&workload.wish);
-            let is_whole_elsewhere = |i: &str, u: &str| {
-                self.disks.iter().any(|(d, disk)| *d != id && disk.whole.get(i).is_some_and(|w| w == u))
-            };
-            let can_sync: BTreeMap<String, bool> =
-                self.disks[&id].known.iter().map(|(i, f)| (i.clone(), is_whole_elsewhere(i, &f.uuid))).collect();
-            let disk = self.disks.get_mut(&id).expect("disks stay");
-            if let Some(image) = name.strip_prefix("backing-image-ds-") {
-                if let Some((_, report)) = disk.made.get_mut(image).filter(|(_, r)| r.state == CopyState::Starting) {
-                    *report = if fails {
-                        Report { state: CopyState::Failed, message: "connection refused".into(), ..Default::default() }
-                    } else {
-                        Report {
-                            state: CopyState::ReadyForTransfer,
-                            size: GIB,
-                            progress: 100,
-                            checksum: "c0ffee".into(),
-                            ..Default::default()
-                        }
-                    };
+    pub fn is_mounted(&self, id: &str, path: &str) -> bool {
+        self.mounts.get(path).and_then(|m| m.as_deref()) == Some(id)
+    }
+
+    /// The path of each disk in the spec of some node.
+    pub fn wished_paths(&self) -> BTreeSet<String> {
+        self.nodes.values().flat_map(|n| n.spec.disks.values().map(|d| d.path.clone())).collect()
+    }
+
+    /// What the instance role of a node says of its disks, as `instance/src/disks.rs` does.
+    pub fn report_disks(&mut self, name: &str) {
+        let Some(node) = self.nodes.get(name) else { return };
+        let old = node.status.clone().unwrap_or_default().disk_status;
+        let mut new = BTreeMap::new();
+        for (disk_name, spec) in &node.spec.disks {
+            let mut status: DiskStatus = old.get(disk_name).cloned().unwrap_or_default();
+            let known = status.disk_uuid.clone();
+            let mounted = self.mounts.get(&spec.path).cloned().flatten();
+            let disk = mounted.as_ref().map(|id| &self.disks[id]);
+            let problem = match (&mounted, disk) {
+                (None, _) => Some(("NoDirectory", format!("`{}` is not there", spec.path))),
+                (Some(id), _) if !known.is_empty() && *id != known => {
+                    Some(("DiskChanged", format!("`{}` now holds disk {id}, not disk {known}", spec.path)))
                 }
-                continue;
-            }
-            let working: Vec<String> =
-                disk.known.iter().filter(|(_, f)| f.state == CopyState::InProgress).map(|(i, _)| i.clone()).collect();
-            for image in working {
-                let uuid = disk.known[&image].uuid.clone();
-                let file = if fails || !can_sync[&image] {
-                    FileInfo {
-                        uuid,
-                        state: CopyState::Failed,
-                        message: "the peer went away".into(),
-                        ..Default::default()
-                    }
-                } else {
-                    disk.whole.insert(image.clone(), uuid.clone());
-                    whole_file(&uuid)
-                };
-                disk.known.insert(image, file);
-            }
+                (_, Some(disk)) if disk.is_read_only => {
+                    Some(("ReadOnly", format!("`{}` is mounted read-only", spec.path)))
+                }
+                _ => None,
+            };
+            let (ready, schedulable) = match (problem, disk) {
+                (None, Some(disk)) => {
+                    status.disk_uuid = mounted.clone().unwrap_or_default();
+                    (status.storage_available, status.storage_maximum) = (disk.free(), disk.capacity);
+                    let pressure = Condition::new("Schedulable", ConditionStatus::False, "DiskPressure", "it is full");
+                    let fine = Condition::new("Schedulable", ConditionStatus::True, "Schedulable", "");
+                    let ready = Condition::new("Ready", ConditionStatus::True, "Ready", "");
+                    (ready, if disk.free() == 0 { pressure } else { fine })
+                }
+                (why, _) => {
+                    let (reason, message) = why.unwrap_or_default();
+                    let said = |r#type| Condition::new(r#type, ConditionStatus::False, reason, message.clone());
+                    (said("Ready"), said("Schedulable"))
+                }
+            };
+            condition::set(&mut status.conditions, ready, self.now);
+            condition::set(&mut status.conditions, schedulable, self.now);
+            new.insert(disk_name.clone(), status);
+        }
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.status.get_or_insert_default().disk_status = new;
         }
     }
 
-    pub fn kill_workload(&mut self, random: &mut StdRng) {
-        let names: Vec<String> = self.workloads.keys().cloned().collect();
-        if names.is_empty() {
-            return;
-        }
-        let name = &names[random.random_range(0..names.len())];
-        self.workloads.get_mut(name).expect("it is there").state = State::Failed("killed by signal 9".into());
+    /// The uuid of the image of that name.
+    pub fn uuid_of(&self, image: &str) -> String {
+        self.images.get(image).and_then(|i| i.status.as_ref()).map(|s| s.uuid.clone()).unwrap_or_default()
     }
-
-    /// The agent of a disk removes a file. Invariant 2 holds in the end here, where bytes go.
-    pub fn delete_file(&mut self, id: &str, image: &str) {
-        let disk = self.disks.get_mut(id).expect("disks stay");
-        disk.known.remove(image);
-        disk.made.remove(image);
-        let was_whole = disk.whole.remove(image).is_some();
-        let uuid = self.images.get(image).and_then(|i| i.status.as_ref()).map(|s| s.uuid.clone()).unwrap_or_default();
-        let in_use = self.volumes.values().any(|v| v.spec.backing_image == image) && !uuid.is_empty();
-        let deleting = self
-            .images
-            .get(image)
-            .is_none_or(|i| i.metadata.deletion_timestamp.is_some() && i.spec.disk_file_spec_map.is_empty());
-        let rest = self.disks.values().any(|d| d.whole.get(image) == Some(&uuid));
-        assert!(
-            !was_whole || !in_use || deleting || rest,
-            "invariant 2: the last ready copy of image {image} was removed from {id}"
-        );
-    }
-
-    /// The agent takes a file over, or adopts what lies there; `None`: it refuses.
-    pub fn fetch_file(&mut self, id: &str, image: &str, uuid: &str, from_source: bool) -> Option<()> {
-        let disk = self.disks.get_mut(id)?;
-        if from_source {
-            let (_, report) =
-                disk.made.get_mut(image).filter(|(u, r)| u == uuid && r.state == CopyState::ReadyForTransfer)?;
-            report.state = CopyState::Ready;
-            disk.whole.insert(image.into(), uuid.into());
-        }
-        let file = if disk.whole.get(image).is_some_and(|u| u == uuid) {
-            whole_file(uuid)
-        } else {
-            FileInfo {
-                uuid: uuid.into(),
-                state: CopyState::Failed,
-                message: "there is no such file".into(),
-                ..Default::default()
-            }
-        };
-        disk.known.insert(image.into(), file);
-        Some(())
-    }
-}
-
-pub fn disk_of(wish: &Wish) -> String {
-    wish.labels.get(api::names::label::DISK_UUID).cloned().unwrap_or_default()
-}
-
-fn uuid_of(wish: &Wish) -> String {
-    let at = wish.args.iter().position(|a| a == "--uuid");
-    at.and_then(|at| wish.args.get(at + 1)).cloned().unwrap_or_default()
 }

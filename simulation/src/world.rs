@@ -3,10 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use api::image::{BackingImageSpec, SourceType};
-use api::node::{DiskSpec, DiskStatus, NodeSpec, NodeStatus};
-use api::quantity::SizeBytes;
-use api::volume::{Robustness, VolumeSpec, VolumeState};
+use api::node::{DiskSpec, NodeSpec, NodeStatus};
 use api::{
     BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Engine, Node, Replica,
     Volume, condition,
@@ -15,24 +12,28 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use planner::disk::Disks;
 use planner::retry::Retry;
+use planner::setting::Settings;
 use planner::workload::Workload;
 use rand::Rng;
 use rand::rngs::StdRng;
 
-use crate::Summary;
 use crate::data::{EngineProcess, ReplicaFiles};
-use crate::files::Disk;
+use crate::data_plane::Tally;
+use crate::files::{Disk, Key};
 
 pub const IMAGES: [&str; 2] = ["alpine", "ubuntu"];
 pub const VOLUMES: [&str; 3] = ["va", "vb", "vc"];
 pub const GIB: u64 = 1 << 30;
 
-/// Objects, reality, and the controller's memory.
+/// Objects, reality, the controller's memory, and what is remembered to judge it.
 pub struct World {
     pub now: Timestamp,
+    pub settings: Settings,
     pub nodes: BTreeMap<String, Node>,
     /// Until when a node does not answer.
     pub silent: BTreeMap<String, Timestamp>,
+    /// Until when a workload does not answer, by its name.
+    pub stopped: BTreeMap<String, Timestamp>,
     pub images: BTreeMap<String, BackingImage>,
     pub sources: BTreeMap<String, BackingImageDataSource>,
     pub managers: BTreeMap<String, BackingImageManager>,
@@ -40,24 +41,44 @@ pub struct World {
     pub engines: BTreeMap<String, Engine>,
     pub replicas: BTreeMap<String, Replica>,
     pub workloads: BTreeMap<String, Workload>,
+    /// Every disk that there ever was, by its UUID.
     pub disks: BTreeMap<String, Disk>,
+    /// What is mounted where, by path: `/node-1/disk-1`.
+    pub mounts: BTreeMap<String, Option<String>>,
     pub replica_files: BTreeMap<String, ReplicaFiles>,
     pub engine_processes: BTreeMap<String, EngineProcess>,
     /// Acknowledged writes of each volume.
     pub acknowledged: BTreeMap<String, u64>,
     pub manager_memory: BTreeMap<String, planner::manager::Memory>,
     pub restarts: BTreeMap<String, Retry>,
+    /// The latest time that any clock showed.
+    pub latest: Timestamp,
     pub faults: bool,
-    pub summary: Summary,
+    pub told: bool,
+    pub tally: Tally,
+    /// Actions so far, other than readings of what is there.
+    pub actions: u64,
+    /// When some pass wants to look again, at the soonest; since it was taken last.
+    pub recheck: Option<Duration>,
+    /// Copies that may go, and on which other ones that relies: disk, file → disks.
+    pub licenses: BTreeMap<(String, Key), BTreeSet<String>>,
+    /// Copies that were removed on purpose.
+    pub taken: BTreeSet<(String, Key)>,
+    /// Since when a copy is not used, by disk and image.
+    pub unused_since: BTreeMap<(String, String), Timestamp>,
+    /// Disks that were away when something of theirs should have been removed.
+    pub left_behind: BTreeSet<String>,
 }
 
 impl World {
     /// Nodes with one or two disks each, nothing else.
-    pub fn new(nodes: u32) -> World {
+    pub fn new(random: &mut StdRng) -> World {
         let mut world = World {
             now: "2026-01-01T00:00:00Z".parse().expect("a time"),
+            settings: Settings::default(),
             nodes: BTreeMap::new(),
             silent: BTreeMap::new(),
+            stopped: BTreeMap::new(),
             images: BTreeMap::new(),
             sources: BTreeMap::new(),
             managers: BTreeMap::new(),
@@ -66,49 +87,59 @@ impl World {
             replicas: BTreeMap::new(),
             workloads: BTreeMap::new(),
             disks: BTreeMap::new(),
+            mounts: BTreeMap::new(),
             replica_files: BTreeMap::new(),
             engine_processes: BTreeMap::new(),
             acknowledged: BTreeMap::new(),
             manager_memory: BTreeMap::new(),
             restarts: BTreeMap::new(),
+            latest: Timestamp::MIN,
             faults: true,
-            summary: Summary::default(),
+            told: false,
+            tally: Tally::default(),
+            actions: 0,
+            recheck: None,
+            licenses: BTreeMap::new(),
+            taken: BTreeSet::new(),
+            unused_since: BTreeMap::new(),
+            left_behind: BTreeSet::new(),
         };
-        for n in 1..=nodes {
-            world.add_node(n);
+        for n in 1..=random.random_range(2..=4) {
+            world.add_node(n, random);
         }
         world
     }
 
-    fn add_node(&mut self, n: u32) {
+    fn add_node(&mut self, n: u32, random: &mut StdRng) {
         let name = format!("node-{n}");
-        let (mut specs, mut statuses) = (BTreeMap::new(), BTreeMap::new());
+        let mut specs = BTreeMap::new();
         for d in 1..=1 + n % 2 {
-            let (disk, id) = (format!("disk-{d}"), format!("d{n}{d}"));
-            specs.insert(disk.clone(), DiskSpec { path: format!("/{id}"), ..Default::default() });
-            let status = DiskStatus {
-                disk_uuid: id.clone(),
-                storage_available: 100 * GIB,
-                storage_maximum: 100 * GIB,
-                ..Default::default()
-            };
-            statuses.insert(disk, status);
-            self.disks.insert(id, Disk::default());
+            let path = format!("/{name}/disk-{d}");
+            specs.insert(format!("disk-{d}"), DiskSpec { path: path.clone(), ..Default::default() });
+            // A small one takes a single image.
+            let capacity = if random.random_bool(0.15) { 3 * GIB / 2 } else { 100 * GIB };
+            self.disks.insert(format!("d{n}{d}"), Disk { capacity, ..Default::default() });
+            self.mounts.insert(path, Some(format!("d{n}{d}")));
         }
         let mut node = Node::new(&name, NodeSpec { name: name.clone(), disks: specs, ..Default::default() });
-        node.status = Some(NodeStatus { disk_status: statuses, ..Default::default() });
-        self.nodes.insert(name, node);
+        node.status = Some(NodeStatus::default());
+        self.nodes.insert(name.clone(), node);
         self.report_nodes();
+        self.report_disks(&name);
     }
 
     /// Writes which nodes answer.
     pub fn report_nodes(&mut self) {
         let now = self.now;
         self.silent.retain(|_, until| *until > now);
+        self.stopped.retain(|_, until| *until > now);
         for (name, node) in &mut self.nodes {
-            let status = if self.silent.contains_key(name) { ConditionStatus::Unknown } else { ConditionStatus::True };
+            let (status, why) = match self.silent.contains_key(name) {
+                true => (ConditionStatus::Unknown, "it is cut off"),
+                false => (ConditionStatus::True, ""),
+            };
             let conditions = &mut node.status.get_or_insert_default().conditions;
-            condition::set(conditions, Condition::new("Ready", status, "Simulated", ""), now);
+            condition::set(conditions, Condition::new("Ready", status, "Simulated", why), now);
         }
     }
 
@@ -120,81 +151,32 @@ impl World {
         !self.silent.contains_key(node)
     }
 
-    pub fn node_of_disk(&self, disk: &str) -> String {
-        self.disks().get(disk).map(|d| d.node.clone()).unwrap_or_default()
+    /// Counts something worth counting, and prints it when the run is told.
+    pub fn happens(&mut self, what: &'static str, about: impl std::fmt::Display) {
+        self.tally.add(what, 1);
+        if self.told {
+            println!("{} {what}: {about}", self.now);
+        }
     }
 
     /// One step: time goes on, and one thing happens.
     pub fn tick(&mut self, random: &mut StdRng) {
-        let step = Duration::from_millis(random.random_range(10..2000));
+        let step = match random.random_range(0..1000) {
+            0..=3 => Duration::from_secs(random.random_range(300..7200)),
+            4..=30 => Duration::from_secs(random.random_range(10..300)),
+            _ => Duration::from_millis(random.random_range(10..2000)),
+        };
         self.now = planner::retry::after(self.now, step);
+        self.latest = self.latest.max(self.now);
         self.report_nodes();
-        match random.random_range(0..100) {
-            0..=2 => self.user(random),
+        match random.random_range(0..1000) {
+            0..=59 => self.user(random),
             // Passes and reports are far more frequent than anything that users or faults do.
-            3..=39 => (0..8).for_each(|_| self.any_pass(random)),
-            40..=64 => self.any_instance(random),
-            65..=82 => self.any_write(random),
-            83..=96 => self.work_on_files(random),
+            60..=399 => (0..8).for_each(|_| self.any_pass(random)),
+            400..=649 => self.any_instance(random),
+            650..=809 => self.any_write(random),
+            810..=959 => self.work_on_files(random),
             _ => self.fault(random),
-        }
-    }
-
-    fn user(&mut self, random: &mut StdRng) {
-        let image = IMAGES[random.random_range(0..IMAGES.len())];
-        let volume = VOLUMES[random.random_range(0..VOLUMES.len())];
-        match random.random_range(0..10) {
-            0..=1 => self.create_image(image, random.random_range(1..=3)),
-            2 if random.random_bool(0.3) => mark(self.images.get_mut(image), self.now),
-            3..=4 => self.create_volume(volume, image, random.random_range(1..=3)),
-            5 if random.random_bool(0.2) => mark(self.volumes.get_mut(volume), self.now),
-            6..=8 => {
-                let nodes: Vec<String> = self.nodes.keys().cloned().collect();
-                if let Some(volume) = self.volumes.get_mut(volume) {
-                    volume.spec.node_id = nodes[random.random_range(0..nodes.len())].clone();
-                }
-            }
-            9 => {
-                if let Some(volume) = self.volumes.get_mut(volume) {
-                    volume.spec.node_id.clear();
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn create_image(&mut self, name: &str, copies: u32) {
-        let spec = BackingImageSpec {
-            source_type: Some(SourceType::Download),
-            source_parameters: [("url".to_owned(), "http://images.test/x".to_owned())].into(),
-            min_number_of_copies: copies,
-            ..Default::default()
-        };
-        self.images.entry(name.into()).or_insert_with(|| BackingImage::new(name, spec));
-    }
-
-    fn create_volume(&mut self, name: &str, image: &str, replicas: u32) {
-        let spec = VolumeSpec {
-            size: SizeBytes(GIB),
-            backing_image: image.into(),
-            number_of_replicas: replicas,
-            ..Default::default()
-        };
-        self.volumes.entry(name.into()).or_insert_with(|| Volume::new(name, spec));
-    }
-
-    fn fault(&mut self, random: &mut StdRng) {
-        match random.random_range(0..4) {
-            0 => {
-                let nodes: Vec<String> = self.nodes.keys().cloned().collect();
-                let node = nodes[random.random_range(0..nodes.len())].clone();
-                self.summary.silences += 1;
-                self.silent
-                    .insert(node, planner::retry::after(self.now, Duration::from_secs(random.random_range(1..90))));
-            }
-            1 => self.kill_workload(random),
-            2 => self.kill_replica(random),
-            _ => self.crash_engine(random),
         }
     }
 
@@ -202,77 +184,11 @@ impl World {
     pub fn crash_controller(&mut self) {
         self.manager_memory.clear();
         self.restarts.clear();
-        self.summary.crashes += 1;
-    }
-
-    /// Everything answers from here on, and what was wished must come true.
-    pub fn settle(&mut self, random: &mut StdRng, rounds: u32) {
-        self.faults = false;
-        self.silent.clear();
-        // A user who wants an image that is being deleted would wait for ever, and rightly so.
-        let missing: BTreeSet<String> = self.volumes.values().map(|v| v.spec.backing_image.clone()).collect();
-        // A report that comes late in one round is acted on in the next.
-        let mut quiet_rounds = 0;
-        for _ in 0..rounds {
-            // Long steps: some back-offs and intervals are minutes.
-            self.now = planner::retry::after(self.now, Duration::from_secs(5));
-            self.report_nodes();
-            for image in &missing {
-                self.create_image(image, 1);
-            }
-            let before = self.summary.actions;
-            self.round(random);
-            let is_quiet = self.summary.actions == before && self.unmet().is_none();
-            quiet_rounds = if is_quiet { quiet_rounds + 1 } else { 0 };
-            if quiet_rounds == 2 {
-                break;
-            }
-        }
-        if let Some(wish) = self.unmet() {
-            panic!("does not settle: {wish}");
-        }
-        for _ in 0..5 {
-            self.now = planner::retry::after(self.now, Duration::from_secs(1));
-            let before = self.summary.actions;
-            self.round(random);
-            assert_eq!(before, self.summary.actions, "a settled world plans further actions");
-        }
-    }
-
-    /// The first wish that is not fulfilled.
-    fn unmet(&self) -> Option<String> {
-        for (name, image) in &self.images {
-            let status = image.status.clone().unwrap_or_default();
-            let ready = planner::image::ready_disks(&status).count();
-            let wanted = (image.spec.min_number_of_copies as usize).min(self.disks.len());
-            let in_use = self.volumes.values().any(|v| v.spec.backing_image == *name);
-            let deleting = image.metadata.deletion_timestamp.is_some();
-            if deleting && !in_use || !deleting && ready < wanted {
-                return Some(format!(
-                    "image {name}: {ready} of {wanted} copies, deleting {deleting}, {:?}",
-                    status.conditions
-                ));
-            }
-        }
-        for (name, volume) in &self.volumes {
-            let status = volume.status.clone().unwrap_or_default();
-            let wish = &volume.spec.node_id;
-            let is_met = match (wish.is_empty(), status.state) {
-                _ if volume.metadata.deletion_timestamp.is_some() => false,
-                (_, _) if status.robustness == Robustness::Faulted => true,
-                (true, state) => state == VolumeState::Detached,
-                (false, state) => state == VolumeState::Attached && status.current_node_id == *wish,
-            };
-            if !is_met {
-                return Some(format!("volume {name}: wished `{wish}`, {:?}: {:?}", status.state, status.conditions));
-            }
-        }
-        let no_images = self.images.is_empty();
-        (no_images && !self.managers.is_empty()).then(|| "a manager is left without images".into())
+        self.happens("crashes of the controller", "");
     }
 }
 
-fn mark<T: kube_meta::Meta>(object: Option<&mut T>, now: Timestamp) {
+pub fn mark<T: kube_meta::Meta>(object: Option<&mut T>, now: Timestamp) {
     if let Some(object) = object {
         object.meta_mut().deletion_timestamp.get_or_insert(Time(now));
     }

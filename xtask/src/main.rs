@@ -39,7 +39,8 @@ enum Task {
     Fuzz(fuzz::Fuzz),
     /// Measures the released binary and prints the table of docs/performance.md.
     Bench(bench::Bench),
-    /// Runs the data plane in its simulation, with faults everywhere: 100,000 seeded runs, more or one.
+    /// Runs the simulations, with faults everywhere: 100,000 seeded runs of the data plane and 220 worlds of the control plane, more
+    /// or one.
     Simulate(simulate::Simulate),
     /// Runs all that CI runs, or the named steps.
     Ci {

@@ -362,6 +362,26 @@ fn a_whole_file_is_prepared_again_only_when_no_agent_has_it() {
 }
 
 #[test]
+fn a_file_that_was_handed_over_and_is_lost_is_prepared_again_although_its_process_lives() {
+    let mut o = observed();
+    running(&mut o, State::Running, Some(Report { state: CopyState::Ready, ..Default::default() }));
+    o.taken_over = Some(CopyState::Failed);
+    let first = decide(&o);
+    assert_eq!(
+        (first.actions, first.status.current_state),
+        (vec![], CopyState::Ready),
+        "the agent may not have told yet"
+    );
+    o.source.status = Some(first.status);
+    let second = decide(&o);
+    assert_eq!(second.actions, [Action::RemoveWorkload("backing-image-ds-ubuntu".into())]);
+    assert_eq!((second.status.current_state, second.status.failures), (CopyState::Failed, 1));
+    (o.source.status, o.workload, o.report) = (Some(second.status), None, None);
+    o.now = after(o.now, Duration::from_secs(1));
+    assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
+}
+
+#[test]
 fn says_what_a_process_waits_for_that_does_not_start() {
     let mut o = observed();
     running(&mut o, State::Starting("no such image".into()), None);
