@@ -64,11 +64,25 @@ impl Wanted {
 }
 
 impl Registry {
+    /// Makes sure that the disk still is where it was: below an empty mount point nothing must be written, and nothing is gone.
+    async fn on_disk(&self) -> Result<(), AgentError> {
+        let (disk, wanted) = (self.disk.clone(), self.disk_uuid.clone());
+        blocking(move || match disk.read_uuid()? {
+            found if found == wanted => Ok(()),
+            found => {
+                let problem = format!("it holds disk `{found}` now, not `{wanted}`");
+                Err(AgentError::DiskConfig { path: disk.root().into(), problem })
+            }
+        })
+        .await
+    }
+
     /// Starts to receive a copy, unless it is there or on its way.
     pub async fn sync(self: &Arc<Self>, wanted: Wanted, from: &str) -> Result<Copy, AgentError> {
         let peers = Peer::parse_list(from, self.idle_timeout, &self.security)?;
         let key = wanted.key.clone();
         let _turn = self.lock(&key).await;
+        self.on_disk().await?;
         if let Some(copy) = self.get(&key) {
             if copy.state == CopyState::Ready {
                 wanted.check(copy.size, &copy.current_checksum, "the copy")?;
@@ -114,6 +128,9 @@ impl Registry {
                 };
                 let Ok(_turn) = turn else { return };
                 registry.change(&own, |copy| copy.state = CopyState::Starting);
+                if let Err(error) = registry.on_disk().await {
+                    return registry.change(&own, |copy| copy.fail(&error));
+                }
                 let (reporter, of) = (registry.clone(), own.clone());
                 let report = Arc::new(move |step| report(&reporter, &of, step));
                 let done = match registry.repair(&what, &*report, &cancel).await {
@@ -137,6 +154,7 @@ impl Registry {
     pub async fn fetch(self: &Arc<Self>, wanted: Wanted, data_source: &str) -> Result<Copy, AgentError> {
         let key = wanted.key.clone();
         let _turn = self.lock(&key).await;
+        self.on_disk().await?;
         if let Some(copy) = self.get(&key).filter(|copy| copy.state == CopyState::Ready) {
             wanted.check(copy.size, &copy.current_checksum, "the copy")?;
             return Ok(copy);
@@ -256,6 +274,7 @@ impl Registry {
     /// Removes a copy and everything temporary of it.
     pub async fn delete(self: &Arc<Self>, key: ImageKey) -> Result<(), AgentError> {
         let _turn = self.lock(&key).await;
+        self.on_disk().await?;
         if let Some(work) = self.take_work(&key) {
             work.cancel.cancel();
             // A panic of the task was its own end; what counts is that it writes no more.

@@ -37,6 +37,7 @@ pub(super) fn key() -> ImageKey {
 /// A disk with one sealed copy.
 pub(super) fn sealed() -> (TempDir, FileSet) {
     let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join(crate::layout::DISK_CONFIG), r#"{"diskUUID":"disk-uuid"}"#).unwrap();
     let disk = Disk::new(folder.path());
     let (files, bytes) = (disk.copy(&key()), vec![7; (2 << 20) + 512]);
     std::fs::create_dir_all(disk.image_dir(&key())).unwrap();
@@ -275,6 +276,39 @@ async fn everything_that_changes_is_told() {
     }
     registry.tasks.cancel();
     timeout(DEADLINE, registry.close(2 * DEADLINE)).await.expect("the background work ended");
+}
+
+/// The directory of a disk that is away is that of another filesystem.
+#[tokio::test]
+async fn nothing_is_written_or_said_to_be_gone_where_the_disk_is_not() {
+    let (folder, _files, registry) = ready().await;
+    let away = folder.path().with_extension("away");
+    let another = r#"{"diskUUID":"another"}"#;
+    for replaced in [false, true] {
+        std::fs::rename(folder.path(), &away).unwrap();
+        if replaced {
+            std::fs::create_dir(folder.path()).unwrap();
+            std::fs::write(folder.path().join(crate::layout::DISK_CONFIG), another).unwrap();
+        }
+        let other = || Wanted { key: "other-0a1b2c3d".parse().unwrap(), size_bytes: None, sha512: None };
+        let refused = [
+            registry.sync(other(), "127.0.0.1:9").await.unwrap_err(),
+            registry.fetch(other(), "").await.unwrap_err(),
+            registry.delete(key()).await.unwrap_err(),
+        ];
+        for error in refused {
+            let said = if replaced { "it holds disk `another` now" } else { "longhorn-disk.cfg` is missing" };
+            assert!(error.to_string().contains(said), "{error}");
+        }
+        assert!(registry.get(&key()).is_some());
+        assert!(!Disk::new(folder.path()).images_dir().exists());
+        if replaced {
+            std::fs::remove_dir_all(folder.path()).unwrap();
+        }
+        std::fs::rename(&away, folder.path()).unwrap();
+    }
+    registry.delete(key()).await.unwrap();
+    assert!(registry.get(&key()).is_none());
 }
 
 /// Whether this process watches a copy's file, as the kernel tells it.
