@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use api::ErrorKind;
 use api::image::CopyState;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -93,6 +94,22 @@ impl Doubt {
         cancel: &CancellationToken,
         progress: &dyn Fn(u32),
     ) -> Result<FileConfig, AgentError> {
+        let config = self.config.clone();
+        self.judge(files, key, cancel, progress).or_else(|error| {
+            if error.kind() == ErrorKind::Corrupt {
+                forget_time(files, config)?;
+            }
+            Err(error)
+        })
+    }
+
+    fn judge(
+        self,
+        files: &FileSet,
+        key: &ImageKey,
+        cancel: &CancellationToken,
+        progress: &dyn Fn(u32),
+    ) -> Result<FileConfig, AgentError> {
         let file = File::open(&files.file).map_err(AgentError::io("open", &files.file))?;
         let before = file.metadata().map_err(AgentError::io("look at", &files.file))?;
         let manifest = match self.manifest {
@@ -141,6 +158,12 @@ impl Doubt {
         config.write(&files.config)?;
         Ok(config)
     }
+}
+
+/// Records that the file is damaged: without a time it is not taken for unchanged any more, whoever looks at it next, also when
+/// somebody has put its time back.
+pub(super) fn forget_time(files: &FileSet, config: FileConfig) -> Result<(), AgentError> {
+    FileConfig { modification_time: String::new(), ..config }.write(&files.config)
 }
 
 impl Registry {
@@ -254,10 +277,32 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
     use std::time::SystemTime;
 
     use super::super::tests::{key, sealed, touch};
     use super::*;
+
+    #[test]
+    fn a_file_that_was_found_damaged_is_not_taken_for_good_when_its_time_is_put_back() {
+        for has_manifest in [true, false] {
+            let (_folder, files) = sealed();
+            let time = files.file.metadata().unwrap().modified().unwrap();
+            let file = File::options().write(true).open(&files.file).unwrap();
+            file.write_all_at(b"damage", 5).unwrap();
+            touch(&files, SystemTime::UNIX_EPOCH);
+            if !has_manifest {
+                std::fs::remove_file(&files.manifest).unwrap();
+            }
+            let judged = || {
+                let Found::Doubtful(doubt) = look(&files, &key()).unwrap() else { panic!("it is taken for good") };
+                doubt.verify(&files, &key(), &CancellationToken::new(), &|_| ())
+            };
+            assert_eq!(judged().unwrap_err().kind(), ErrorKind::Corrupt);
+            touch(&files, time);
+            assert_eq!(judged().unwrap_err().kind(), ErrorKind::Corrupt, "with a manifest: {has_manifest}");
+        }
+    }
 
     #[test]
     fn a_file_that_changes_while_it_is_read_is_not_ready() {

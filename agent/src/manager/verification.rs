@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use rustix::fs::{Advice, fadvise};
 use tokio_util::sync::CancellationToken;
 
+use super::adopt::forget_time;
 use super::registry::{Copy, Registry};
 use crate::config_file::{FileConfig, modification_time};
 use crate::error::{AgentError, blocking, chain};
@@ -206,8 +207,7 @@ fn read_again(
         return Ok(None);
     }
     if let Some(first) = bad.first() {
-        // Without a time it is not taken for unchanged any more, whoever looks at it next.
-        FileConfig { modification_time: String::new(), ..config }.write(&files.config)?;
+        forget_time(files, config)?;
         return Err(AgentError::Damaged { bad: bad.len() as u64, total: manifest.chunks.len() as u64, first: *first });
     }
     let config = FileConfig { verified_at: began.to_string(), ..config };

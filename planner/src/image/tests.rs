@@ -299,8 +299,8 @@ fn keeps_the_last_ready_copy_although_evicted() {
     check(
         "wanted=1; source; idle; a=ready! b=unknown:silent",
         expect![[r#"
-        nothing
-        FewerCopies: 1 of 2 copies ready, b of node-b unknown; 1 more wanted, but no further disk is eligible: there is no other disk"#]],
+            nothing
+            FewerCopies: 1 of 2 copies ready, b of node-b unknown; 1 more wanted, but no further disk is eligible: there is no other disk; until then the copy on a of node-a stays, although eviction is requested there"#]],
     );
 }
 

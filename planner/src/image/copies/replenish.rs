@@ -30,7 +30,7 @@ pub(super) fn replenish(
     let missing = need - good;
     if o.settings.replenish_limit == 0 {
         let why = "setting concurrent-backing-image-replenish-per-node-limit is 0";
-        return (Some(format!("{missing} more wanted, but {why}")), recheck);
+        return (Some(format!("{missing} more wanted, but {why}{}", staying(o, status, map))), recheck);
     }
     let selectors = selectors(&o.image);
     let bytes = if status.real_size > 0 { status.real_size } else { status.size };
@@ -41,12 +41,21 @@ pub(super) fn replenish(
     }
     if choice.chosen.len() < missing {
         let lacking = missing - choice.chosen.len();
-        return (
-            Some(format!("{lacking} more wanted, but no further disk is eligible: {}", choice.reasons())),
-            recheck,
-        );
+        let why = format!("no further disk is eligible: {}", choice.reasons());
+        return (Some(format!("{lacking} more wanted, but {why}{}", staying(o, status, map))), recheck);
     }
     (None, recheck)
+}
+
+/// Which copies stay for want of others, although they shall leave.
+fn staying(o: &Observed, status: &BackingImageStatus, map: &BTreeMap<String, DiskFileSpec>) -> String {
+    let is_ready = |disk: &str| status.disk_file_status_map.get(disk).is_some_and(|f| f.state == CopyState::Ready);
+    let leaving = map.iter().filter(|(disk, spec)| is_evicting(&o.disks, disk, spec) && is_ready(disk));
+    let names: Vec<String> = leaving.map(|(disk, _)| o.disks.label(disk)).collect();
+    if names.is_empty() {
+        return String::new();
+    }
+    format!("; until then the copy on {} stays, although eviction is requested there", names.join(" and on "))
 }
 
 /// Whether a copy counts as one that there is or will be. A silent disk counts for a while: its copies are most likely intact.
