@@ -3,7 +3,9 @@
 #[path = "../../runtime/tests/authority/mod.rs"]
 mod authority;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,10 +31,18 @@ fn program() -> PathBuf {
     test.parent().unwrap().parent().unwrap().join("examples/replica")
 }
 
+/// An address for the ports of one test's node, as each node has one.
+fn address(folder: &Path) -> IpAddr {
+    let mut hasher = DefaultHasher::new();
+    folder.hash(&mut hasher);
+    let [a, b, c, ..] = hasher.finish().to_le_bytes();
+    [127, a, b, c | 1].into()
+}
+
 fn config(store: &Store, folder: &Path) -> Config {
     Config {
         node: "node-1".parse().unwrap(),
-        ip: [127, 0, 0, 1].into(),
+        ip: address(folder),
         directory: folder.join("instance"),
         program: program(),
         store: store.clone(),
