@@ -14,6 +14,9 @@ use crate::error::AgentError;
 /// The file that says which disk a directory is.
 pub const DISK_CONFIG: &str = "longhorn-disk.cfg";
 
+/// The file of a copy.
+pub(crate) const COPY: &str = "backing";
+
 /// The files beside a copy that say what it is.
 pub(crate) const DESCRIPTIONS: [&str; 2] = ["backing.cfg", "backing.chunks"];
 
@@ -126,7 +129,7 @@ impl Disk {
 
     /// The files of one copy.
     pub fn copy(&self, key: &ImageKey) -> FileSet {
-        let base = self.image_dir(key).join("backing");
+        let base = self.image_dir(key).join(COPY);
         FileSet {
             partial: with_suffix(&base, ".tmp"),
             config: with_suffix(&base, ".cfg"),

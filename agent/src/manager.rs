@@ -40,6 +40,8 @@ pub struct Config {
     pub idle_timeout: Duration,
     /// How often to look whether files were changed from outside.
     pub recheck_interval: Duration,
+    /// Whether the kernel is asked to tell of changes; otherwise only that look finds them.
+    pub watch_files: bool,
     /// How it listens and connects.
     pub security: Security,
 }
@@ -53,6 +55,7 @@ impl Config {
             disk_uuid: None,
             idle_timeout: IDLE_TIMEOUT,
             recheck_interval: RECHECK_INTERVAL,
+            watch_files: true,
             security: Security::default(),
         }
     }
@@ -78,7 +81,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let registry =
         Arc::new(Registry::new(disk, disk_uuid.clone(), config.idle_timeout, config.security.clone(), tasks.clone()));
     registry.adopt_all().await?;
-    registry.clone().spawn_background(config.recheck_interval);
+    registry.clone().spawn_background(config.recheck_interval, config.watch_files);
     tracing::info!(disk = %disk_uuid, address = %config.listen, "manager started");
 
     let service = BackingImageManagerServiceServer::new(service::Service::new(registry.clone()));

@@ -103,12 +103,18 @@ async fn act(
             .await
             .doing("report the manager's status")?;
     }
+    // Entries whose files stay: nothing is forgotten on a disk.
+    let mut kept = BTreeMap::new();
+    let mut undeleted = None;
+    let is_entry =
+        |image: &String, uuid: &String| stored.is_some_and(|m| m.spec.backing_images.get(image) == Some(uuid));
     for action in decision.actions {
         match action {
             Action::Create(manager) => {
                 store.create(manager.as_ref()).await.doing("create the manager")?;
             }
-            Action::SetSpec(spec) => {
+            Action::SetSpec(mut spec) => {
+                spec.backing_images.append(&mut kept);
                 store
                     .modify::<BackingImageManager>(name, |m| m.spec = (*spec).clone())
                     .await
@@ -130,8 +136,20 @@ async fn act(
                 shared.queue.add(Kind::Manager, name);
             }
             Action::DeleteFile { image, uuid } => {
-                shared.agents.delete_file(&ip, &image, &uuid).await?;
-                tracing::info!(image, manager = name, "copy removed");
+                // The status, which no longer tells of this copy, was written before: who wants it again from here on makes it anew.
+                if is_wanted(&image, &uuid, &observed.disk_id, store).await? {
+                    shared.queue.add(Kind::Manager, name);
+                    kept.extend(Some((image, uuid)).filter(|(image, uuid)| is_entry(image, uuid)));
+                    continue;
+                }
+                match shared.agents.delete_file(&ip, &image, &uuid).await {
+                    Ok(()) => tracing::info!(image, manager = name, "copy removed"),
+                    // Other images of this disk need not wait for that.
+                    Err(error) => {
+                        undeleted = undeleted.or(Some(error));
+                        kept.extend(Some((image, uuid)).filter(|(image, uuid)| is_entry(image, uuid)));
+                    }
+                }
             }
             Action::FetchFile { file, from } => {
                 tracing::info!(image = file.image, manager = name, from, "copy fetched");
@@ -166,7 +184,18 @@ async fn act(
             }
         }
     }
-    Ok(decision.recheck_after)
+    undeleted.map_or(Ok(decision.recheck_after), Err)
+}
+
+/// Whether a copy on a disk is wanted, as it is stored now.
+async fn is_wanted(image: &str, uuid: &str, disk: &str, store: &store::Store) -> Result<bool, ReconcileError> {
+    let image: Option<BackingImage> = store.get(image).await.doing("read the image")?;
+    Ok(image.filter(|i| i.metadata.deletion_timestamp.is_none()).is_some_and(|image| {
+        let status = image.status.unwrap_or_default();
+        let has_place =
+            image.spec.disk_file_spec_map.contains_key(disk) || status.disk_file_status_map.contains_key(disk);
+        status.uuid == uuid && has_place
+    }))
 }
 
 fn remember(name: &str, shared: &Shared, change: impl FnOnce(&mut Memory)) {

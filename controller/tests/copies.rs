@@ -177,3 +177,16 @@ async fn what_was_left_on_a_disk_goes_when_it_is_back() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_copy_that_cannot_be_removed_holds_up_no_other_image() {
+    let world = world().await;
+    three_copies(&world).await;
+    world.workloads.script.lock().unwrap().undeletable = "ubuntu".into();
+    world.store.delete::<BackingImage>("ubuntu", &Preconditions::default()).await.unwrap();
+    world.create_image("debian").await;
+    eventually("the other one has three copies", async || world.ready_copies("debian").await == 3).await;
+    assert!(world.store.get::<BackingImage>("ubuntu").await.unwrap().is_some());
+    world.workloads.script.lock().unwrap().undeletable.clear();
+    eventually("it is gone", async || world.store.get::<BackingImage>("ubuntu").await.unwrap().is_none()).await;
+}

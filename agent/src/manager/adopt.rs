@@ -1,8 +1,10 @@
 //! What lies on the disk: taken as it is when it is unchanged, verified when it is not.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use api::ErrorKind;
 use api::image::CopyState;
@@ -95,11 +97,10 @@ impl Doubt {
         progress: &dyn Fn(u32),
     ) -> Result<FileConfig, AgentError> {
         let config = self.config.clone();
-        self.judge(files, key, cancel, progress).or_else(|error| {
+        self.judge(files, key, cancel, progress).inspect_err(|error| {
             if error.kind() == ErrorKind::Corrupt {
-                forget_time(files, config)?;
+                forget_time(files, config);
             }
-            Err(error)
         })
     }
 
@@ -148,7 +149,7 @@ impl Doubt {
             ..describe(&file, &files.file, &manifest, &self.config.expected_checksum)?
         };
         let after = file.metadata().map_err(AgentError::io("look at", &files.file))?;
-        if crate::config_file::modification_time(&before) != crate::config_file::modification_time(&after) {
+        if changed_at(&before) != changed_at(&after) {
             return Err(AgentError::NotReady { message: "the file was changed while it was verified".into() });
         }
         if !files.manifest.exists() {
@@ -161,9 +162,17 @@ impl Doubt {
 }
 
 /// Records that the file is damaged: without a time it is not taken for unchanged any more, whoever looks at it next, also when
-/// somebody has put its time back.
-pub(super) fn forget_time(files: &FileSet, config: FileConfig) -> Result<(), AgentError> {
-    FileConfig { modification_time: String::new(), ..config }.write(&files.config)
+/// somebody has put its time back. Where that cannot be written, on a full disk, the file's own time says so.
+pub(super) fn forget_time(files: &FileSet, config: FileConfig) {
+    let Err(error) = (FileConfig { modification_time: String::new(), ..config }).write(&files.config) else { return };
+    let touched = File::open(&files.file).and_then(|file| file.set_modified(SystemTime::UNIX_EPOCH));
+    let touched = touched.err().map(|error| error.to_string());
+    tracing::error!(error = error.chain(), touched, "that a copy is damaged cannot be recorded");
+}
+
+/// When a file's content or description was changed last, as the kernel keeps it: nobody can put that back.
+pub(super) fn changed_at(metadata: &Metadata) -> (i64, i64) {
+    (metadata.ctime(), metadata.ctime_nsec())
 }
 
 impl Registry {
@@ -260,6 +269,8 @@ impl Registry {
         .await;
         match same {
             Ok(Some(true)) => {}
+            // Of an empty mount point nothing is to be learned; its node says that the disk is away.
+            _ if self.on_disk().await.is_err() => {}
             Ok(Some(false)) => {
                 tracing::warn!(image = %key, "copy was changed from outside");
                 if let Err(error) = self.adopt(key).await {
@@ -278,7 +289,6 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
-    use std::time::SystemTime;
 
     use super::super::tests::{key, sealed, touch};
     use super::*;

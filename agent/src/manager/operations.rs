@@ -65,7 +65,7 @@ impl Wanted {
 
 impl Registry {
     /// Makes sure that the disk still is where it was: below an empty mount point nothing must be written, and nothing is gone.
-    async fn on_disk(&self) -> Result<(), AgentError> {
+    pub(super) async fn on_disk(&self) -> Result<(), AgentError> {
         let (disk, wanted) = (self.disk.clone(), self.disk_uuid.clone());
         blocking(move || match disk.read_uuid()? {
             found if found == wanted => Ok(()),

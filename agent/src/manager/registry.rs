@@ -305,9 +305,11 @@ impl Registry {
     }
 
     /// Tells of progress, and looks after the files.
-    pub fn spawn_background(self: Arc<Self>, recheck_interval: Duration) {
+    pub fn spawn_background(self: Arc<Self>, recheck_interval: Duration, watch_files: bool) {
         let (ticker, checker) = (self.clone(), self.clone());
-        self.tracker.spawn(super::watcher::run(self.clone()));
+        if watch_files {
+            self.tracker.spawn(super::watcher::run(self.clone()));
+        }
         self.tracker.spawn(async move {
             let work = async {
                 loop {

@@ -260,7 +260,7 @@ async fn only_ready_copies_are_sent_and_transfers_are_counted() {
 #[tokio::test]
 async fn everything_that_changes_is_told() {
     let (_folder, _files, registry) = ready().await;
-    registry.clone().spawn_background(DEADLINE);
+    registry.clone().spawn_background(DEADLINE, true);
     let mut watch = registry.watch();
     type Change = fn(&Registry);
     let changes: [(&str, Change); 4] = [
@@ -276,6 +276,27 @@ async fn everything_that_changes_is_told() {
     }
     registry.tasks.cancel();
     timeout(DEADLINE, registry.close(2 * DEADLINE)).await.expect("the background work ended");
+}
+
+/// What is damaged must not become good because that could not be written down.
+#[tokio::test]
+async fn damage_that_cannot_be_recorded_is_damage_all_the_same() {
+    let (_folder, files, registry) = ready().await;
+    {
+        use std::os::unix::fs::FileExt;
+        let time = files.file.metadata().unwrap().modified().unwrap();
+        File::options().write(true).open(&files.file).unwrap().write_all_at(b"damage", 5).unwrap();
+        touch(&files, time);
+    }
+    // Nobody can write the config: its temporary file is a directory.
+    let blocked = files.config.with_file_name("backing.cfg.writing");
+    std::fs::create_dir(&blocked).unwrap();
+    registry.verify(key(), FAST).await.unwrap();
+    until("it is found", || state(&registry) == CopyState::Failed).await;
+    assert_eq!(registry.get(&key()).unwrap().kind, Some(api::ErrorKind::Corrupt));
+    registry.adopt_all().await.unwrap();
+    assert_ne!(state(&registry), CopyState::Ready, "it is not taken for good by the next process");
+    until("it is found again", || state(&registry) == CopyState::Failed).await;
 }
 
 /// The directory of a disk that is away is that of another filesystem.
@@ -300,7 +321,8 @@ async fn nothing_is_written_or_said_to_be_gone_where_the_disk_is_not() {
             let said = if replaced { "it holds disk `another` now" } else { "longhorn-disk.cfg` is missing" };
             assert!(error.to_string().contains(said), "{error}");
         }
-        assert!(registry.get(&key()).is_some());
+        registry.recheck(&key()).await;
+        assert_eq!(state(&registry), CopyState::Ready, "its node tells that the disk is away");
         assert!(!Disk::new(folder.path()).images_dir().exists());
         if replaced {
             std::fs::remove_dir_all(folder.path()).unwrap();
@@ -335,7 +357,15 @@ async fn what_is_done_to_a_ready_copy_from_outside_is_noticed_at_once() {
         file.sync_all().unwrap();
         touch(files, time);
     }
-    let deeds: [(&str, Deed, &str); 7] = [
+    /// Puts another file in its place, as a restored backup would be.
+    fn swap(files: &FileSet) {
+        let before = files.file.metadata().unwrap();
+        let other = parent(files).join("restored");
+        std::fs::write(&other, vec![9; before.len() as usize]).unwrap();
+        File::open(&other).unwrap().set_modified(before.modified().unwrap()).unwrap();
+        std::fs::rename(&other, &files.file).unwrap();
+    }
+    let deeds: [(&str, Deed, &str); 8] = [
         ("removed", |files| std::fs::remove_file(&files.file).unwrap(), "the file is gone"),
         ("moved away", |files| std::fs::rename(&files.file, &files.partial).unwrap(), "the file is gone"),
         ("its directory removed", |files| std::fs::remove_dir_all(parent(files)).unwrap(), "the file is gone"),
@@ -353,13 +383,14 @@ async fn what_is_done_to_a_ready_copy_from_outside_is_noticed_at_once() {
             "the file is gone",
         ),
         ("written to", flip, "1 of 3 chunks"),
+        ("replaced by another of the same length and time", swap, "3 of 3 chunks"),
         ("cut", |files| File::options().write(true).open(&files.file).unwrap().set_len(5).unwrap(), "3 of 3 chunks"),
     ];
     for (what, deed, said) in deeds {
         let (_folder, files, registry) = ready().await;
         let _end = registry.tasks.clone().drop_guard();
         // The periodic look does not help.
-        registry.clone().spawn_background(2 * DEADLINE);
+        registry.clone().spawn_background(2 * DEADLINE, true);
         let is_watched = || is_watched(&files);
         until("it is watched", is_watched).await;
         // Also where a program has it open.
@@ -376,7 +407,7 @@ async fn what_is_done_to_a_ready_copy_from_outside_is_noticed_at_once() {
 async fn what_describes_a_ready_copy_is_made_again_when_it_is_lost() {
     let (_folder, files, registry) = ready().await;
     let _end = registry.tasks.clone().drop_guard();
-    registry.clone().spawn_background(2 * DEADLINE);
+    registry.clone().spawn_background(2 * DEADLINE, true);
     let is_ready = || state(&registry) == CopyState::Ready && is_watched(&files);
     type Deed = fn(&FileSet);
     let deeds: [(&str, Deed); 4] = [
@@ -404,7 +435,7 @@ async fn what_describes_a_ready_copy_is_made_again_when_it_is_lost() {
 async fn a_copy_that_is_ready_again_is_watched_again() {
     let (_folder, files, registry) = ready().await;
     let _end = registry.tasks.clone().drop_guard();
-    registry.clone().spawn_background(2 * DEADLINE);
+    registry.clone().spawn_background(2 * DEADLINE, true);
     for time in [SystemTime::UNIX_EPOCH, SystemTime::now()] {
         let before = registry.get(&key()).unwrap();
         touch(&files, time);

@@ -15,9 +15,9 @@ use jiff::Timestamp;
 use rustix::fs::{Advice, fadvise};
 use tokio_util::sync::CancellationToken;
 
-use super::adopt::forget_time;
+use super::adopt::{changed_at, forget_time};
 use super::registry::{Copy, Registry};
-use crate::config_file::{FileConfig, modification_time};
+use crate::config_file::FileConfig;
 use crate::error::{AgentError, blocking, chain};
 use crate::layout::{FileSet, ImageKey};
 use crate::limits::{CHUNK_BYTES, MAX_REPAIRED_CHUNKS};
@@ -27,6 +27,9 @@ use crate::seal::describe;
 use crate::sparse;
 use crate::sync::{Pull, Step};
 use crate::verify::read_chunk;
+
+/// A copy that is changed while it is read is read again, so often at the most.
+const READINGS: u32 = 5;
 
 /// A slow reading looks this often whether it shall end.
 const PAUSE_STEP: Duration = Duration::from_millis(50);
@@ -101,24 +104,32 @@ impl Registry {
         Ok(copy)
     }
 
-    async fn verify_now(&self, key: &ImageKey, wish: Verification, cancel: &CancellationToken) {
-        let began = wish.requested_at.into_iter().chain([Timestamp::now()]).max().unwrap_or_default();
-        let (files, stop, own) = (self.disk.copy(key), cancel.clone(), key.clone());
-        let verdict = blocking(move || read_again(&files, &own, began, &stop, &|| wish.pause(&stop))).await;
-        match verdict {
-            Ok(Some(config)) => {
-                tracing::info!(image = %key, "copy verified");
-                self.change(key, |copy| {
-                    copy.verified_at = config.verified_at;
-                    copy.damage = config.damage;
-                });
-            }
-            // The periodic look at the files finds that.
-            Ok(None) => tracing::warn!(image = %key, "copy was changed while it was verified"),
-            Err(AgentError::Cancelled) => {}
-            Err(error) => {
-                tracing::error!(image = %key, error = error.chain(), "copy is damaged");
-                self.change(key, |copy| copy.fail(&error));
+    async fn verify_now(self: &Arc<Self>, key: &ImageKey, wish: Verification, cancel: &CancellationToken) {
+        for _ in 0..READINGS {
+            let began = wish.requested_at.into_iter().chain([Timestamp::now()]).max().unwrap_or_default();
+            let (files, stop, own) = (self.disk.copy(key), cancel.clone(), key.clone());
+            let verdict = blocking(move || read_again(&files, &own, began, &stop, &|| wish.pause(&stop))).await;
+            match verdict {
+                Ok(Some(config)) => {
+                    tracing::info!(image = %key, "copy verified");
+                    return self.change(key, |copy| {
+                        copy.verified_at = config.verified_at;
+                        copy.damage = config.damage;
+                    });
+                }
+                Ok(None) => {
+                    tracing::warn!(image = %key, "copy was changed while it was verified");
+                    // Another time is judged there. Where it was put back, what was read tells nothing: once more.
+                    self.recheck(key).await;
+                    if self.get(key).is_none_or(|copy| copy.state != CopyState::Ready) {
+                        return;
+                    }
+                }
+                Err(AgentError::Cancelled) => return,
+                Err(error) => {
+                    tracing::error!(image = %key, error = error.chain(), "copy is damaged");
+                    return self.change(key, |copy| copy.fail(&error));
+                }
             }
         }
     }
@@ -203,11 +214,11 @@ fn read_again(
     let bad = bad_chunks(&file, &files.file, &manifest, cancel, pause)?;
     let after = file.metadata().map_err(AgentError::io("look at", &files.file))?;
     let Some(config) = FileConfig::read(&files.config).filter(|config| config.matches(&after)) else { return Ok(None) };
-    if modification_time(&metadata) != modification_time(&after) {
+    if changed_at(&metadata) != changed_at(&after) {
         return Ok(None);
     }
     if let Some(first) = bad.first() {
-        forget_time(files, config)?;
+        forget_time(files, config);
         return Err(AgentError::Damaged { bad: bad.len() as u64, total: manifest.chunks.len() as u64, first: *first });
     }
     let config = FileConfig { verified_at: began.to_string(), ..config };

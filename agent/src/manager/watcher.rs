@@ -15,14 +15,17 @@ use inotify::{Event, EventMask, EventStream, Inotify, WatchDescriptor, WatchMask
 use super::registry::Registry;
 use super::verification::Verification;
 use crate::error::{AgentError, blocking};
-use crate::layout::{DESCRIPTIONS, Disk, ImageKey};
+use crate::layout::{COPY, DESCRIPTIONS, Disk, ImageKey};
 
 /// Unlinking a file that is still open changes its count of links: `ATTRIB`.
 const FILE: WatchMask =
     WatchMask::MODIFY.union(WatchMask::ATTRIB).union(WatchMask::MOVE_SELF).union(WatchMask::DELETE_SELF);
 const DIRECTORY: WatchMask = WatchMask::MOVE_SELF.union(WatchMask::DELETE_SELF).union(WatchMask::ONLYDIR);
 /// What describes a copy lies beside it. Our own writing ends with a rename to its name, which is not among these.
-const DESCRIBED: WatchMask = DIRECTORY.union(WatchMask::DELETE).union(WatchMask::MOVED_FROM).union(WatchMask::MODIFY);
+const DESCRIBED: WatchMask =
+    DIRECTORY.union(WatchMask::DELETE).union(WatchMask::MOVED_FROM).union(WatchMask::MOVED_TO).union(WatchMask::MODIFY);
+/// Another file may be in its place, perhaps of the same length and time.
+const REPLACED: EventMask = EventMask::DELETE_SELF.union(EventMask::MOVE_SELF).union(EventMask::IGNORED);
 
 /// Bytes for events. One has 16 and a name of 255 at most.
 const BUFFER: usize = 4096;
@@ -34,6 +37,8 @@ struct Seen {
     is_written: bool,
     /// What describes it was touched.
     is_undescribed: bool,
+    /// Its watches are those of something else now.
+    is_replaced: bool,
 }
 
 /// Watches until the registry's tasks end. Says so when it cannot.
@@ -71,7 +76,10 @@ impl Watcher {
                     registry.adopt_again(&key).await;
                 }
                 registry.recheck(&key).await;
-                if seen.is_written {
+                if seen.is_replaced {
+                    self.leave(std::slice::from_ref(&key));
+                }
+                if seen.is_written || seen.is_replaced {
                     // Perhaps with the time that it had before. Refused unless the copy is still ready.
                     let _ = registry.verify(key, Verification::FAST).await;
                 }
@@ -84,14 +92,7 @@ impl Watcher {
         let ready = registry.ready();
         let is_ready = |key: &ImageKey| ready.binary_search(key).is_ok();
         let left: Vec<ImageKey> = self.by_copy.keys().filter(|key| !is_ready(key)).cloned().collect();
-        let left: Vec<WatchDescriptor> = left.iter().filter_map(|key| self.by_copy.remove(key)).flatten().collect();
-        for watch in left {
-            // All copies have the one of the directory that they lie in.
-            if !self.by_copy.values().flatten().any(|other| *other == watch) {
-                // The kernel has removed it by itself where the file is gone.
-                let _ = self.events.watches().remove(watch);
-            }
-        }
+        self.leave(&left);
         let new: Vec<ImageKey> = ready.into_iter().filter(|key| !self.by_copy.contains_key(key)).collect();
         if new.is_empty() {
             return new;
@@ -109,6 +110,17 @@ impl Watcher {
         new
     }
 
+    fn leave(&mut self, copies: &[ImageKey]) {
+        let left: Vec<WatchDescriptor> = copies.iter().filter_map(|key| self.by_copy.remove(key)).flatten().collect();
+        for watch in left {
+            // All copies have the one of the directory that they lie in.
+            if !self.by_copy.values().flatten().any(|other| *other == watch) {
+                // The kernel has removed it by itself where the file is gone.
+                let _ = self.events.watches().remove(watch);
+            }
+        }
+    }
+
     /// The copies to which something happened: an event, and what else is there already.
     fn noticed(&mut self, event: Event<OsString>) -> BTreeMap<ImageKey, Seen> {
         let mut noticed: BTreeMap<ImageKey, Seen> = BTreeMap::new();
@@ -116,12 +128,19 @@ impl Watcher {
         while let Some(event) = next {
             // When the kernel has lost some, each copy may be meant.
             let is_lost = event.mask.contains(EventMask::Q_OVERFLOW);
+            let is_own = event.mask.contains(EventMask::MOVED_TO);
             let is_written = event.name.is_none() && event.mask.contains(EventMask::MODIFY);
-            let is_undescribed = event.name.as_ref().is_some_and(|name| DESCRIPTIONS.iter().any(|known| name == known));
+            let is_undescribed =
+                !is_own && event.name.as_ref().is_some_and(|name| DESCRIPTIONS.iter().any(|known| name == known));
+            let is_replaced = match &event.name {
+                None => event.mask.intersects(REPLACED),
+                Some(name) => is_own && name == COPY,
+            };
             for (key, _) in self.by_copy.iter().filter(|(_, watches)| is_lost || watches.contains(&event.wd)) {
                 let seen = noticed.entry(key.clone()).or_default();
                 seen.is_written |= is_lost || is_written;
                 seen.is_undescribed |= is_lost || is_undescribed;
+                seen.is_replaced |= is_replaced;
             }
             next = self.events.next().now_or_never().flatten().and_then(Result::ok);
         }

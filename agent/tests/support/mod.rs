@@ -422,6 +422,8 @@ impl RunningManager {
         let mut config = manager::Config::new(address, disk.path());
         config.idle_timeout = idle_timeout;
         config.recheck_interval = Duration::from_millis(100);
+        // Damage that a test does is that of a disk, which nobody tells of.
+        config.watch_files = false;
         runtime.spawn(async move {
             if let Err(error) = manager::run(config, CancellationToken::new()).await {
                 panic!("manager: {}", error.chain());

@@ -28,6 +28,8 @@ pub struct Script {
     pub source_failures: Vec<(ErrorKind, String)>,
     /// Failures of syncs to come.
     pub sync_failures: Vec<String>,
+    /// The image whose copies cannot be removed.
+    pub undeletable: String,
     /// How often each kind of request came.
     pub counts: BTreeMap<String, u32>,
 }
@@ -225,6 +227,9 @@ impl BackingImageManagerService for FakeAgent {
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<()>, Status> {
         self.count("delete");
         let name = request.into_inner().name;
+        if self.script.lock().unwrap().undeletable == name {
+            return Err(Status::internal("cannot remove its directory: Operation not permitted"));
+        }
         self.disk.lock().unwrap().remove(&name);
         self.known.lock().unwrap().remove(&name);
         let _ = self.news.send(());
