@@ -10,8 +10,9 @@ use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, Response};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
-use store::ResourceType;
+use store::{ResourceType, Scoped};
 
 use crate::failure::{Failure, failed, is_of_kind};
 
@@ -193,6 +194,34 @@ impl Client {
                 _ => Event::Relist,
             })
             .boxed())
+    }
+
+    /// Looks at one object, as it is and after each change, until `look` has an answer; fails with `gone` when it is deleted.
+    pub async fn follow<T, A>(
+        &self,
+        namespace: &str,
+        name: &str,
+        gone: &str,
+        mut look: impl FnMut(T) -> anyhow::Result<Option<A>>,
+    ) -> anyhow::Result<A>
+    where
+        T: kube::Resource<DynamicType = ()> + DeserializeOwned,
+        T::Scope: Scoped,
+    {
+        let resource = ResourceType::of::<T>();
+        loop {
+            let mut events = self.watch(&resource, Some(namespace), Some(name)).await?;
+            while let Some(event) = events.next().await {
+                let object = match event? {
+                    Event::Applied(object) => serde_json::from_value(object)?,
+                    Event::Deleted(_) => return failed(ErrorKind::NotFound, gone.to_owned()),
+                    Event::Relist => break,
+                };
+                if let Some(answer) = look(object)? {
+                    return Ok(answer);
+                }
+            }
+        }
     }
 
     /// Calls an operation of the standalone mode; it answers with JSON lines.

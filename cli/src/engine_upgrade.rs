@@ -6,13 +6,12 @@ use api::names::condition::{READY, UPGRADED};
 use api::names::engine_name;
 use api::volume::VolumeState;
 use api::{Engine, ErrorKind, Volume, condition};
-use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolume;
 use serde_json::Value;
 use store::ResourceType;
 
-use crate::client::{Client, Event};
+use crate::client::Client;
 use crate::failure::{failed, is_of_kind};
 use crate::volume;
 
@@ -82,30 +81,21 @@ async fn answer(
     request: &str,
     last: &mut Option<Engine>,
 ) -> anyhow::Result<String> {
-    let resource = ResourceType::of::<Engine>();
-    loop {
-        let mut events = client.watch(&resource, Some(namespace), Some(&engine_name(volume))).await?;
-        while let Some(event) = events.next().await {
-            let engine: Engine = match event? {
-                Event::Applied(object) => serde_json::from_value(object)?,
-                Event::Deleted(_) => {
-                    return failed(ErrorKind::NotFound, format!("volume `{volume}` was deleted meanwhile"));
-                }
-                Event::Relist => break,
-            };
-            let status = engine.status.clone().unwrap_or_default();
-            let node = engine.spec.node_id.clone();
-            *last = Some(engine);
-            if status.upgrade_requested_at != request {
-                continue;
-            }
-            let Some(upgraded) = condition::find(&status.conditions, UPGRADED) else { continue };
-            let sentence = format!("engine of volume `{volume}` on {node}: {}", upgraded.message);
-            return match upgraded.reason.as_str() {
-                _ if upgraded.is_true() => Ok(sentence),
-                "Failed" => failed(ErrorKind::Unavailable, sentence),
-                _ => failed(ErrorKind::NotReady, format!("not upgraded, the {sentence}")),
-            };
+    let gone = format!("volume `{volume}` was deleted meanwhile");
+    let look = |engine: Engine| {
+        let status = engine.status.clone().unwrap_or_default();
+        let node = engine.spec.node_id.clone();
+        *last = Some(engine);
+        if status.upgrade_requested_at != request {
+            return Ok(None);
         }
-    }
+        let Some(upgraded) = condition::find(&status.conditions, UPGRADED) else { return Ok(None) };
+        let sentence = format!("engine of volume `{volume}` on {node}: {}", upgraded.message);
+        match upgraded.reason.as_str() {
+            _ if upgraded.is_true() => Ok(Some(sentence)),
+            "Failed" => failed(ErrorKind::Unavailable, sentence),
+            _ => failed(ErrorKind::NotReady, format!("not upgraded, the {sentence}")),
+        }
+    };
+    client.follow(namespace, &engine_name(volume), &gone, look).await
 }

@@ -4,12 +4,11 @@ use std::time::Duration;
 
 use api::validation::claim::{capacity, requested};
 use api::{ErrorKind, Volume, quantity};
-use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use store::ResourceType;
 
-use crate::client::{Client, Event};
+use crate::client::Client;
 use crate::failure::{failed, is_of_kind};
 use crate::orchestrator::expansion::{self, RESIZING};
 use crate::orchestrator::is_transient;
@@ -98,37 +97,29 @@ async fn answer(
     asked_at: i64,
     last: &mut Option<String>,
 ) -> anyhow::Result<String> {
-    let resource = ResourceType::of::<PersistentVolumeClaim>();
-    loop {
-        let mut events = client.watch(&resource, Some(namespace), Some(name)).await?;
-        while let Some(event) = events.next().await {
-            let claim: PersistentVolumeClaim = match event? {
-                Event::Applied(object) => serde_json::from_value(object)?,
-                Event::Deleted(_) => {
-                    return failed(ErrorKind::NotFound, format!("claim `{name}` was deleted meanwhile"));
-                }
-                Event::Relist => break,
-            };
-            if capacity(&claim) >= requested(&claim) {
-                return Ok(format!("claim `{name}` has {size}"));
-            }
-            if expansion::is_done(&claim) {
-                let used = "its filesystem grows when it is mounted the next time";
-                return Ok(format!("claim `{name}` is expanded to {size}; {used}"));
-            }
-            let conditions = claim.status.and_then(|s| s.conditions).unwrap_or_default();
-            // What was said before was about another wish.
-            let is_new = |at: i64| at >= asked_at;
-            let said = conditions.into_iter().find(|c| {
-                c.type_ == RESIZING && c.last_probe_time.as_ref().is_some_and(|time| is_new(time.0.as_second()))
-            });
-            let Some(said) = said else { continue };
-            let kind = said.reason.as_deref().and_then(ErrorKind::from_name).unwrap_or(ErrorKind::Internal);
-            let message = said.message.unwrap_or_default();
-            if !is_transient(kind) || kind == ErrorKind::Exhausted {
-                return failed(kind, format!("claim `{name}` asks for {size} and waits: {message}; the wish stays"));
-            }
-            *last = Some(message);
+    let gone = format!("claim `{name}` was deleted meanwhile");
+    let look = |claim: PersistentVolumeClaim| {
+        if capacity(&claim) >= requested(&claim) {
+            return Ok(Some(format!("claim `{name}` has {size}")));
         }
-    }
+        if expansion::is_done(&claim) {
+            let used = "its filesystem grows when it is mounted the next time";
+            return Ok(Some(format!("claim `{name}` is expanded to {size}; {used}")));
+        }
+        let conditions = claim.status.and_then(|s| s.conditions).unwrap_or_default();
+        // What was said before was about another wish.
+        let is_new = |at: i64| at >= asked_at;
+        let said = conditions
+            .into_iter()
+            .find(|c| c.type_ == RESIZING && c.last_probe_time.as_ref().is_some_and(|time| is_new(time.0.as_second())));
+        let Some(said) = said else { return Ok(None) };
+        let kind = said.reason.as_deref().and_then(ErrorKind::from_name).unwrap_or(ErrorKind::Internal);
+        let message = said.message.unwrap_or_default();
+        if !is_transient(kind) || kind == ErrorKind::Exhausted {
+            return failed(kind, format!("claim `{name}` asks for {size} and waits: {message}; the wish stays"));
+        }
+        *last = Some(message);
+        Ok(None)
+    };
+    client.follow(namespace, name, &gone, look).await
 }

@@ -137,18 +137,19 @@ async fn act(
             }
             Action::DeleteFile { image, uuid } => {
                 // The status, which no longer tells of this copy, was written before: who wants it again from here on makes it anew.
-                if is_wanted(&image, &uuid, &observed.disk_id, store).await? {
+                let removed = if is_wanted(&image, &uuid, &observed.disk_id, store).await? {
                     shared.queue.add(Kind::Manager, name);
-                    kept.extend(Some((image, uuid)).filter(|(image, uuid)| is_entry(image, uuid)));
-                    continue;
-                }
-                match shared.agents.delete_file(&ip, &image, &uuid).await {
-                    Ok(()) => tracing::info!(image, manager = name, "copy removed"),
+                    false
+                } else if let Err(error) = shared.agents.delete_file(&ip, &image, &uuid).await {
                     // Other images of this disk need not wait for that.
-                    Err(error) => {
-                        undeleted = undeleted.or(Some(error));
-                        kept.extend(Some((image, uuid)).filter(|(image, uuid)| is_entry(image, uuid)));
-                    }
+                    undeleted = undeleted.or(Some(error));
+                    false
+                } else {
+                    tracing::info!(image, manager = name, "copy removed");
+                    true
+                };
+                if !removed && is_entry(&image, &uuid) {
+                    kept.insert(image, uuid);
                 }
             }
             Action::FetchFile { file, from } => {

@@ -12,7 +12,6 @@ use planner::retry::since;
 use planner::setting::Settings;
 
 use crate::files::{File, Key};
-use crate::gaps;
 use crate::world::World;
 
 type Copies = BTreeMap<String, DiskFileSpec>;
@@ -122,16 +121,14 @@ impl World {
                 is_evicting(o, disk) || is_due || !ready,
                 "the copy of {name} on {disk} is cleaned up before its time: unused since {unused:?}"
             );
-            let floor = if is_evicting(o, disk) && !gaps::EVICTION_KEEPS_THE_MINIMUM { 1 } else { needed(o) };
+            let floor = needed(o);
             assert!(
                 left >= if ready { floor } else { 1 },
                 "{left} ready copies of {name} are left when that on {disk} goes, at least {floor} must be"
             );
         }
         self.judge_additions(name, o, d, &after);
-        if gaps::MAP_EDITS_ARE_GUARDED {
-            self.judge_letting_go(name, o, d, &after);
-        }
+        self.judge_letting_go(name, o, d, &after);
         let had = before.keys().any(|disk| state(disk) == CopyState::Ready);
         assert!(!loses_ready || had && left > 0, "invariant 2: the last ready copy of {name} is removed");
     }

@@ -12,9 +12,9 @@ use planner::retry::after;
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use crate::any;
 use crate::files::{Disk, Key, node_of_path};
 use crate::world::{GIB, IMAGES, VOLUMES, World, mark};
-use crate::{any, gaps};
 
 /// Disks that are added to those that nodes begin with.
 const SPARE_DISKS: usize = 3;
@@ -226,11 +226,11 @@ impl World {
         let disks: Vec<String> = image.spec.disk_file_spec_map.keys().cloned().collect();
         let Some(disk) = any(&disks, random) else { return };
         let what = match random.random_range(0..4) {
-            0 if gaps::MAP_EDITS_ARE_GUARDED => {
+            0 => {
                 image.spec.disk_file_spec_map.clear();
                 "maps emptied"
             }
-            1 if gaps::MAP_EDITS_ARE_GUARDED => {
+            1 => {
                 image.spec.disk_file_spec_map.remove(disk);
                 "keys taken out of a map"
             }

@@ -193,9 +193,7 @@ impl World {
         {
             return problem(&format!("and that on {disk} is not ready"));
         }
-        if let Some(disk) =
-            map.keys().find(|d| gaps::ENTRIES_OF_GONE_DISKS_GO && staying > 0 && disks.is_gone(d) && !is_used(d))
-        {
+        if let Some(disk) = map.keys().find(|d| staying > 0 && disks.is_gone(d) && !is_used(d)) {
             return problem(&format!("and still one on {disk}, which is gone"));
         }
         if let Some(disk) = ready.iter().find(|d| staying > need && !is_used(d) && !is_evicting(d)) {

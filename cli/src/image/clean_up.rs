@@ -10,7 +10,6 @@ use api::image::BackingImageStatus;
 use api::names::condition::CLEANED_UP;
 use api::{BackingImage, BackingImageDataSource, ErrorKind, Node, Replica, Setting, condition};
 use clap::Args;
-use futures::StreamExt;
 use jiff::Timestamp;
 use planner::image::guard::{Scene, refusal};
 use planner::image::leaving;
@@ -19,7 +18,7 @@ use store::ResourceType;
 use tokio::time::timeout;
 
 use super::{Disks, typed};
-use crate::client::{Client, Event};
+use crate::client::Client;
 use crate::failure::failed;
 use crate::{duration, table};
 
@@ -58,24 +57,13 @@ pub async fn run(client: &Client, command: CleanUp, namespace: &str) -> anyhow::
         Ok(())
     };
     client.modify(&resource, Some(namespace), &name, take_out).await?;
-    let given_up = async {
-        loop {
-            let mut events = client.watch(&resource, Some(namespace), Some(&name)).await?;
-            while let Some(event) = events.next().await {
-                let image: BackingImage = match event? {
-                    Event::Applied(object) => serde_json::from_value(object)?,
-                    Event::Deleted(_) => return failed(ErrorKind::NotFound, format!("image `{name}` was deleted")),
-                    Event::Relist => break,
-                };
-                if chosen.iter().all(|disk| !status(&image).disk_file_status_map.contains_key(disk)) {
-                    return Ok(());
-                }
-                if let Some(told) = put_back(&image, &chosen) {
-                    return failed(ErrorKind::NotReady, told);
-                }
-            }
+    let gone = format!("image `{name}` was deleted");
+    let given_up = client.follow(namespace, &name, &gone, |image: BackingImage| {
+        if chosen.iter().all(|disk| !status(&image).disk_file_status_map.contains_key(disk)) {
+            return Ok(Some(()));
         }
-    };
+        put_back(&image, &chosen).map_or(Ok(None), |told| failed(ErrorKind::NotReady, told))
+    });
     match timeout(patience, given_up).await {
         Ok(ended) => ended?,
         Err(_) => {

@@ -54,6 +54,15 @@ pub async fn of_volume(context: &Context, volume_id: &str) -> Result<Device, Csi
     }
 }
 
+/// The device of a volume that its caller says is at a path.
+pub async fn at_path(context: &Context, volume_id: &str, path: &Path) -> Result<Device, CsiError> {
+    find_volume(context, volume_id).await?;
+    if !path.is_absolute() || !path.exists() {
+        return Err(CsiError::NotThere { volume_id: volume_id.to_owned(), path: path.to_owned() });
+    }
+    of_volume(context, volume_id).await
+}
+
 /// Why a device is not that of an engine. What its status says was true once: after a loss of power the same `/dev/loopN` may be
 /// anybody's, and must be neither formatted nor mounted.
 fn problem(device: &Path, engine_name: &str) -> Option<String> {

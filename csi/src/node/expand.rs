@@ -25,13 +25,9 @@ pub async fn expand(
     }
     let bounds = Bounds::of(capacity_range.as_ref())?;
     let _flight = context.in_flight.take(&volume_id)?;
-    device::find_volume(context, &volume_id).await?;
     let path = Path::new(&volume_path);
+    let device = device::at_path(context, &volume_id, path).await?;
     let not_there = || CsiError::NotThere { volume_id: volume_id.clone(), path: path.to_owned() };
-    if !path.is_absolute() || !path.exists() {
-        return Err(not_there());
-    }
-    let device = device::of_volume(context, &volume_id).await?;
     let size = mounts::device_size(&device.path).await?;
     let refuse = |reason: String| Err(CsiError::NotUsable { volume_id: volume_id.clone(), reason });
     if let Some(required) = bounds.required.filter(|required| *required > size) {

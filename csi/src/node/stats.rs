@@ -21,13 +21,9 @@ pub async fn get_stats(
             return Err(CsiError::Missing { field });
         }
     }
-    device::find_volume(context, &volume_id).await?;
     let path = Path::new(&volume_path);
+    let device = device::at_path(context, &volume_id, path).await?;
     let not_there = || CsiError::NotThere { volume_id: volume_id.clone(), path: path.to_owned() };
-    if !path.is_absolute() || !path.exists() {
-        return Err(not_there());
-    }
-    let device = device::of_volume(context, &volume_id).await?;
     let usage = if device::is_at(&device, path) {
         vec![csi::VolumeUsage {
             total: bytes(mounts::device_size(&device.path).await?),
