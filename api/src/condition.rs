@@ -70,12 +70,14 @@ impl Condition {
     }
 }
 
-/// Puts a condition into a list: replaces the one of its type, keeps the transition time when the status is unchanged.
+/// Puts a condition into a list: replaces the one of its type, keeps the transition time when the status is unchanged. A transition that is
+/// yet to come was written before the clock was set back; it counts as one of now.
 pub fn set(conditions: &mut Vec<Condition>, mut condition: Condition, now: Timestamp) {
     condition.last_transition_time = now.to_string();
     match conditions.iter_mut().find(|c| c.r#type == condition.r#type) {
         Some(old) => {
-            if old.status == condition.status && !old.last_transition_time.is_empty() {
+            let is_past = old.last_transition_time.parse::<Timestamp>().is_ok_and(|at| at <= now);
+            if old.status == condition.status && is_past {
                 condition.last_transition_time = old.last_transition_time.clone();
             }
             *old = condition;
@@ -103,5 +105,7 @@ mod tests {
         assert_eq!((list[0].reason.as_str(), list[0].last_transition_time.as_str()), ("B", "2026-01-01T00:00:00Z"));
         set(&mut list, Condition::new("Ready", ConditionStatus::True, "C", "c"), late);
         assert_eq!((list.len(), list[0].last_transition_time.as_str()), (1, "2026-01-01T00:01:00Z"));
+        set(&mut list, Condition::new("Ready", ConditionStatus::True, "C", "c"), early);
+        assert_eq!(list[0].last_transition_time, "2026-01-01T00:00:00Z", "the clock was set back");
     }
 }

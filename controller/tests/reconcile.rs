@@ -231,8 +231,9 @@ async fn a_dropped_replica_is_marked_and_left_out() {
     world.store.modify_status::<Engine>("v-e-0", drop_one).await.unwrap();
     fence_without(&world, &dropped).await;
     eventually("degraded", async || world.volume("v").await.robustness == Robustness::Degraded).await;
-    let replica = world.store.get::<Replica>(&dropped).await.unwrap().unwrap();
-    assert_eq!(replica.spec.failed_reason, "its process was killed");
+    let reason = async || world.store.get::<Replica>(&dropped).await.unwrap().unwrap().spec.failed_reason;
+    eventually("told", async || !reason().await.is_empty()).await;
+    assert_eq!(reason().await, "its process was killed");
     world.attach("v", "").await;
     detached(&world, "v").await;
     world.attach("v", "node-3").await;

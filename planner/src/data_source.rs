@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::disk::{Disks, Health};
-use crate::retry::{MAX, Retry, after, delay, parse, until};
+use crate::retry::{MAX, Retry, after, delay, parse, pending, until};
 use crate::workload::{State, Wish, Workload};
 
 /// Keys of `runningParameters` that say what an attempt was made with, beside the source's own parameters.
@@ -187,7 +187,7 @@ fn start(o: &Observed, status: &mut BackingImageDataSourceStatus, wish: Wish) ->
     if was_handed_over(o, status) {
         return (vec![], None);
     }
-    if let Some(next) = parse(&status.next_retry_time).filter(|next| *next > o.now) {
+    if let Some(next) = parse(&status.next_retry_time).and_then(|next| pending(o.now, next, MAX)) {
         if status.current_state != CopyState::Failed {
             status.current_state = CopyState::Failed;
         }

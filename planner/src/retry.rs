@@ -25,6 +25,12 @@ pub fn after(at: Timestamp, wait: Duration) -> Timestamp {
     at.saturating_add(wait).unwrap_or(Timestamp::MAX)
 }
 
+/// A time that was set `longest` ahead at most, while it is yet to come. One that lies further away comes from a clock that was set back
+/// since, and to wait for it would take as long as that step.
+pub fn pending(now: Timestamp, at: Timestamp, longest: Duration) -> Option<Timestamp> {
+    (at > now && at <= after(now, longest)).then_some(at)
+}
+
 /// How long until `at`; zero when it has passed.
 pub fn until(now: Timestamp, at: Timestamp) -> Duration {
     Duration::try_from(at.duration_since(now)).unwrap_or(Duration::ZERO)
@@ -38,6 +44,12 @@ pub fn since(now: Timestamp, at: Timestamp) -> Duration {
 /// A time as objects carry it; `None` when the text is empty or no time.
 pub fn parse(text: &str) -> Option<Timestamp> {
     text.parse().ok()
+}
+
+/// Whether a text is the time of something that has happened. One that is yet to come was written before the clock was set back: who
+/// waited from then on would wait for as long as that step.
+pub fn is_past(now: Timestamp, text: &str) -> bool {
+    parse(text).is_some_and(|at| at <= now)
 }
 
 /// The sooner of two waits, where `None` means not at all.
@@ -61,7 +73,11 @@ pub struct Retry {
 impl Retry {
     /// Whether it may be tried now.
     pub fn is_due(&self, now: Timestamp) -> bool {
-        self.next.is_none_or(|next| next <= now)
+        self.pending(now).is_none()
+    }
+
+    fn pending(&self, now: Timestamp) -> Option<Timestamp> {
+        pending(now, self.next?, MAX)
     }
 
     /// One more failure, seen at `now`.
@@ -73,7 +89,7 @@ impl Retry {
 
     /// The wait until the next attempt; `None` when nothing is scheduled or it is due.
     pub fn wait(&self, now: Timestamp) -> Option<Duration> {
-        self.next.filter(|next| *next > now).map(|next| until(now, next))
+        self.pending(now).map(|next| until(now, next))
     }
 
     /// The time of the next attempt as objects carry it.
@@ -97,5 +113,18 @@ mod tests {
         }
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
         assert_eq!(retry.failed(after(retry.next.unwrap(), CURED_AFTER), "no").failures, 1);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_makes_no_wait_longer() {
+        let now: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let retry = Retry::default().failed(now, "no").failed(now, "no");
+        let back = now.checked_sub(SignedDuration::from_hours(1)).unwrap();
+        assert_eq!((retry.is_due(now), retry.wait(now)), (false, Some(2 * INITIAL)));
+        assert_eq!((retry.is_due(back), retry.wait(back)), (true, None));
+        let most = after(now, MAX);
+        assert_eq!(pending(now, most, MAX), Some(most));
+        assert_eq!(pending(now, after(most, Duration::from_millis(1)), MAX), None);
+        assert_eq!(pending(now, now, MAX), None);
     }
 }

@@ -282,6 +282,9 @@ impl World {
             self.happens("clock set back", format!("{step:?}"));
             let back = jiff::SignedDuration::try_from(step).expect("it is short");
             self.now = self.now.checked_sub(back).unwrap_or(self.now);
+            // What happened before counts from now.
+            let now = self.now;
+            self.unused_since.values_mut().for_each(|at| *at = now.min(*at));
         }
     }
 

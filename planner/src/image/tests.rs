@@ -341,6 +341,21 @@ fn downloads_again_when_every_copy_has_failed_for_long() {
 }
 
 #[test]
+fn times_from_before_the_clock_was_set_back_count_from_now() {
+    let mut o = world("wanted=1; a=ready b=failed");
+    let mut status = o.image.status.take().unwrap();
+    status.disk_last_ref_at_map = ["a", "b"].map(|disk| (disk.to_owned(), "2026-01-01T01:00:00Z".to_owned())).into();
+    for file in status.disk_file_status_map.values_mut() {
+        file.last_state_transition_time = "2026-01-01T01:00:00Z".into();
+    }
+    o.image.status = Some(status);
+    let status = decide(&o).status;
+    let changes = status.disk_file_status_map.values().map(|file| &file.last_state_transition_time);
+    let times: Vec<&String> = changes.chain(status.disk_last_ref_at_map.values()).collect();
+    assert_eq!(times, [&now().to_string(); 4]);
+}
+
+#[test]
 fn deletes_copies_first_and_waits_for_users() {
     check(
         "wanted=1; source; deleting; a=ready; used=a",

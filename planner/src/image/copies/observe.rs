@@ -8,6 +8,7 @@ use api::manager::{FileInfo, ManagerState};
 
 use crate::disk::Health;
 use crate::image::{Observed, difference, name_of};
+use crate::retry::is_past;
 
 /// Writes what managers and the data source report into the status; the first complete file decides size, checksum and format.
 pub(in crate::image) fn observe(o: &Observed, status: &mut BackingImageStatus) {
@@ -52,7 +53,7 @@ pub(in crate::image) fn observe(o: &Observed, status: &mut BackingImageStatus) {
             file.error_kind = Some(ErrorKind::Incompatible);
         }
         let mut seen = before.get(&disk).cloned().unwrap_or_default();
-        if seen.state != file.state || seen.last_state_transition_time.is_empty() {
+        if seen.state != file.state || !is_past(o.now, &seen.last_state_transition_time) {
             seen.last_state_transition_time = o.now.to_string();
         }
         seen.state = file.state;
@@ -130,6 +131,9 @@ fn remember_last_use(o: &Observed, status: &mut BackingImageStatus) {
     let last_use = &mut status.disk_last_ref_at_map;
     last_use.retain(|disk, _| held.contains_key(disk) && !used.contains(disk.as_str()));
     for disk in held.keys().filter(|d| !used.contains(d.as_str())) {
-        last_use.entry(disk.clone()).or_insert_with(|| o.now.to_string());
+        let at = last_use.entry(disk.clone()).or_default();
+        if !is_past(o.now, at) {
+            *at = o.now.to_string();
+        }
     }
 }
