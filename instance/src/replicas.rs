@@ -24,7 +24,7 @@ use crate::disk_calls::Silent;
 use crate::disks;
 use crate::error::InstanceError;
 use crate::limits::{CONNECT, CONTROL_TIMEOUT, FIRST_PORT, LAST_PORT, REPLICA_GRACE};
-use crate::replica_decision::{Decision, Process, Step, decide};
+use crate::replica_decision::{Decision, Process, Step, decide, give_up};
 use crate::role::{Key, Role};
 
 /// What was seen of a replica.
@@ -68,12 +68,16 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
             Ok(None)
         }
         Step::Remove => remove(role, name, &replica).await.map(|()| None),
-        Step::AwaitDisk if is_disk_given_up(role, &replica).await? => {
-            release(role, name, &replica).await.map(|()| None)
-        }
         Step::AwaitDisk => {
-            report(role, &replica, &decision, &observed).await?;
-            Ok(None)
+            let node = role.config.store.get::<Node>(role.config.node.as_str()).await?;
+            let Some(decision) = node.and_then(|node| give_up(&replica, &node)) else {
+                return report(role, &replica, &decision, &observed).await.map(|_| None);
+            };
+            // The report brings the next pass. Once the object is gone nobody can be told any more.
+            if report(role, &replica, &decision, &observed).await? {
+                return Ok(None);
+            }
+            release(role, name, &replica).await.map(|()| None)
         }
         Step::Nothing => {
             report(role, &replica, &decision, &observed).await?;
@@ -282,12 +286,6 @@ async fn remove(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), I
     release(role, name, replica).await
 }
 
-/// Whether the user took the disk of a replica off this node, so that nobody can remove its data any more.
-async fn is_disk_given_up(role: &Role, replica: &Replica) -> Result<bool, InstanceError> {
-    let node = role.config.store.get::<Node>(role.config.node.as_str()).await?;
-    Ok(node.is_some_and(|n| n.spec.disks.values().all(|disk| disk.path != replica.spec.disk_path)))
-}
-
 async fn release(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), InstanceError> {
     end(role, name).await?;
     let mut released = replica.clone();
@@ -298,7 +296,13 @@ async fn release(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), 
     }
 }
 
-async fn report(role: &Role, replica: &Replica, decision: &Decision, observed: &Observed) -> Result<(), InstanceError> {
+/// Whether there was news.
+async fn report(
+    role: &Role,
+    replica: &Replica,
+    decision: &Decision,
+    observed: &Observed,
+) -> Result<bool, InstanceError> {
     let now = Timestamp::now();
     let mut status = replica.status.clone().unwrap_or_default();
     let is_up = decision.state == InstanceState::Running;
@@ -321,12 +325,12 @@ async fn report(role: &Role, replica: &Replica, decision: &Decision, observed: &
         other: status.other,
     };
     if replica.status.as_ref().is_some_and(|old| is_same(old, &status)) {
-        return Ok(());
+        return Ok(false);
     }
     let mut changed = replica.clone();
     changed.status = Some(status);
     role.config.store.replace_status(&changed).await?;
-    Ok(())
+    Ok(true)
 }
 
 /// Whether two reports say the same. A size that moves a little is no news: every report is an event and leads to another look.

@@ -19,6 +19,3 @@ pub const ENTRIES_OF_GONE_DISKS_GO: bool = true;
 
 /// What a preparation left in `tmp/` that was given up goes at once, and not only with the copy on that disk.
 pub const ABANDONED_PREPARATIONS_GO: bool = false;
-
-/// A replica is deleted although another disk took the place of its own on the node. Today it waits for the one that was taken off.
-pub const REPLACED_DISKS_ARE_GIVEN_UP: bool = false;
