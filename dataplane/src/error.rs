@@ -37,7 +37,7 @@ pub enum DataplaneError {
     #[error("the filesystem on `{}` cannot be grown, so it keeps the size that it has: {said}", device.display())]
     NotGrown { device: PathBuf, said: String },
     #[error(
-        "a program works on `{}`: a growth of its filesystem goes on, or somebody repairs it; repeat the call when that has ended",
+        "`{}` is in use: a growth of its filesystem goes on, somebody repairs it, or it is mounted in another mount namespace; repeat the call when that has ended",
         device.display()
     )]
     StillGrowing { device: PathBuf },
