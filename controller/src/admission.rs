@@ -124,7 +124,7 @@ impl Admission {
         };
         let name = new.name_any();
         match growth::refusal(&world, &name, new.spec.size.0) {
-            Some(why) => Err(Failure::new(ErrorKind::Exhausted, format!("Volume `{name}` cannot grow: {why}"))),
+            Some(why) => Err(Failure::new(why.kind(), format!("Volume `{name}` cannot grow: {why}"))),
             None => Ok(()),
         }
     }

@@ -9,6 +9,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 mod unfinished;
+mod ungrown;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,6 +29,7 @@ use crate::identity::IdentityService;
 use crate::metrics::{self, Metrics};
 use crate::rpc::{Calls, call};
 use crate::{CsiError, limits, server, status};
+use ungrown::Ungrown;
 
 /// What the node service needs.
 #[derive(Clone)]
@@ -61,7 +63,7 @@ pub async fn serve_node(config: NodeConfig, shutdown: CancellationToken) -> Resu
     let NodeConfig { store, driver_name, node_name, socket, wait, metrics } = config;
     metrics.offer(&metrics::NODE);
     let calls = Calls::new(wait, metrics, &shutdown);
-    let context = Context { store, node_name, in_flight: InFlight::default() };
+    let context = Context { store, node_name, in_flight: InFlight::default(), ungrown: Ungrown::default() };
     let service = NodeService { context, calls: calls.clone() };
     let routes =
         Routes::new(IdentityServer::new(IdentityService::new(&driver_name))).add_service(NodeServer::new(service));
@@ -74,6 +76,7 @@ struct Context {
     store: Store,
     node_name: String,
     in_flight: InFlight,
+    ungrown: Ungrown,
 }
 
 struct NodeService {

@@ -33,6 +33,14 @@ pub enum DataplaneError {
         device.display()
     )]
     Damaged { device: PathBuf, said: String },
+    /// It is whole, and was used before.
+    #[error("the filesystem on `{}` cannot be grown, so it keeps the size that it has: {said}", device.display())]
+    NotGrown { device: PathBuf, said: String },
+    #[error(
+        "`{}` is in use: a growth of its filesystem goes on, somebody repairs it, or it is mounted in another mount namespace; repeat the call when that has ended",
+        device.display()
+    )]
+    StillGrowing { device: PathBuf },
     #[error("`{}` is in use by {users}", path.display())]
     Busy { path: PathBuf, users: String },
     #[error("{message}")]
@@ -52,10 +60,12 @@ impl DataplaneError {
             DataplaneError::Missing { .. }
             | DataplaneError::NotBlank { .. }
             | DataplaneError::Damaged { .. }
+            | DataplaneError::NotGrown { .. }
             | DataplaneError::Busy { .. } => ErrorKind::NotReady,
             DataplaneError::Slow { .. } | DataplaneError::Silent { .. } | DataplaneError::Ended { .. } => {
                 ErrorKind::Unavailable
             }
+            DataplaneError::StillGrowing { .. } => ErrorKind::Pending,
             DataplaneError::Unusable { .. } => ErrorKind::Corrupt,
             DataplaneError::Unsupported { .. } => ErrorKind::Unsupported,
         }

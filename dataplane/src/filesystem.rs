@@ -1,7 +1,9 @@
-//! Filesystems on devices: recognize, make when blank, grow.
+//! Filesystems on devices: recognize, make when blank, [grow](growth).
 //!
 //! Nothing is ever formatted that is not blank: no signature that `blkid` knows, and zeroes at both ends. The one exception is what
 //! an interrupted `mkfs` left, which the caller must know of: a promise of his that the device was blank when that began.
+
+pub mod growth;
 
 use std::fmt;
 use std::fs::File;
@@ -9,13 +11,10 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use crate::process::{run, run_ok};
-use crate::{DataplaneError, limits, stats};
+use crate::{DataplaneError, limits};
 
 /// Read at both ends of a device before it counts as blank.
 const BLANK_BYTES: u64 = 1 << 20;
-/// An ext4 that is this much smaller than its device is grown; less is the remainder that it cannot use.
-const EXT4_GROW_BYTES: u64 = 1 << 20;
-
 /// Where the first mount of an xfs writes: behind the one record that `mkfs` leaves.
 const FIRST_LOG_BYTES: u64 = 1 << 20;
 
@@ -175,8 +174,9 @@ async fn is_whole(device: &Path, fs_type: &str) -> Result<bool, DataplaneError> 
     };
     match (fs_type, check.code) {
         (_, Some(0)) => Ok(true),
-        // 4: errors left; 8 may come with it when so much is missing that the check cannot go on.
-        ("xfs", Some(1 | 2)) | ("ext4", Some(4 | 8 | 12)) => Ok(false),
+        ("xfs", Some(1 | 2)) => Ok(false),
+        // Errors left, or so much is missing that the check cannot go on.
+        ("ext4", Some(code)) if code & (growth::E2FSCK_ERRORS_LEFT | growth::E2FSCK_FAILED) != 0 => Ok(false),
         _ => Err(check.failure()),
     }
 }
@@ -186,83 +186,6 @@ fn read_at(device: &Path, at: u64, length: usize) -> Result<Vec<u8>, DataplaneEr
     let read = File::open(device).and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, at));
     read.map_err(|e| DataplaneError::io(format!("read the superblock of `{}`", device.display()), e))?;
     Ok(bytes)
-}
-
-/// Grows a filesystem to its device before it is mounted (ext4: checked first, as the tool demands). Others are grown when mounted.
-///
-/// A loss of power within this may leave what only a person can repair (docs/decisions/0007): see [`kernel_grows_ext`].
-pub async fn grow_before_mount(device: &Path, fs_type: &str) -> Result<(), DataplaneError> {
-    if !is_sound_and_smaller(device, fs_type).await? {
-        return Ok(());
-    }
-    run_ok("resize2fs", [device], limits::FILESYSTEM_TIMEOUT).await.map(drop)
-}
-
-/// Whether this is an ext2/3/4 that is to be grown. Checked first: one that is damaged is refused.
-pub async fn is_sound_and_smaller(device: &Path, fs_type: &str) -> Result<bool, DataplaneError> {
-    if !is_ext(fs_type) || !is_smaller_ext(device).await? {
-        return Ok(false);
-    }
-    let check = run("e2fsck", ["-f".as_ref(), "-p".as_ref(), device.as_os_str()], limits::FILESYSTEM_TIMEOUT).await?;
-    match check.code {
-        // Clean, or errors corrected.
-        Some(0 | 1) => Ok(true),
-        // More needs a person.
-        Some(4) => Err(DataplaneError::Damaged { device: device.to_owned(), said: check.failure().to_string() }),
-        _ => Err(check.failure()),
-    }
-}
-
-fn is_ext(fs_type: &str) -> bool {
-    matches!(fs_type, "ext2" | "ext3" | "ext4")
-}
-
-/// Whether the kernel may let this process grow a mounted ext4 (CAP_SYS_RESOURCE). Its journal covers that, so a loss of power in the
-/// middle leaves a whole filesystem.
-pub fn kernel_grows_ext() -> bool {
-    const CAP_SYS_RESOURCE: u32 = 24;
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(0);
-    effective >> CAP_SYS_RESOURCE & 1 == 1
-}
-
-/// Whether an ext2/3/4 has so much less than its device that it is worth to be grown.
-async fn is_smaller_ext(device: &Path) -> Result<bool, DataplaneError> {
-    let (owned, size) = (device.to_owned(), stats::device_size(device)?);
-    let used = tokio::task::spawn_blocking(move || ext_size(&owned)).await;
-    let used = used.map_err(|e| DataplaneError::io("read a superblock", std::io::Error::other(e)))??;
-    Ok(size.saturating_sub(used) >= EXT4_GROW_BYTES)
-}
-
-/// Grows a filesystem to its device under its users; an ext4 only as [`kernel_grows_ext`] says.
-pub async fn grow_while_mounted(device: &Path, target: &Path, fs_type: &str) -> Result<(), DataplaneError> {
-    match fs_type {
-        ext if is_ext(ext) && !is_smaller_ext(device).await? => Ok(()),
-        ext if is_ext(ext) => run_ok("resize2fs", [device], limits::FILESYSTEM_TIMEOUT).await.map(drop),
-        _ => grow_mounted(target, fs_type).await,
-    }
-}
-
-/// Grows a filesystem to its device after it was mounted (xfs, btrfs); ext4 was grown before.
-pub async fn grow_mounted(target: &Path, fs_type: &str) -> Result<(), DataplaneError> {
-    match fs_type {
-        "xfs" => run_ok("xfs_growfs", ["-d".as_ref(), target.as_os_str()], limits::FILESYSTEM_TIMEOUT).await.map(drop),
-        "btrfs" => {
-            let args = ["filesystem".as_ref(), "resize".as_ref(), "max".as_ref(), target.as_os_str()];
-            run_ok("btrfs", args, limits::FILESYSTEM_TIMEOUT).await.map(drop)
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Bytes of an ext2/3/4, from its superblock.
-fn ext_size(device: &Path) -> Result<u64, DataplaneError> {
-    let block = read_at(device, 1024, 1024)?;
-    let word = |at: usize| u64::from(u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]));
-    // s_feature_incompat has the bit of 64-bit block numbers; only then is s_blocks_count_hi valid.
-    let high = if word(0x60) & 0x80 != 0 { word(0x150) } else { 0 };
-    Ok((high << 32 | word(0x4)).saturating_mul(1024u64 << word(0x18).min(6)))
 }
 
 async fn is_zero_at_both_ends(device: &Path) -> Result<bool, DataplaneError> {
@@ -305,7 +228,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn formats_only_what_is_blank_and_grows_it() {
+    async fn formats_only_what_is_blank() {
         let folder = tempfile::tempdir().unwrap();
         let path = file(&folder, 32 << 20);
         assert_eq!(detect(&path).await.unwrap().contents, Contents::Blank);
@@ -315,9 +238,6 @@ mod tests {
             let error = format(&path, &XFS, unfinished).await.unwrap_err();
             assert!(error.to_string().contains("holds a filesystem (ext4)"), "{error}");
         }
-        File::options().write(true).open(&path).unwrap().set_len(64 << 20).unwrap();
-        grow_before_mount(&path, "ext4").await.unwrap();
-        assert!(ext_size(&path).unwrap() > 60 << 20);
     }
 
     #[tokio::test]

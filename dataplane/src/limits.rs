@@ -27,8 +27,10 @@ pub const NBD_KEEPALIVE_PROBES: u32 = 3;
 
 /// `blkid` and the like: they read a few blocks.
 pub const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
-/// `mkfs`, `e2fsck`, `resize2fs`, `xfs_growfs`: proportional to the size of the volume.
+/// `mkfs`, which is begun anew when it was cut off, and checks that only read: proportional to the size of the volume.
 pub const FILESYSTEM_TIMEOUT: Duration = Duration::from_secs(600);
+/// What is read of the output of a program that runs to its end; what it says last says how it ended.
+pub const OUTPUT_BYTES: u64 = 64 << 10;
 /// What is kept of the standard error of a program.
 pub const STDERR_BYTES: usize = 4096;
 

@@ -75,8 +75,8 @@ pub struct Config {
     /// `None`: a volume without image.
     pub base: Option<Base>,
     pub size_bytes: u64,
-    /// What the head has as far as is recorded. One that has this or more, and less than `size_bytes`, is grown; other sizes are
-    /// refused. What is new reads as zeroes, also where the base is longer than the head was.
+    /// What the head has as far as is recorded. One that has this or more, and no more than `size_bytes`, is grown from this on; other
+    /// sizes are refused. What is new reads as zeroes, also where the base is longer than the head was.
     pub recorded_bytes: u64,
     /// Make the head when it is absent. Without this an absent head is an error: it held data.
     pub create_head: bool,
@@ -126,6 +126,8 @@ impl StorageDaemon {
         let head_exists = head_exists && !(config.create_head && config.recorded_bytes < config.size_bytes);
         let Config { directory, head, base, size_bytes, recorded_bytes, listener, lock, .. } = config;
         let daemon = launch(program, directory, listener, lock).await?;
+        // A new one has nothing behind its end.
+        let recorded_bytes = if head_exists { recorded_bytes } else { size_bytes };
         match daemon.open(&Chain { head, base, size_bytes, recorded_bytes }, head_exists).await {
             Ok(daemon) => Ok(daemon),
             Err((daemon, error)) => {
@@ -151,9 +153,7 @@ impl StorageDaemon {
             let direct = add_file(&self.qmp, &chain.head).await?;
             let head_options = head_options(chain.base.is_some(), direct);
             self.qmp.execute("blockdev-add", head_options.clone()).await?;
-            if fit_size(&self.qmp, &self.directory, chain).await? {
-                flush(&self.qmp, &head_options).await?;
-            }
+            fit_size(&self.qmp, &self.directory, &head_options, chain).await?;
             Ok(head_options)
         }
         .await;
@@ -398,20 +398,28 @@ async fn flush(qmp: &Qmp, head_options: &Value) -> Result<(), DataplaneError> {
     qmp.execute("blockdev-reopen", json!({ "options": [head_options] })).await.map(drop)
 }
 
-/// A head of another size belongs to another volume, or to this one before it grew; whether it was grown now.
+/// A head of another size belongs to another volume, or to this one before it grew; then it is grown, durably.
 ///
-/// QEMU sees the base here, so it puts zeroes where that would show in what is new, before the size itself is written: a head that is
-/// cut off in between has its old size.
-async fn fit_size(qmp: &Qmp, directory: &Path, chain: &Chain) -> Result<bool, DataplaneError> {
+/// QEMU sees the base here, so it puts zeroes where that would show in what is new. After a loss of power the size may be there and
+/// the zeroes not, so a head counts as grown only when that is recorded. Until then nobody was served what is behind the recorded
+/// end: it is cut off and grown anew.
+async fn fit_size(qmp: &Qmp, directory: &Path, options: &Value, chain: &Chain) -> Result<(), DataplaneError> {
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).await?;
     let head = nodes.as_array().into_iter().flatten().find(|node| node["node-name"] == NODE_HEAD).cloned();
     let found = head.and_then(|h| h["image"]["virtual-size"].as_u64());
     match found {
-        Some(bytes) if bytes == chain.size_bytes => Ok(false),
-        Some(bytes) if (chain.recorded_bytes..chain.size_bytes).contains(&bytes) => {
-            qmp.execute("block_resize", json!({ "node-name": NODE_HEAD, "size": chain.size_bytes })).await?;
+        Some(bytes) if bytes == chain.size_bytes && bytes == chain.recorded_bytes => Ok(()),
+        Some(bytes) if (chain.recorded_bytes..=chain.size_bytes).contains(&bytes) => {
+            let resize = async |size: u64| {
+                qmp.execute("block_resize", json!({ "node-name": NODE_HEAD, "size": size })).await?;
+                flush(qmp, options).await
+            };
+            if bytes > chain.recorded_bytes {
+                resize(chain.recorded_bytes).await?;
+            }
+            resize(chain.size_bytes).await?;
             tracing::info!(directory = %directory.display(), from = bytes, to = chain.size_bytes, "head grown");
-            Ok(true)
+            Ok(())
         }
         _ => Err(DataplaneError::Unusable {
             message: format!(

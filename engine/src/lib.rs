@@ -20,7 +20,7 @@ pub mod nbd;
 pub mod process;
 mod pulse;
 mod queue;
-mod stream;
+pub mod stream;
 mod sys;
 
 pub use error::{EngineError, NOT_REPLACEABLE};

@@ -35,6 +35,17 @@ impl Stream {
         security: &Security,
         deadline: Instant,
     ) -> io::Result<Stream> {
+        Stream::connect_and_secure(address, service, security, deadline, Duration::ZERO)
+    }
+
+    /// The same, with so much more time for the handshake where there is one.
+    pub fn connect_and_secure(
+        address: &ReplicaAddress,
+        service: Service,
+        security: &Security,
+        deadline: Instant,
+        handshake: Duration,
+    ) -> io::Result<Stream> {
         match address {
             ReplicaAddress::Directory(directory) => {
                 let name = match service {
@@ -53,7 +64,7 @@ impl Stream {
                 stream.set_nodelay(true)?;
                 match security.tunnel() {
                     None => Ok(Stream::Tcp(stream)),
-                    Some(tunnel) => Ok(Stream::Unix(tunnel.open(stream, left(deadline)?)?)),
+                    Some(tunnel) => Ok(Stream::Unix(tunnel.open(stream, left(deadline + handshake)?)?)),
                 }
             }
         }

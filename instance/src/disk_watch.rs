@@ -1,15 +1,17 @@
 //! Notices within seconds that a disk is not what it was: unmounted, replaced, read-only, its file changed, its room gone.
 //!
-//! A glance is three system calls a disk and asks nobody else. Only when it differs from the last one, the disks are looked at.
+//! A glance is three system calls a disk and asks nobody else. Only when it differs from the last one, the disks are looked at: also
+//! when one does not answer, or answers again.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use rustix::io::Errno;
 
+use crate::disk_calls::Silent;
 use crate::disks::CONFIG_FILE;
 use crate::limits::GLANCE;
 use crate::role::{Key, Role};
@@ -35,10 +37,15 @@ pub async fn run(role: Arc<Role>) {
     let mut before = BTreeMap::new();
     while role.cancelled.run_until_cancelled(tokio::time::sleep(GLANCE)).await.is_some() {
         let disks = role.state().disk_specs.clone();
-        let glance =
-            move || disks.into_iter().map(|(name, (path, reserved))| (name, Glance::at(&path, reserved))).collect();
-        let now: BTreeMap<String, Glance> =
-            tokio::task::spawn_blocking(glance).await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+        let glances = disks.into_iter().map(|(name, (path, reserved))| {
+            let calls = &role.disk_calls;
+            async move {
+                let place = PathBuf::from(&path);
+                (name, calls.ask(&place, move || Glance::at(&path, reserved)).await)
+            }
+        });
+        let now: BTreeMap<String, Result<Glance, Silent>> =
+            futures::future::join_all(glances).await.into_iter().collect();
         if now != before {
             role.queue.add(Key::Disks);
             before = now;

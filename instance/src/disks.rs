@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use runtime::files;
 use serde::{Deserialize, Serialize};
 
+use crate::disk_calls::{DiskCalls, Silent};
 use crate::error::InstanceError;
 use crate::role::Config;
 use crate::{discovery, ownership};
@@ -48,6 +49,16 @@ struct Unusable {
     hint: &'static str,
 }
 
+/// Reason of a disk that is not known to be broken.
+const NOT_ANSWERING: &str = "NotAnswering";
+
+impl From<Silent> for Unusable {
+    fn from(silent: Silent) -> Unusable {
+        let hint = "check the disk; the other disks of the node are not concerned";
+        Unusable { reason: NOT_ANSWERING, message: silent.to_string(), hint }
+    }
+}
+
 /// Whether the disk of this UUID is what lies at `path` now. An empty directory below which a disk was mounted is not it.
 pub fn is_there(path: &Path, uuid: &str) -> Result<(), String> {
     let file = path.join(CONFIG_FILE);
@@ -62,8 +73,12 @@ pub fn is_there(path: &Path, uuid: &str) -> Result<(), String> {
     }
 }
 
-/// Reports the disks of this node; makes what is missing where that is allowed.
-pub async fn reconcile(config: &Config, engine_replacement: &Condition) -> Result<Option<Duration>, InstanceError> {
+/// Reports the disks of this node; makes what is missing where that is allowed. One that does not answer holds up no other.
+pub async fn reconcile(
+    config: &Config,
+    calls: &DiskCalls,
+    engine_replacement: &Condition,
+) -> Result<Option<Duration>, InstanceError> {
     let Some(mut node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };
     let mut found = None;
     if config.discover {
@@ -71,17 +86,16 @@ pub async fn reconcile(config: &Config, engine_replacement: &Condition) -> Resul
         (node, found) = (completed, Some(more));
     }
     let old = node.status.clone().unwrap_or_default();
-    let (spec, rules) = (node.spec.disks.clone(), Rules::of(config));
-    let known = old.disk_status.clone();
-    let looked = tokio::task::spawn_blocking(move || {
-        let look = |(name, disk): (String, DiskSpec)| {
-            let uuid = known.get(&name).map(|d| d.disk_uuid.clone()).unwrap_or_default();
-            let seen = look_at(&name, &disk, &uuid, rules);
-            (name, (disk, seen))
-        };
-        spec.into_iter().map(look).collect::<BTreeMap<_, _>>()
+    let rules = Rules::of(config);
+    let looks = node.spec.disks.clone().into_iter().map(|(name, disk)| {
+        let uuid = old.disk_status.get(&name).map(|d| d.disk_uuid.clone()).unwrap_or_default();
+        let (label, spec) = (name.clone(), disk.clone());
+        async move {
+            let seen = calls.ask(Path::new(&disk.path), move || look_at(&label, &spec, &uuid, rules)).await;
+            (name, (disk, seen.unwrap_or_else(|silent| Err(silent.into()))))
+        }
     });
-    let looked = looked.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+    let looked: BTreeMap<_, _> = futures::future::join_all(looks).await.into_iter().collect();
     let now = Timestamp::now();
     let allowed = node.spec.allow_scheduling;
     let report = |(name, (disk, seen)): (String, (DiskSpec, Result<Seen, Unusable>))| {
@@ -149,10 +163,10 @@ fn disk_status(
         }
         // Unknown is not absent: its uuid and sizes stay as they were seen last.
         Err(why) => {
-            let condition = |r#type| {
-                Condition::new(r#type, ConditionStatus::False, why.reason, why.message.clone()).with_hint(why.hint)
-            };
-            (condition(READY), condition(SCHEDULABLE))
+            let condition =
+                |r#type, is| Condition::new(r#type, is, why.reason, why.message.clone()).with_hint(why.hint);
+            let is_ready = if why.reason == NOT_ANSWERING { ConditionStatus::Unknown } else { ConditionStatus::False };
+            (condition(READY, is_ready), condition(SCHEDULABLE, ConditionStatus::False))
         }
     };
     condition::set(&mut status.conditions, ready, now);

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use api::ErrorKind;
 use store::StoreError;
 
+use crate::disk_calls::Silent;
+
 /// A failed pass or process; retried by the queue with a back-off.
 #[derive(Debug, thiserror::Error)]
 pub enum InstanceError {
@@ -23,6 +25,8 @@ pub enum InstanceError {
     Control { what: String, source: io::Error },
     #[error("cannot {action}")]
     Device { action: String, source: dataplane::DataplaneError },
+    #[error(transparent)]
+    Disk(#[from] Silent),
     #[error("no free port on node {node}; at most {limit} replicas run on a node at a time")]
     NoPort { node: String, limit: usize },
     #[error("the cluster has no node `{node}`; give --node a name that `kubectl get nodes` shows")]
@@ -42,7 +46,7 @@ impl InstanceError {
         match self {
             InstanceError::Store(source) => source.kind(),
             InstanceError::Device { source, .. } => source.kind(),
-            InstanceError::Control { .. } => ErrorKind::Unavailable,
+            InstanceError::Control { .. } | InstanceError::Disk(_) => ErrorKind::Unavailable,
             InstanceError::NoPort { .. } => ErrorKind::Exhausted,
             InstanceError::Replica { .. } => ErrorKind::NotReady,
             InstanceError::NoCertificateFiles => ErrorKind::Invalid,

@@ -5,6 +5,7 @@
 
 mod control;
 pub mod discovery;
+mod disk_calls;
 mod disk_watch;
 mod disks;
 mod engine_decision;

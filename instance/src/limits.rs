@@ -14,6 +14,10 @@ pub const RESYNC: Duration = Duration::from_secs(30);
 /// socket and the end of a process may take together.
 pub const FIRST_PASS: Duration = Duration::from_secs(60);
 
+/// How long a look at a disk may take before the disk counts as silent: far longer than one that works needs under load, and a
+/// fault is told within 10 s. One at a time is in the way of a glance.
+pub const DISK_ANSWER: Duration = Duration::from_secs(5);
+
 /// How often it is glanced at whether disks are what they were: a fault of one is told within 10 s.
 pub const GLANCE: Duration = Duration::from_secs(3);
 

@@ -3,7 +3,7 @@
 use api::engine::{DesireState, InstanceState};
 use api::image::CopyState;
 use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
-use api::{BackingImage, Condition, ConditionStatus, Replica};
+use api::{BackingImage, Condition, ConditionStatus, Node, Replica};
 use proto::replica::ImageFile;
 
 /// The process of a replica, as it was seen.
@@ -104,6 +104,30 @@ pub fn decide(replica: &Replica, image: Option<&BackingImage>, process: &Process
     Decision { step, state, conditions: vec![ready, no_wait()] }
 }
 
+/// What to report of a deleted replica on a disk that is away before its object is released: nobody can remove its data any more.
+/// `None` while its disk may still come back to this node.
+///
+/// That is over when the user took the disk off the node, or the node has told that another one is at its place. One that is not
+/// mounted there, or not the one that the node knows, is only away.
+pub fn give_up(replica: &Replica, node: &Node) -> Option<Decision> {
+    let spec = &replica.spec;
+    let at_its_place = node.spec.disks.iter().find(|(_, disk)| disk.path == spec.disk_path);
+    let now = match at_its_place {
+        None => "was taken off this node".to_owned(),
+        Some((name, _)) => {
+            let told = node.status.as_ref()?.disk_status.get(name)?;
+            let is_another = !told.disk_uuid.is_empty() && told.disk_uuid != spec.disk_id;
+            is_another.then(|| format!("gave its place `{}` to disk {}", spec.disk_path, told.disk_uuid))?
+        }
+    };
+    let message = format!(
+        "it is deleted without its data: disk {} {now}; `replicas/{}` stays on it",
+        spec.disk_id, spec.data_directory_name
+    );
+    let left = not_ready("DataLeftBehind", &message).with_hint("remove that directory when the disk is used again");
+    Some(Decision { step: Step::AwaitDisk, state: InstanceState::Stopping, conditions: vec![left] })
+}
+
 fn starting(file: Option<ImageFile>) -> Decision {
     let ready = not_ready("Starting", "its process is being started");
     Decision { step: Step::Start(file), state: InstanceState::Starting, conditions: vec![ready, no_wait()] }
@@ -159,6 +183,7 @@ fn copy(replica: &Replica, image: Option<&BackingImage>) -> Result<Option<ImageF
 #[cfg(test)]
 mod tests {
     use api::image::{BackingImageStatus, DiskFileStatus};
+    use api::node::{DiskSpec, DiskStatus, NodeStatus};
     use expect_test::{Expect, expect};
 
     use super::*;
@@ -172,6 +197,7 @@ mod tests {
         replica.spec.backing_image = image.into();
         replica.spec.disk_id = "disk-a".into();
         replica.spec.disk_path = "/disk".into();
+        replica.spec.data_directory_name = "v-1".into();
         replica
     }
 
@@ -242,6 +268,28 @@ mod tests {
         let expected = expect!["AwaitDisk; Stopping; its data cannot be removed: disk 7 is not at `/disk`"];
         check("deleted", None, away(), expected);
         check("running", None, away(), expect!["Nothing; Error; disk 7 is not at `/disk`"]);
+    }
+
+    #[test]
+    fn a_disk_is_given_up_when_it_was_taken_off_or_another_one_has_its_place() {
+        let check = |path: Option<&str>, told: Option<&str>| {
+            let mut node = Node::new("n", Default::default());
+            let disk = path.map(|path| DiskSpec { path: path.into(), ..Default::default() });
+            node.spec.disks.extend(disk.map(|disk| ("d".to_owned(), disk)));
+            let seen = told.map(|uuid| DiskStatus { disk_uuid: uuid.into(), ..Default::default() });
+            let disk_status = seen.map(|seen| ("d".to_owned(), seen)).into_iter().collect();
+            node.status = Some(NodeStatus { disk_status, ..Default::default() });
+            give_up(&replica("deleted", ""), &node).map(|decision| decision.conditions[0].message.clone())
+        };
+        let said =
+            |now: &str| Some(format!("it is deleted without its data: disk disk-a {now}; `replicas/v-1` stays on it"));
+        assert_eq!(check(None, None), said("was taken off this node"));
+        assert_eq!(check(Some("/other"), Some("disk-b")), said("was taken off this node"));
+        assert_eq!(check(Some("/disk"), Some("disk-b")), said("gave its place `/disk` to disk disk-b"));
+        // It is away: the node remembers it, or has not told yet.
+        assert_eq!(check(Some("/disk"), Some("disk-a")), None);
+        assert_eq!(check(Some("/disk"), Some("")), None);
+        assert_eq!(check(Some("/disk"), None), None);
     }
 
     #[test]

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::engine::InstanceState;
+use api::engine::{DesireState, InstanceState};
 use api::names::FINALIZER;
 use api::quantity::SizeBytes;
 use api::replica::ReplicaStatus;
 use api::{BackingImage, Node, Replica, condition};
+use dataplane::storage_daemon::allocated_bytes;
 use jiff::Timestamp;
 use proto::replica::{Config, ImageFile, Record, Reply, Request, file};
 use runtime::process::Launch;
@@ -19,10 +20,11 @@ use tokio::time::Instant;
 use tracing::info;
 
 use crate::control;
+use crate::disk_calls::Silent;
 use crate::disks;
 use crate::error::InstanceError;
 use crate::limits::{CONNECT, CONTROL_TIMEOUT, FIRST_PORT, LAST_PORT, REPLICA_GRACE};
-use crate::replica_decision::{Decision, Process, Step, decide};
+use crate::replica_decision::{Decision, Process, Step, decide, give_up};
 use crate::role::{Key, Role};
 
 /// What was seen of a replica.
@@ -43,7 +45,8 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
     };
     let observed = observe(role, name, &replica).await?;
     if matches!(observed.process, Process::None | Process::Ended(_)) {
-        forget_unfinished(&directory(&replica)?)?;
+        let directory = directory(&replica)?;
+        role.disk_calls.ask(Path::new(&replica.spec.disk_path), move || forget_unfinished(&directory)).await??;
     }
     let image = match replica.spec.backing_image.as_str() {
         "" => None,
@@ -65,12 +68,16 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
             Ok(None)
         }
         Step::Remove => remove(role, name, &replica).await.map(|()| None),
-        Step::AwaitDisk if is_disk_given_up(role, &replica).await? => {
-            release(role, name, &replica).await.map(|()| None)
-        }
         Step::AwaitDisk => {
-            report(role, &replica, &decision, &observed).await?;
-            Ok(None)
+            let node = role.config.store.get::<Node>(role.config.node.as_str()).await?;
+            let Some(decision) = node.and_then(|node| give_up(&replica, &node)) else {
+                return report(role, &replica, &decision, &observed).await.map(|_| None);
+            };
+            // The report brings the next pass. Once the object is gone nobody can be told any more.
+            if report(role, &replica, &decision, &observed).await? {
+                return Ok(None);
+            }
+            release(role, name, &replica).await.map(|()| None)
         }
         Step::Nothing => {
             report(role, &replica, &decision, &observed).await?;
@@ -102,16 +109,31 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     let path = role.replicas.directory(name);
     let record = role.replicas.record(name).map_err(|source| InstanceError::File { action: "read", path, source })?;
     let port = record.as_ref().and_then(|r| r.port).unwrap_or(0);
-    let seen = |process, record| Observed { process, record, port, actual_size_bytes: size_on_disk(&directory) };
     let alive = record.as_ref().filter(|r| r.identity.is_alive());
+    let stored = match look(role, replica, &directory).await {
+        Ok(stored) => stored,
+        // Its socket is on that disk too, so a process that runs is not asked either. What is known of it stays: its engine knows more.
+        Err(silent) => {
+            let process = match (alive, &record) {
+                (Some(_), _) if is_wanted(replica) && replica.spec.desire_state == DesireState::Running => {
+                    return Err(silent.into());
+                }
+                (Some(_), _) if is_wanted(replica) => Process::Silent,
+                (None, Some(_)) if is_wanted(replica) => Process::Ended(role.replicas.last_words(name)),
+                _ => Process::DiskAway(silent.to_string()),
+            };
+            let actual_size_bytes = replica.status.as_ref().map_or(0, |s| s.actual_size_bytes);
+            return Ok(Observed { process, record: None, port, actual_size_bytes });
+        }
+    };
+    let seen = |process, record| Observed { process, record, port, actual_size_bytes: stored.bytes };
     let Some(process) = alive else {
-        let is_wanted = replica.metadata.deletion_timestamp.is_none();
-        if let Err(why) = disks::is_there(Path::new(&replica.spec.disk_path), &replica.spec.disk_id)
-            && (record.is_none() || !is_wanted)
+        if let Err(why) = stored.disk
+            && (record.is_none() || !is_wanted(replica))
         {
             return Ok(seen(Process::DiskAway(why), None));
         }
-        let stored = read_record(&directory)?;
+        let stored = stored.record?;
         let known = replica.status.as_ref().map_or(0, |s| s.generation);
         let process = match record {
             Some(_) => Process::Ended(role.replicas.last_words(name)),
@@ -136,8 +158,31 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
             };
             Ok(Observed { process, record: Some(record), port, actual_size_bytes })
         }
-        _ => Ok(seen(Process::Silent, read_record(&directory)?)),
+        _ => Ok(seen(Process::Silent, stored.record?)),
     }
+}
+
+fn is_wanted(replica: &Replica) -> bool {
+    replica.metadata.deletion_timestamp.is_none()
+}
+
+/// What the disk of a replica tells of it.
+struct Stored {
+    /// Why it is not the replica's disk, if so.
+    disk: Result<(), String>,
+    record: Result<Option<Record>, InstanceError>,
+    bytes: u64,
+}
+
+async fn look(role: &Role, replica: &Replica, directory: &Path) -> Result<Stored, Silent> {
+    let (disk, uuid) = (PathBuf::from(&replica.spec.disk_path), replica.spec.disk_id.clone());
+    let (place, directory) = (disk.clone(), directory.to_owned());
+    let look = move || Stored {
+        disk: disks::is_there(&place, &uuid),
+        record: read_record(&directory),
+        bytes: allocated_bytes(&directory).unwrap_or(0),
+    };
+    role.disk_calls.ask(&disk, look).await
 }
 
 /// `None`: it never had data, or has it no more.
@@ -154,12 +199,6 @@ fn read_record(directory: &Path) -> Result<Option<Record>, InstanceError> {
 fn forget_unfinished(directory: &Path) -> Result<(), InstanceError> {
     let path = runtime::files::temporary_name(&directory.join(file::RECORD));
     runtime::files::remove_if_present(&path).map_err(|source| InstanceError::File { action: "remove", path, source })
-}
-
-fn size_on_disk(directory: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let files = fs::read_dir(directory).into_iter().flatten().flatten();
-    files.filter_map(|f| f.metadata().ok()).map(|m| m.blocks() * 512).sum()
 }
 
 async fn start(role: &Arc<Role>, name: &str, replica: &Replica, image: Option<ImageFile>) -> Result<(), InstanceError> {
@@ -230,6 +269,7 @@ async fn end(role: &Arc<Role>, name: &str) -> Result<(), InstanceError> {
 }
 
 async fn remove(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), InstanceError> {
+    role.disk_calls.check(Path::new(&replica.spec.disk_path))?;
     end(role, name).await?;
     let path = directory(replica)?;
     let removed = {
@@ -246,12 +286,6 @@ async fn remove(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), I
     release(role, name, replica).await
 }
 
-/// Whether the user took the disk of a replica off this node, so that nobody can remove its data any more.
-async fn is_disk_given_up(role: &Role, replica: &Replica) -> Result<bool, InstanceError> {
-    let node = role.config.store.get::<Node>(role.config.node.as_str()).await?;
-    Ok(node.is_some_and(|n| n.spec.disks.values().all(|disk| disk.path != replica.spec.disk_path)))
-}
-
 async fn release(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), InstanceError> {
     end(role, name).await?;
     let mut released = replica.clone();
@@ -262,7 +296,13 @@ async fn release(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), 
     }
 }
 
-async fn report(role: &Role, replica: &Replica, decision: &Decision, observed: &Observed) -> Result<(), InstanceError> {
+/// Whether there was news.
+async fn report(
+    role: &Role,
+    replica: &Replica,
+    decision: &Decision,
+    observed: &Observed,
+) -> Result<bool, InstanceError> {
     let now = Timestamp::now();
     let mut status = replica.status.clone().unwrap_or_default();
     let is_up = decision.state == InstanceState::Running;
@@ -285,12 +325,12 @@ async fn report(role: &Role, replica: &Replica, decision: &Decision, observed: &
         other: status.other,
     };
     if replica.status.as_ref().is_some_and(|old| is_same(old, &status)) {
-        return Ok(());
+        return Ok(false);
     }
     let mut changed = replica.clone();
     changed.status = Some(status);
     role.config.store.replace_status(&changed).await?;
-    Ok(())
+    Ok(true)
 }
 
 /// Whether two reports say the same. A size that moves a little is no news: every report is an event and leads to another look.

@@ -23,10 +23,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info_span, warn};
 
+use crate::disk_calls::DiskCalls;
 use crate::engine_progress::Progress;
 use crate::error::InstanceError;
 use crate::first_pass::FirstPass;
-use crate::limits::{ENGINE_SILENCE_LIMIT, FIRST_PASS, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
+use crate::limits::{DISK_ANSWER, ENGINE_SILENCE_LIMIT, FIRST_PASS, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
 use crate::metrics::Metrics;
 use crate::processes::Processes;
 use crate::{disk_watch, disks, engines, kernel, replicas};
@@ -91,6 +92,7 @@ pub struct Role {
     first_pass: FirstPass,
     pub tasks: TaskTracker,
     pub cancelled: CancellationToken,
+    pub disk_calls: DiskCalls,
     /// One port is given at a time.
     pub ports: tokio::sync::Mutex<()>,
     /// The mark of this node on its loop devices.
@@ -179,6 +181,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         first_pass: FirstPass::new(config.ready.clone()),
         tasks: TaskTracker::new(),
         cancelled: cancelled.child_token(),
+        disk_calls: DiskCalls::new(DISK_ANSWER),
         ports: tokio::sync::Mutex::new(()),
         loops,
         engine_replacement,
@@ -260,7 +263,7 @@ impl Role {
         match key {
             Key::Replica(name) => replicas::reconcile(self, name).await,
             Key::Engine(name) => engines::reconcile(self, name).await,
-            Key::Disks => disks::reconcile(&self.config, &self.engine_replacement).await,
+            Key::Disks => disks::reconcile(&self.config, &self.disk_calls, &self.engine_replacement).await,
         }
     }
 

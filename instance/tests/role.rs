@@ -19,9 +19,10 @@ use api::replica::{ReplicaSpec, ReplicaStatus};
 use api::{BackingImage, Engine, Node, Replica};
 use authority::Authority;
 use backing_image_instance::{Config, run};
+use futures::StreamExt;
 use runtime::transport::{Identity, PEER_NAME, Security};
 use store::embedded::Embedded;
-use store::{Preconditions, Store};
+use store::{Preconditions, Store, TypedEvent};
 use tokio_util::sync::CancellationToken;
 
 const NAME: &str = "vol-r-1";
@@ -359,6 +360,55 @@ async fn replicas_and_engines_are_told_where_the_certificates_are() {
 
     store.delete::<Replica>(NAME, &Preconditions::default()).await.unwrap();
     until(&store, "gone", |r| r.is_none()).await;
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
+
+/// The user took its disk off, and has another one at the same path.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_goes_although_another_disk_took_the_place_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let disk_path = folder.path().join("disk-1");
+    let disks = [("d".to_owned(), DiskSpec { path: disk_path.display().to_string(), ..Default::default() })];
+    let node = NodeSpec { name: "node-1".into(), disks: disks.into(), ..Default::default() };
+    store.create(&Node::new("node-1", node)).await.unwrap();
+    let token = CancellationToken::new();
+    let role = tokio::spawn(run(config(&store, folder.path()), token.clone()));
+    disk_uuid(&store).await;
+    // What the other disk has under the same name is not the replica's.
+    let theirs = disk_path.join("replicas/vol-01234567/precious");
+    std::fs::create_dir_all(theirs.parent().unwrap()).unwrap();
+    std::fs::write(&theirs, "theirs").unwrap();
+    let spec = ReplicaSpec {
+        volume_name: "vol".into(),
+        node_id: "node-1".into(),
+        disk_id: "the-old-one".into(),
+        disk_path: disk_path.display().to_string(),
+        data_directory_name: "vol-01234567".into(),
+        ..Default::default()
+    };
+    let mut replica = Replica::new(NAME, spec);
+    replica.metadata.finalizers = Some(vec![FINALIZER.into()]);
+    store.create(&replica).await.unwrap();
+    let mut events = store.watch::<Replica>().await.unwrap();
+    store.delete::<Replica>(NAME, &Preconditions::default()).await.unwrap();
+    let mut last_words = String::new();
+    let gone = async {
+        while let Some(event) = events.next().await {
+            match event.unwrap() {
+                TypedEvent::Applied(replica) => {
+                    let said = replica.status.unwrap_or_default().conditions;
+                    last_words = said.into_iter().map(|c| format!("{}: {}", c.reason, c.message)).collect();
+                }
+                TypedEvent::Deleted(_) => return,
+                TypedEvent::Relist => {}
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), gone).await.expect("it goes");
+    assert!(last_words.contains("DataLeftBehind: ") && last_words.contains("disk the-old-one"), "{last_words}");
+    assert_eq!(std::fs::read(&theirs).unwrap(), b"theirs");
     token.cancel();
     role.await.unwrap().unwrap();
 }

@@ -14,15 +14,16 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::engine::nbd::client::open_export;
 use ::engine::nbd::wire;
+use ::engine::stream::{Service, Stream};
 use authority::Authority;
 use processes::{Engine, Replica, SIZE, wait_until};
-use proto::engine::ReplicaState;
+use proto::engine::{ReplicaAddress, ReplicaState};
 use proto::replica::{Reply, Request};
-use runtime::transport::{Identity, PEER_NAME, Security};
+use runtime::transport::{Identity, PEER_NAME, Protocol, Security};
 use rustix::process::{Pid, Signal, kill_process};
 use rustls::pki_types::pem::PemObject;
 
@@ -251,6 +252,31 @@ fn anonymous(authority: &Authority, stream: TcpStream) -> impl Read + Write {
     let config = config.with_root_certificates(roots).with_no_client_auth();
     let session = rustls::ClientConnection::new(Arc::new(config), PEER_NAME.try_into().unwrap()).unwrap();
     rustls::StreamOwned::new(session, stream)
+}
+
+/// A busy replica takes the connection at once, and its turn to answer comes later.
+#[test]
+fn a_handshake_may_take_longer_than_a_connection() {
+    let member = Authority::new().member();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // Its control service is at the next port.
+    let address = ReplicaAddress::Tcp(format!("127.0.0.1:{}", port - 1));
+    let deadline = Instant::now() + Duration::from_millis(200);
+    let security = member.clone();
+    let connected = std::thread::spawn(move || {
+        Stream::connect_and_secure(&address, Service::Control, &security, deadline, LIMIT).map(drop)
+    });
+    while Instant::now() < deadline {
+        std::thread::park_timeout(Duration::from_millis(10)); // poll
+    }
+    listener.set_nonblocking(true).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut listener = member.listen_on(listener.into(), Protocol::Lines).unwrap();
+        tokio::time::timeout(LIMIT, listener.next()).await.expect("it is still there");
+    });
+    connected.join().unwrap().unwrap();
 }
 
 #[test]

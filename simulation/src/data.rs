@@ -8,8 +8,8 @@ use api::replica::ReplicaStatus;
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use crate::any;
 use crate::world::{World, remove_finalizer};
-use crate::{any, gaps};
 
 /// A replica as it lies on its disk.
 #[derive(Clone, Debug, Default)]
@@ -66,11 +66,9 @@ impl World {
         let spec = &replica.spec;
         let is_there = self.is_mounted(&spec.disk_id, &spec.disk_path);
         if replica.metadata.deletion_timestamp.is_some() {
-            // Its data lies on a disk that is away: until that is back, or taken off the node.
+            // Its data lies on a disk that is away: until that is back, taken off the node, or replaced there.
             let is_replaced = self.known_at(&spec.disk_path).is_some_and(|id| id != spec.disk_id);
-            let is_given_up =
-                !self.wished_paths().contains(&spec.disk_path) || is_replaced && gaps::REPLACED_DISKS_ARE_GIVEN_UP;
-            if is_there || is_given_up {
+            if is_there || is_replaced || !self.wished_paths().contains(&spec.disk_path) {
                 self.replica_files.remove(name);
                 remove_finalizer(&mut self.replicas, name);
             }

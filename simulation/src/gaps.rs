@@ -10,6 +10,3 @@ pub const BLOCKED_EVICTIONS_ARE_TOLD: bool = false;
 
 /// What a preparation left in `tmp/` that was given up goes at once, and not only with the copy on that disk.
 pub const ABANDONED_PREPARATIONS_GO: bool = false;
-
-/// A replica is deleted although another disk took the place of its own on the node. Today it waits for the one that was taken off.
-pub const REPLACED_DISKS_ARE_GIVEN_UP: bool = false;

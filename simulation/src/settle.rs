@@ -222,10 +222,8 @@ impl World {
             said && planner::image::ready_disks(s).next().is_none()
         });
         let ready = condition::find(&status.conditions, READY).cloned().unwrap_or_default();
-        let mut replicas = self.replicas.values().filter(|r| r.spec.volume_name == name);
-        let waits_for_disk = replicas.any(|r| !self.is_mounted(&r.spec.disk_id, &r.spec.disk_path));
         let is_met = match (wish.is_empty(), status.state) {
-            _ if volume.metadata.deletion_timestamp.is_some() => waits_for_disk && !gaps::REPLACED_DISKS_ARE_GIVEN_UP,
+            _ if volume.metadata.deletion_timestamp.is_some() => false,
             (_, _) if status.robustness == Robustness::Faulted => true,
             // It says so itself.
             (_, VolumeState::Creating) => ready.reason == "NoEligibleDisk",

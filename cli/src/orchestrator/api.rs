@@ -95,7 +95,7 @@ async fn attach(State(orchestrator): State<Orchestrator>, Json(operation): Json<
         let (node, device) = (attachment.spec.node_name, device(&orchestrator, &target).await?);
         if target.usage.block && !operation.read_only {
             // Its device is all that there is to look at.
-            expansion::finish(&orchestrator, &target, &node, Path::new(&device), Path::new("")).await?;
+            expansion::finish(&orchestrator, &target, &node, Path::new(&device), Path::new("")).await;
         }
         Ok(json!({ "volume": target.volume_id, "node": node, "device": device }))
     })

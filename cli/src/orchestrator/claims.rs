@@ -7,8 +7,8 @@ use ::api::ErrorKind;
 use ::api::event::News;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    CSIPersistentVolumeSource, ObjectReference, PersistentVolume, PersistentVolumeClaim,
-    PersistentVolumeClaimCondition, PersistentVolumeClaimStatus, PersistentVolumeSpec, PersistentVolumeStatus,
+    CSIPersistentVolumeSource, ObjectReference, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimStatus,
+    PersistentVolumeSpec, PersistentVolumeStatus,
 };
 use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttachment};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -21,7 +21,7 @@ use super::Orchestrator;
 use super::capability::Usage;
 use super::clients;
 use super::expansion;
-use super::objects::{self, Part, is_deleting};
+use super::objects::{self, Part, Said, is_deleting, set_condition};
 use super::size;
 use super::target::SELECTED_NODE;
 use super::work::DEFAULT_FS_TYPE;
@@ -83,21 +83,9 @@ async fn explain(
     reason: &str,
     message: &str,
 ) -> Result<(), Failure> {
-    let now = Time(Timestamp::now());
     objects::update(orchestrator.store(), claim, Part::Status, |claim| {
-        let status = claim.status.get_or_insert_default();
-        status.phase.get_or_insert_with(|| "Pending".into());
-        let list = status.conditions.get_or_insert_default();
-        let since = list.iter().find(|c| c.type_ == PROVISIONED).and_then(|c| c.last_transition_time.clone());
-        list.retain(|c| c.type_ != PROVISIONED);
-        list.push(PersistentVolumeClaimCondition {
-            type_: PROVISIONED.into(),
-            status: "False".into(),
-            reason: Some(reason.into()),
-            message: Some(message.into()),
-            last_transition_time: Some(since.unwrap_or_else(|| now.clone())),
-            last_probe_time: Some(now.clone()),
-        });
+        claim.status.get_or_insert_default().phase.get_or_insert_with(|| "Pending".into());
+        set_condition(claim, &Said { r#type: PROVISIONED, is: false, reason, message }, &[]);
         true
     })
     .await?;

@@ -10,13 +10,12 @@ use ::api::event::News;
 use ::api::validation::claim::{capacity, requested};
 use ::api::{ErrorKind, quantity};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimCondition};
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use proto::csi;
 
-use super::objects::{self, Part, is_deleting};
+use super::objects::{self, Part, Said, is_deleting, set_condition};
 use super::target::{self, Target};
 use super::{Orchestrator, clients};
 use crate::failure::Failure;
@@ -119,7 +118,6 @@ async fn set(
     reason: &str,
     message: &str,
 ) -> Result<(), Failure> {
-    let now = Time(Timestamp::now());
     let asked = claim.spec.as_ref().and_then(|s| s.resources.as_ref()?.requests.as_ref()?.get("storage").cloned());
     objects::update(orchestrator.store(), claim, Part::Status, |claim| {
         // As Kubernetes notes it: what the volume has come to, or is on its way to.
@@ -127,17 +125,7 @@ async fn set(
             let allocated = claim.status.get_or_insert_default().allocated_resources.get_or_insert_default();
             allocated.insert("storage".into(), asked.clone());
         }
-        let list = claim.status.get_or_insert_default().conditions.get_or_insert_default();
-        let since = list.iter().find(|c| c.type_ == r#type).and_then(|c| c.last_transition_time.clone());
-        list.retain(|c| c.type_ != RESIZING && c.type_ != FILESYSTEM_PENDING);
-        list.push(PersistentVolumeClaimCondition {
-            type_: r#type.into(),
-            status: "True".into(),
-            reason: Some(reason.to_owned()).filter(|r| !r.is_empty()),
-            message: Some(message.into()),
-            last_transition_time: Some(since.unwrap_or_else(|| now.clone())),
-            last_probe_time: Some(now.clone()),
-        });
+        set_condition(claim, &Said { r#type, is: true, reason, message }, &[RESIZING, FILESYSTEM_PENDING]);
         true
     })
     .await?;
@@ -168,7 +156,14 @@ async fn clear(
 /// Finishes the growth of the claim of a volume that is used on a node again, at a path there; its claim says how that went.
 ///
 /// The use itself does not fail by it: the volume is there, with all that it had.
-pub async fn finish(
+pub async fn finish(orchestrator: &Orchestrator, target: &Target, node: &str, path: &Path, staging: &Path) {
+    if let Err(failure) = try_finish(orchestrator, target, node, path, staging).await {
+        let volume = &target.volume_id;
+        tracing::warn!(volume, node, error = %failure, "whether a mounted volume has grown is not known; the next mount tells");
+    }
+}
+
+async fn try_finish(
     orchestrator: &Orchestrator,
     target: &Target,
     node: &str,

@@ -137,7 +137,7 @@ pub async fn publish(
         }
     }
     if result.is_ok() && !read_only {
-        expansion::finish(orchestrator, target, node, path, &staging).await?;
+        expansion::finish(orchestrator, target, node, path, &staging).await;
     }
     result.map(drop)
 }

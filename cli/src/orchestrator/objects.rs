@@ -1,6 +1,9 @@
 //! Reading and changing Kubernetes' own objects in the store.
 
 use ::api::ErrorKind;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, PersistentVolumeClaimCondition};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -73,6 +76,30 @@ where
     Err(Failure::new(ErrorKind::Pending, format!("`{}` is changed by others all the time", object.name_any())))
 }
 
+/// What a claim says of itself.
+pub struct Said<'a> {
+    pub r#type: &'a str,
+    pub is: bool,
+    pub reason: &'a str,
+    pub message: &'a str,
+}
+
+/// Puts a condition into a claim in place of its own type and `others`; since when it is so is kept.
+pub fn set_condition(claim: &mut PersistentVolumeClaim, said: &Said<'_>, others: &[&str]) {
+    let now = Time(Timestamp::now());
+    let list = claim.status.get_or_insert_default().conditions.get_or_insert_default();
+    let since = list.iter().find(|c| c.type_ == said.r#type).and_then(|c| c.last_transition_time.clone());
+    list.retain(|c| c.type_ != said.r#type && !others.contains(&c.type_.as_str()));
+    list.push(PersistentVolumeClaimCondition {
+        type_: said.r#type.to_owned(),
+        status: if said.is { "True" } else { "False" }.to_owned(),
+        reason: Some(said.reason.to_owned()).filter(|r| !r.is_empty()),
+        message: Some(said.message.to_owned()),
+        last_transition_time: Some(since.unwrap_or_else(|| now.clone())),
+        last_probe_time: Some(now),
+    });
+}
+
 /// Adds a finalizer; whether it was missing.
 pub fn add_finalizer<T: Resource<DynamicType = ()>>(object: &mut T, finalizer: &str) -> bool {
     let list = object.meta_mut().finalizers.get_or_insert_default();
@@ -94,4 +121,28 @@ pub fn remove_finalizer<T: Resource<DynamicType = ()>>(object: &mut T, finalizer
 /// Whether an object is being deleted.
 pub fn is_deleting<T: Resource<DynamicType = ()>>(object: &T) -> bool {
     object.meta().deletion_timestamp.is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_of_a_claim_takes_the_place_of_others_and_keeps_its_time() {
+        let mut claim = PersistentVolumeClaim::default();
+        let mut say = |r#type, message, others: &[&str]| {
+            set_condition(&mut claim, &Said { r#type, is: true, reason: "", message }, others);
+            claim.status.clone().unwrap().conditions.unwrap()
+        };
+        say("Provisioned", "no class", &[]);
+        let first = say("Resizing", "it is attached", &["FileSystemResizePending"]);
+        let again = say("Resizing", "no room", &["FileSystemResizePending"]);
+        let types = |list: &[PersistentVolumeClaimCondition]| list.iter().map(|c| c.type_.clone()).collect::<Vec<_>>();
+        assert_eq!(types(&again), ["Provisioned", "Resizing"]);
+        assert_eq!(again[1].message.as_deref(), Some("no room"));
+        assert_eq!(again[1].last_transition_time, first[1].last_transition_time);
+        let done = say("FileSystemResizePending", "mount it", &["Resizing"]);
+        assert_eq!(types(&done), ["Provisioned", "FileSystemResizePending"]);
+        assert_eq!((done[1].reason.as_deref(), done[1].status.as_str()), (None, "True"));
+    }
 }

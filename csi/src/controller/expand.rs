@@ -3,7 +3,7 @@
 
 use api::validation;
 use kube::ResourceExt;
-use planner::volume::growth;
+use planner::volume::growth::{self, Refusal};
 use proto::csi;
 use store::{Selector, StoreError};
 use tracing::info;
@@ -66,8 +66,12 @@ async fn grow(context: &Context, found: &api::Volume, size: u64) -> Result<(), C
         images: store.list(&Selector::default()).await?,
         settings: store.list(&Selector::default()).await?,
     };
-    if let Some(reason) = growth::refusal(&world, &volume_id, size) {
-        return Err(CsiError::NoRoom { volume_id, reason });
+    match growth::refusal(&world, &volume_id, size) {
+        None => {}
+        Some(Refusal::NoRoom(reason)) => return Err(CsiError::NoRoom { volume_id, reason }),
+        Some(Refusal::Older(why)) => {
+            return Err(CsiError::NotUsable { volume_id, reason: format!("cannot grow now: {why}") });
+        }
     }
     let mut wanted = found.clone();
     wanted.spec.size = api::quantity::SizeBytes(size);
@@ -210,5 +214,17 @@ mod tests {
         let words = ["disk-1 of n1", "67108864 bytes are needed", "37748736 can still be promised"];
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
         assert_eq!(size(&context).await, 64 * MIB);
+    }
+
+    #[tokio::test]
+    async fn a_volume_does_not_grow_before_all_of_its_instances_can_grow_it() {
+        let context = world(|_| ()).await;
+        let older = |r: &mut Replica| r.status.get_or_insert_default().generation = 1_000_001;
+        context.store.modify_status::<Replica>("r", older).await.unwrap();
+        let (kind, text) = error(ask(&context, 80 * MIB, 0).await);
+        assert!(kind == ErrorKind::NotReady && text.contains("older program"), "{text}");
+        let tells = |r: &mut Replica| r.status.get_or_insert_default().current_size = SizeBytes(64 * MIB);
+        context.store.modify_status::<Replica>("r", tells).await.unwrap();
+        assert_eq!(ask(&context, 80 * MIB, 0).await.unwrap(), 80 * MIB);
     }
 }

@@ -1,5 +1,6 @@
 //! NodeExpandVolume: what a grown volume has on this node. NodeStageVolume has grown its filesystem already where that can be done;
-//! here it is looked at, and grown while it is mounted if it is still smaller.
+//! here it is looked at, and grown while it is mounted if it is still smaller. One that is not grown is refused, which keeps nobody
+//! from using it.
 
 use std::path::Path;
 
@@ -49,11 +50,17 @@ pub async fn expand(
             "is mounted read-only at `{volume_path}`, where its filesystem is not grown; mount it writable once"
         ));
     };
-    match mounts::grow(&device.path, &writable).await {
-        Ok(()) => done,
-        Err(error) => refuse(format!(
-            "has a filesystem at `{volume_path}` that could not be grown to {size} bytes while it is mounted ({}); it grows before it is mounted the next time, so end the pods that use it",
-            crate::status::sentence(&error)
-        )),
-    }
+    let Err(error) = mounts::grow(&device.path, &writable).await else {
+        context.ungrown.note(&volume_id, None);
+        return done;
+    };
+    let error = crate::status::sentence(&error);
+    refuse(match context.ungrown.why(&volume_id) {
+        Some(before) => format!(
+            "has a filesystem at `{volume_path}` that did not grow to {size} bytes before it was mounted ({before}), nor does it now ({error}); its files are as they were, and what it waits for is tried again at each mount"
+        ),
+        None => format!(
+            "has a filesystem at `{volume_path}` that could not be grown to {size} bytes while it is mounted ({error}); it grows before it is mounted the next time, so end the pods that use it"
+        ),
+    })
 }

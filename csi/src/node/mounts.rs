@@ -6,10 +6,11 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use dataplane::filesystem::growth;
 pub use dataplane::filesystem::{Contents as Content, Found, New};
 use dataplane::mount::Unmount;
 use dataplane::{DataplaneError, filesystem, mount, stats};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::CsiError;
 
@@ -91,9 +92,10 @@ pub async fn flush(device: &Path) -> Result<(), CsiError> {
     Ok(filesystem::flush(device).await?)
 }
 
-/// Mounts the filesystem of a device, grown to the device unless it is to be read only. A failure leaves nothing mounted.
-pub async fn mount(device: &Path, target: &Path, fs_type: &str, flags: &[String]) -> Result<(), CsiError> {
-    mount_grown(device, target, fs_type, flags, filesystem::kernel_grows_ext()).await
+/// Mounts the filesystem of a device, grown to the device unless it is to be read only. One that was used before and cannot grow is
+/// mounted with the size that it has; the reason then. A failure leaves nothing mounted.
+pub async fn mount(device: &Path, target: &Path, fs_type: &str, flags: &[String]) -> Result<Option<String>, CsiError> {
+    mount_grown(device, target, fs_type, flags, growth::kernel_grows_ext()).await
 }
 
 /// The same, with ext4 grown by the kernel once it is mounted where that is said to be possible. What it does not grow is grown
@@ -104,26 +106,43 @@ pub async fn mount_grown(
     fs_type: &str,
     flags: &[String],
     by_kernel: bool,
-) -> Result<(), CsiError> {
+) -> Result<Option<String>, CsiError> {
     if flags.iter().flat_map(|flag| flag.split(',')).any(|flag| flag == "ro") {
-        return mount_as_it_is(device, target, fs_type, flags).await;
+        return mount_as_it_is(device, target, fs_type, flags).await.map(|()| None);
     }
-    if by_kernel && filesystem::is_sound_and_smaller(device, fs_type).await? {
+    match grow_and_mount(device, target, fs_type, flags, by_kernel).await {
+        Err(CsiError::Dataplane(error @ DataplaneError::NotGrown { .. })) => {
+            let reason = crate::status::sentence(&error);
+            warn!(device = %device.display(), reason, "filesystem mounted as it is");
+            mount_as_it_is(device, target, fs_type, flags).await.map(|()| Some(reason))
+        }
+        Err(error) => Err(error),
+        // What is mounted and whole is left to its users.
+        Ok(()) => Ok(growth::grow_mounted(target, fs_type).await.err().map(|error| {
+            let reason = crate::status::sentence(&error);
+            warn!(device = %device.display(), reason, "mounted filesystem not grown");
+            reason
+        })),
+    }
+}
+
+async fn grow_and_mount(
+    device: &Path,
+    target: &Path,
+    fs_type: &str,
+    flags: &[String],
+    by_kernel: bool,
+) -> Result<(), CsiError> {
+    if by_kernel && growth::is_sound_and_smaller(device, fs_type).await? {
         mount_as_it_is(device, target, fs_type, flags).await?;
-        match filesystem::grow_while_mounted(device, target, fs_type).await {
+        match growth::grow_while_mounted(device, target, fs_type).await {
             Ok(()) => return Ok(()),
             Err(error) => info!(%error, "the kernel does not grow the filesystem, so it is grown before it is mounted"),
         }
         unmount(target).await?;
     }
-    filesystem::grow_before_mount(device, fs_type).await?;
-    mount_as_it_is(device, target, fs_type, flags).await?;
-    if let Err(error) = filesystem::grow_mounted(target, fs_type).await {
-        // Half-done work would pass for done when the call is repeated.
-        unmount(target).await?;
-        return Err(error.into());
-    }
-    Ok(())
+    growth::grow_before_mount(device, fs_type).await?;
+    mount_as_it_is(device, target, fs_type, flags).await
 }
 
 async fn mount_as_it_is(device: &Path, target: &Path, fs_type: &str, flags: &[String]) -> Result<(), CsiError> {
@@ -136,17 +155,17 @@ async fn mount_as_it_is(device: &Path, target: &Path, fs_type: &str, flags: &[St
     blocking(move || mount::mount(&source, &place, &kind, &options)).await
 }
 
-/// Grows what was mounted by an attempt that was cut off before it was grown, where that can be done.
-pub async fn finish_growth(device: &Path, mount: &Mount) -> Result<(), CsiError> {
-    if filesystem::kernel_grows_ext() {
-        return grow(device, mount).await;
+/// Grows what was mounted by an attempt that was cut off before it was grown, where that can be done. Where not it is used with the
+/// size that it has, and grown before it is mounted the next time; NodeExpandVolume says why.
+pub async fn finish_growth(device: &Path, mount: &Mount) {
+    if let Err(error) = grow(device, mount).await {
+        info!(device = %device.display(), reason = crate::status::sentence(&error), "mounted filesystem not grown");
     }
-    Ok(filesystem::grow_mounted(&mount.target, &mount.fs_type).await?)
 }
 
 /// Grows a filesystem that is mounted to its device; nothing when it has all of it.
 pub async fn grow(device: &Path, mount: &Mount) -> Result<(), CsiError> {
-    Ok(filesystem::grow_while_mounted(device, &mount.target, &mount.fs_type).await?)
+    Ok(growth::grow_while_mounted(device, &mount.target, &mount.fs_type).await?)
 }
 
 /// Makes a folder or device node visible at another path.

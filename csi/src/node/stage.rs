@@ -126,7 +126,7 @@ pub async fn stage(
         Plan::Nothing => {
             // An attempt that was cut off may have mounted it and no more.
             if let Some(mounted) = observed.mounted.filter(|mounted| !mounted.read_only) {
-                mounts::finish_growth(&device.path, &mounted).await?;
+                mounts::finish_growth(&device.path, &mounted).await;
             }
             return Ok(csi::NodeStageVolumeResponse {});
         }
@@ -144,7 +144,8 @@ pub async fn stage(
         path: staging.to_owned(),
         source,
     })?;
-    mounts::mount(&device.path, staging, &mounted_as, &flags).await?;
+    let ungrown = mounts::mount(&device.path, staging, &mounted_as, &flags).await?;
+    context.ungrown.note(&volume_id, ungrown);
     info!(volume = volume_id, fs_type = mounted_as, "volume staged");
     Ok(csi::NodeStageVolumeResponse {})
 }
@@ -162,6 +163,7 @@ pub async fn unstage(
     let staging = path("staging_target_path", &staging_target_path)?;
     let _flight = context.in_flight.take(&volume_id)?;
     mounts::unmount(staging).await?;
+    context.ungrown.note(&volume_id, None);
     info!(volume = volume_id, "volume unstaged");
     Ok(csi::NodeUnstageVolumeResponse {})
 }

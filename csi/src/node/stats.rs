@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use proto::csi;
+use proto::csi::volume_health::VolumeHealthEntry;
 use proto::csi::volume_usage::Unit;
 
 use super::{Context, device, mounts};
@@ -52,12 +53,18 @@ fn bytes(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-/// The problems of a volume, those of its engine on this node included.
+/// The problems of a volume, those of its engine and its filesystem on this node included.
 pub async fn get_health(
     context: &Context,
     request: csi::NodeGetVolumeHealthRequest,
     _: &Deadline,
 ) -> Result<csi::NodeGetVolumeHealthResponse, CsiError> {
     let found = device::find_volume(context, &request.volume_id).await?;
-    Ok(csi::NodeGetVolumeHealthResponse { volume_health: Some(volume::health(&found)) })
+    let mut health = volume::health(&found);
+    health.health_statuses.extend(context.ungrown.why(&request.volume_id).map(|message| VolumeHealthEntry {
+        status: csi::VolumeHealthErrorType::Degraded.into(),
+        reason: "FilesystemNotGrown".to_owned(),
+        message,
+    }));
+    Ok(csi::NodeGetVolumeHealthResponse { volume_health: Some(health) })
 }

@@ -45,7 +45,8 @@ impl World {
         let endpoint = device.path.display().to_string();
         engine.status = Some(EngineStatus { current_state: InstanceState::Running, endpoint, ..Default::default() });
         store.replace_status(&engine).await.unwrap();
-        let context = Context { store, node_name: "node-1".into(), in_flight: InFlight::default() };
+        let context =
+            Context { store, node_name: "node-1".into(), in_flight: InFlight::default(), ungrown: Ungrown::default() };
         World { context, folder, device: Some(device) }
     }
 

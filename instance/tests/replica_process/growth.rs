@@ -1,6 +1,7 @@
 //! A replica that is started with more bytes than it has: what was written stays, what is new reads as zeroes.
 
 use std::fs;
+use std::process::Command;
 
 use dataplane::storage_daemon::BaseFormat;
 use proto::replica::{Reply, Request};
@@ -76,6 +77,33 @@ fn nothing_of_the_image_shows_in_what_is_new() {
     let export = replica.open(2);
     let reads = ["read -P 0x11 0 4095k", "read -P 0x22 4095k 1k", "read -P 0x11 4M 512", "read -P 0 4194816 29359616"];
     replica.io_ok(&export, &reads);
+}
+
+/// The size of a head may be on the disk before what makes the new part read as zeroes is: such a growth counts for nothing.
+#[test]
+fn what_a_growth_that_was_cut_off_left_behind_the_end_does_not_show() {
+    for reached in ["32M", "16M"] {
+        let mut replica = Replica::new(raw_base);
+        replica.config.size_bytes = 4 << 20;
+        replica.start();
+        let export = replica.open(1);
+        replica.io_ok(&export, &["write -P 0x22 4092k 4k", "flush"]);
+        assert_eq!(replica.ask(Request::Close { generation: 1 }), Reply::Done);
+        replica.stop();
+        let head = replica.config.directory.join("volume-head.qcow2");
+        let head = head.to_str().unwrap();
+        // It knows nothing of the image, so it puts no zeroes over it.
+        qemu_img(&["resize", "-q", "-f", "qcow2", head, reached]);
+        let garbage = ["-f", "qcow2", "-c", "write -P 0x77 10M 1M", "-c", "write -P 0x77 4M 4k", head];
+        assert!(Command::new("qemu-io").args(garbage).output().unwrap().status.success());
+        replica.config.size_bytes = SIZE;
+        replica.start();
+        let export = replica.open(2);
+        replica.io_ok(&export, &["read -P 0x11 0 4092k", "read -P 0x22 4092k 4k", "read -P 0 4M 28M"]);
+        assert_eq!(replica.record().size_bytes, SIZE);
+        replica.stop();
+        qemu_img(&["check", "-q", "-f", "qcow2", head]);
+    }
 }
 
 /// A volume that was too small for its image, whose size was not known yet, and was made larger before anybody used it.

@@ -1,27 +1,28 @@
 //! A listener that hands out connections that are ready for use.
 //!
-//! Handshakes run beside each other, a bounded number and each within a time limit: who connects and says nothing keeps nobody else
-//! waiting.
+//! Handshakes run beside each other, a bounded number and each within a time limit. A further one takes the place of another, of the
+//! address that has the most: who connects and says nothing keeps nobody else waiting, however many there are.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::stream::{self, Stream as Items};
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
 use super::{Protocol, Stream};
 
-/// Handshakes at a time. Each costs about a millisecond of a processor; the backlog of the listener keeps the others.
-const MAX_HANDSHAKES: usize = 64;
+/// Handshakes at a time. Each costs about a millisecond of a processor, so one that is meant gets through before 64 others come.
+pub(super) const MAX_HANDSHAKES: usize = 64;
 /// A peer answers in milliseconds; a busy one in seconds.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// After a failure that is ours (no descriptors are left): time for connections to end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
@@ -132,12 +133,64 @@ async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
 }
 
 async fn shake_hands(listener: TcpListener, tls: EachTime, ready: mpsc::Sender<(Stream, SocketAddr)>) {
-    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let handshakes = Handshakes::default();
     loop {
-        let slot = slots.clone().acquire_owned().await.expect("the semaphore is never closed");
         let (stream, peer) = accept(&listener).await;
-        tokio::spawn(shake(stream, peer, tls.clone(), ready.clone(), slot));
+        handshakes.begin(peer, |place| shake(stream, peer, tls.clone(), ready.clone(), place));
     }
+}
+
+/// The handshakes that run, in the order in which they began.
+#[derive(Clone, Default)]
+struct Handshakes(Arc<Mutex<Running>>);
+
+#[derive(Default)]
+struct Running {
+    begun: u64,
+    all: BTreeMap<u64, (IpAddr, AbortHandle)>,
+}
+
+/// One of them, until it is dropped.
+struct Place {
+    handshakes: Handshakes,
+    number: u64,
+}
+
+impl Handshakes {
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs one more; when there are too many, another one ends.
+    fn begin<F: Future<Output = ()> + Send + 'static>(&self, peer: SocketAddr, shake: impl FnOnce(Place) -> F) {
+        let mut running = self.running();
+        if running.all.len() >= MAX_HANDSHAKES
+            && let Some(number) = dispensable(running.all.iter().map(|(number, (address, _))| (*number, *address)))
+            && let Some((address, task)) = running.all.remove(&number)
+        {
+            task.abort();
+            tracing::info!(peer = %address, problem = "too many handshakes at a time", "connection refused");
+        }
+        running.begun += 1;
+        let number = running.begun;
+        let task = tokio::spawn(shake(Place { handshakes: self.clone(), number }));
+        running.all.insert(number, (peer.ip(), task.abort_handle()));
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.handshakes.running().all.remove(&self.number);
+    }
+}
+
+/// Which handshake ends when there are too many: the oldest of the address that has the most, so that strangers at one address
+/// never end those of others.
+fn dispensable(running: impl Iterator<Item = (u64, IpAddr)> + Clone) -> Option<u64> {
+    let mut counts: BTreeMap<IpAddr, usize> = BTreeMap::new();
+    running.clone().for_each(|(_, address)| *counts.entry(address).or_default() += 1);
+    let most = counts.values().copied().max()?;
+    running.filter(|(_, address)| counts[address] == most).map(|(number, _)| number).min()
 }
 
 async fn shake(
@@ -145,7 +198,7 @@ async fn shake(
     peer: SocketAddr,
     tls: EachTime,
     ready: mpsc::Sender<(Stream, SocketAddr)>,
-    slot: OwnedSemaphorePermit,
+    place: Place,
 ) {
     let shaken = async {
         stream.set_nodelay(true)?;
@@ -153,7 +206,7 @@ async fn shake(
     };
     let problem = match timeout(HANDSHAKE_TIMEOUT, shaken).await {
         Ok(Ok(stream)) => {
-            drop(slot);
+            drop(place);
             // Nobody listens any more.
             let _ = ready.send((Stream::from(stream), peer)).await;
             return;
@@ -162,4 +215,22 @@ async fn shake(
         Err(_) => format!("no handshake within {} s", HANDSHAKE_TIMEOUT.as_secs()),
     };
     tracing::info!(%peer, problem, "connection refused");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers_at_one_address_end_their_own_handshakes_only() {
+        let check = |addresses: &[u8]| {
+            let running = addresses.iter().map(|last| IpAddr::from([10, 0, 0, *last]));
+            dispensable((0..).zip(running.collect::<Vec<_>>()))
+        };
+        assert_eq!(check(&[]), None);
+        assert_eq!(check(&[7]), Some(0));
+        assert_eq!(check(&[7, 9, 9]), Some(1), "the oldest of those that have the most");
+        assert_eq!(check(&[7, 9, 9, 7]), Some(0), "as many each");
+        assert_eq!(check(&[7, 8, 9, 9, 7, 9]), Some(2));
+    }
 }

@@ -116,6 +116,23 @@ async fn a_silent_peer_keeps_nobody_waiting() {
     serving.abort();
 }
 
+/// As many as fill all places, several times over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_who_say_nothing_never_fill_the_place_of_a_client() {
+    let member = Authority::new().member();
+    let (listener, address) = listen(&member).await;
+    let serving = echo(listener);
+    let silent = || std::net::TcpStream::connect(address).expect("the listener has a backlog");
+    let mut silent: Vec<_> = (0..4 * listener::MAX_HANDSHAKES).map(|_| silent()).collect();
+    let soon = listener::HANDSHAKE_TIMEOUT / 2;
+    let asked = timeout(soon, ask(&member, address)).await;
+    assert_eq!(&asked.expect("it need not wait until they are given up").unwrap(), b"ping");
+    silent[0].set_read_timeout(Some(soon)).unwrap();
+    let waits = |error: &io::Error| matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut);
+    assert!(!silent[0].read(&mut [0]).is_err_and(|error| waits(&error)), "there are no more of them than places");
+    serving.abort();
+}
+
 #[tokio::test]
 async fn a_replaced_certificate_is_shown_in_the_next_handshake() {
     let (old, new) = (Authority::new(), Authority::new());

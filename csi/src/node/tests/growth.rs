@@ -129,6 +129,71 @@ async fn an_ext4_that_the_kernel_does_not_grow_is_grown_before_it_is_mounted() {
     world.end().await;
 }
 
+/// `resize2fs` refuses this feature, and the kernel grows it only where it lets this process.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filesystem_that_cannot_grow_is_used_with_the_size_that_it_has() {
+    let mut world = World::new(|file| mkfs(file, "mkfs.ext4", &["-q", "-Obigalloc"], "320M")).await;
+    world.stage(mount()).await.unwrap();
+    fs::write(world.path("staging/file"), written()).unwrap();
+    world.unstage().await.unwrap();
+    world.reattach(GROWN).await;
+    let (device, staging) = (world.device(), world.path("staging"));
+    for by_kernel in [false, true] {
+        mounts::mount_grown(&device, &staging, "ext4", &[], by_kernel).await.unwrap();
+        assert_eq!(fs::read(staging.join("file")).unwrap(), written());
+        world.unstage().await.unwrap();
+    }
+    world.stage(mount()).await.unwrap();
+    world.stage(mount()).await.unwrap();
+    assert_eq!(fs::read(staging.join("file")).unwrap(), written());
+    if bytes(&staging) < 400 << 20 {
+        let (kind, text) = error(world.expand(&staging, GROWN).await);
+        assert!(kind == ErrorKind::NotReady && text.contains("resize2fs") && text.contains("at each mount"), "{text}");
+        let request = csi::NodeGetVolumeHealthRequest { volume_id: "v".into(), ..Default::default() };
+        let health = stats::get_health(&world.context, request, &never()).await.unwrap().volume_health.unwrap();
+        assert_eq!(health.health_statuses[0].reason, "FilesystemNotGrown");
+    }
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+/// The kernel may refuse to grow a mounted ext4: it is used as it is until it is mounted the next time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_growth_that_the_kernel_refuses_keeps_nobody_from_the_volume() {
+    let world = World::grown("ext4").await;
+    world.mount_as_it_is("ext4");
+    world.stage(mount()).await.unwrap();
+    let there = mounts::at(&world.path("staging")).await.unwrap().unwrap();
+    // As a kernel that refuses what this process has the right to: there is no such device.
+    mounts::finish_growth(&world.path("nothing"), &there).await;
+    assert_eq!(fs::read(world.path("staging/file")).unwrap(), written());
+    world.unstage().await.unwrap();
+    world.stage(mount()).await.unwrap();
+    assert!(bytes(&world.path("staging")) > 500 << 20);
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
+/// Begun by a process that has ended since: the device is its alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_growth_that_goes_on_is_waited_for_and_never_cut_off() {
+    let world = World::grown("ext4").await;
+    let alone = std::os::unix::fs::OpenOptionsExt::custom_flags(
+        fs::File::options().read(true),
+        rustix::fs::OFlags::EXCL.bits() as i32,
+    )
+    .open(world.device())
+    .unwrap();
+    let (kind, text) = error(world.stage(mount()).await);
+    assert!(kind == ErrorKind::Pending && text.contains("goes on"), "{text}");
+    assert!(mounts::at(&world.path("staging")).await.unwrap().is_none());
+    drop(alone);
+    world.stage(mount()).await.unwrap();
+    assert!(bytes(&world.path("staging")) > 500 << 20);
+    world.unstage().await.unwrap();
+    world.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_mounted_read_only_is_not_grown() {
     for fs_type in ["ext4", "xfs"] {

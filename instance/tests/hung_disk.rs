@@ -1,0 +1,161 @@
+//! A disk that hangs: the others of its node work on, also when the role begins, and the disk is told and comes back.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::engine::{DesireState, InstanceState};
+use api::names::condition::READY;
+use api::node::{DiskSpec, DiskStatus, NodeSpec};
+use api::quantity::SizeBytes;
+use api::replica::ReplicaSpec;
+use api::{ConditionStatus, Node, Replica, condition};
+use backing_image_instance::{Config, run};
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::{MountFlags, UnmountFlags};
+use store::Store;
+use store::embedded::Embedded;
+use tokio_util::sync::CancellationToken;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A FUSE filesystem whose server never answers. It ends, and everything that waits for it fails, when this is dropped.
+struct Hung {
+    place: PathBuf,
+    _connection: OwnedFd,
+}
+
+impl Hung {
+    fn at(place: &Path) -> Hung {
+        let connection = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
+        let options = std::ffi::CString::new(options).unwrap();
+        rustix::mount::mount("hung", place, "fuse", MountFlags::NOSUID, options.as_c_str()).unwrap();
+        Hung { place: place.to_owned(), _connection: connection }
+    }
+}
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.place, UnmountFlags::FORCE | UnmountFlags::DETACH).unwrap();
+    }
+}
+
+struct World {
+    store: Store,
+    folder: tempfile::TempDir,
+}
+
+impl World {
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    async fn disk(&self, name: &str) -> DiskStatus {
+        let node = self.store.get::<Node>("node-1").await.unwrap().unwrap();
+        node.status.and_then(|s| s.disk_status.get(name).cloned()).unwrap_or_default()
+    }
+
+    /// Status and reason of a disk's readiness.
+    async fn readiness(&self, name: &str) -> Option<(ConditionStatus, String, String)> {
+        let disk = self.disk(name).await;
+        let ready = condition::find(&disk.conditions, READY)?;
+        Some((ready.status, ready.reason.clone(), ready.message.clone()))
+    }
+
+    async fn replica_on(&self, disk: &str, name: &str, uuid: &str) {
+        let spec = ReplicaSpec {
+            volume_name: "vol".into(),
+            volume_size: SizeBytes(16 << 20),
+            node_id: "node-1".into(),
+            desire_state: DesireState::Running,
+            disk_id: uuid.into(),
+            disk_path: self.path(disk).display().to_string(),
+            data_directory_name: name.into(),
+            ..Default::default()
+        };
+        self.store.create(&Replica::new(name, spec)).await.unwrap();
+    }
+
+    async fn replica(&self, name: &str) -> (InstanceState, String) {
+        let replica = self.store.get::<Replica>(name).await.unwrap().unwrap();
+        let status = replica.status.unwrap_or_default();
+        let message = condition::find(&status.conditions, READY).map(|c| c.message.clone());
+        (status.current_state, message.unwrap_or_default())
+    }
+}
+
+async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let wait = async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await; // poll
+        }
+    };
+    tokio::time::timeout(LIMIT, wait).await.unwrap_or_else(|_| panic!("never: {what}"))
+}
+
+fn config(world: &World, ready: tokio::sync::watch::Sender<bool>) -> Config {
+    let test = std::env::current_exe().unwrap();
+    Config {
+        node: "node-1".parse().unwrap(),
+        ip: [127, 83, 11, 7].into(),
+        directory: world.path("instance"),
+        program: test.parent().unwrap().parent().unwrap().join("examples/replica"),
+        store: world.store.clone(),
+        create_disks: true,
+        discover: false,
+        disk_owner: None,
+        engines: Default::default(),
+        security: Default::default(),
+        metrics: Default::default(),
+        ready,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_hangs_is_told_and_the_others_of_its_node_work() {
+    let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
+    let world = World { store, folder: tempfile::tempdir().unwrap() };
+    let spec = |name: &str| DiskSpec { path: world.path(name).display().to_string(), ..Default::default() };
+    let disks = ["good", "hung"].map(|name| (name.to_owned(), spec(name))).into();
+    let node = NodeSpec { name: "node-1".into(), disks, ..Default::default() };
+    world.store.create(&Node::new("node-1", node)).await.unwrap();
+    std::fs::create_dir(world.path("hung")).unwrap();
+    let hung = Hung::at(&world.path("hung"));
+    // More than there are workers of the role.
+    for n in 0..12 {
+        world.replica_on("hung", &format!("hung-{n}"), "some-uuid").await;
+    }
+    let (ready, mut is_ready) = tokio::sync::watch::channel(false);
+    let token = CancellationToken::new();
+    let role = tokio::spawn(run(config(&world, ready), token.clone()));
+
+    let (status, reason, message) = until("the disk is told", async || world.readiness("hung").await).await;
+    assert_eq!((status, reason.as_str()), (ConditionStatus::Unknown, "NotAnswering"), "{message}");
+    assert!(message.contains("has not answered since"), "{message}");
+    assert_eq!(world.readiness("good").await.unwrap().0, ConditionStatus::True);
+    tokio::time::timeout(LIMIT, is_ready.wait_for(|ready| *ready)).await.expect("the node is in service").unwrap();
+    world.replica_on("good", "good-0", &world.disk("good").await.disk_uuid).await;
+    until("its replica runs", async || (world.replica("good-0").await.0 == InstanceState::Running).then_some(())).await;
+    let (state, why) = until("the other says why it does not", async || {
+        Some(world.replica("hung-11").await).filter(|(state, _)| *state == InstanceState::Error)
+    })
+    .await;
+    assert!(why.contains("has not answered since"), "{state:?}: {why}");
+
+    // The mount is gone, and the disk below it is an ordinary one.
+    drop(hung);
+    until("it is used again", async || {
+        world.readiness("hung").await.filter(|(status, ..)| *status == ConditionStatus::True)
+    })
+    .await;
+    let end = |r: &mut Replica| r.spec.desire_state = DesireState::Stopped;
+    world.store.modify::<Replica>("good-0", end).await.unwrap();
+    until("it has ended", async || (world.replica("good-0").await.0 == InstanceState::Stopped).then_some(())).await;
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
