@@ -160,7 +160,6 @@ async fn standalone(resource: &ResourceType, new: &Object) -> (u16, Value) {
         store: Store::new(Arc::new(Embedded::in_memory()), NAMESPACE),
         metrics: Default::default(),
         ready,
-        allow_loopback_sources: false,
         shutdown: CancellationToken::new(),
     });
     let path = format!("/apis/longhorn.io/v1beta2/namespaces/{NAMESPACE}/{}", resource.plural);

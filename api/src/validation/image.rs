@@ -3,17 +3,26 @@
 use crate::ids::{DiskId, ImageName, Sha512Digest};
 use crate::image::{DataEngine, SourceType};
 use crate::names::{FINALIZER, MANAGED_BY, label};
-use crate::{BackingImage, ErrorKind};
+use crate::source_address::AllowedSources;
+use crate::{BackingImage, ErrorKind, Setting, setting};
 
 use super::{FieldErrors, LABEL_RULE, Mistakes, fits_label, nearest, url};
 
 /// What the rules depend on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ImageRules {
     /// The setting `default-min-number-of-backing-image-copies`.
     pub default_min_copies: u32,
-    /// Whether a download may come from this very machine: in standalone mode all nodes are this machine.
-    pub allow_loopback_sources: bool,
+    /// The setting `backing-image-allowed-source-addresses`.
+    pub allowed_sources: AllowedSources,
+}
+
+impl ImageRules {
+    /// The rules of stored settings.
+    pub fn of(settings: &[Setting]) -> ImageRules {
+        let default_min_copies = setting::value(settings, setting::DEFAULT_MIN_COPIES).parse().unwrap_or(1);
+        ImageRules { default_min_copies, allowed_sources: AllowedSources::of(settings) }
+    }
 }
 
 /// A new image with its defaults filled in.
@@ -235,7 +244,7 @@ fn check_source(mistakes: &mut Mistakes, image: &BackingImage, rules: &ImageRule
     }
     match source {
         SourceType::Download => {
-            if let Err(mistake) = url::check(given("url"), rules.allow_loopback_sources) {
+            if let Err(mistake) = url::check(given("url"), &rules.allowed_sources) {
                 mistakes.add(format!("{FIELD}[url]"), url::redact(given("url")), mistake.message());
             }
         }

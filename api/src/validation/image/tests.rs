@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-const RULES: ImageRules = ImageRules { default_min_copies: 3, allow_loopback_sources: false };
+const RULES: ImageRules = ImageRules { default_min_copies: 3, allowed_sources: AllowedSources::none() };
 const URL: &str = "https://example.com/a.qcow2";
 
 fn image(name: &str, spec: Value) -> BackingImage {
@@ -171,10 +171,10 @@ fn judges_sources() {
         "a1",
         download("http://localhost/a"),
         expect![
-            "spec.sourceParameters[url] is `http://localhost/a`: must not target a loopback address: the file is fetched from within the cluster, so give an address that every node reaches"
+            "spec.sourceParameters[url] is `http://localhost/a`: must not target a loopback address: the file is fetched from within the cluster, so give an address that every node reaches, or allow this one by setting `backing-image-allowed-source-addresses`"
         ],
     );
-    let standalone = ImageRules { allow_loopback_sources: true, ..RULES };
+    let standalone = ImageRules { allowed_sources: "127.0.0.0/8,::1".parse().unwrap(), ..RULES };
     assert!(admit_new(image("a1", download("http://localhost/a")), &standalone).is_ok());
     check(
         "a1",
