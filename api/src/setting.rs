@@ -1,10 +1,13 @@
 //! Setting: one global value, by Longhorn's name (LF 4.1).
 
+mod about;
+
 use std::borrow::Cow;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
+pub use self::about::{About, about};
 use crate::Unknown;
 use crate::source_address::{self, AllowedSources};
 
