@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use api::ids::{ImageName, ImageUuid, Sha512Digest};
 use api::image::{CopyState, SourceType};
+use api::source_address::AllowedSources;
 use runtime::transport::{Protocol, Security};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -53,6 +54,8 @@ pub struct Config {
     pub parameters: BTreeMap<String, String>,
     /// SHA-512 that the file must have.
     pub checksum: Option<Sha512Digest>,
+    /// The setting `backing-image-allowed-source-addresses`.
+    pub allowed_sources: AllowedSources,
     /// Pauses and limits; [`Patience::default`] outside of tests.
     pub patience: Patience,
     /// How it listens.
@@ -162,7 +165,7 @@ fn what_to_download(config: &Config) -> Result<Download, AgentError> {
             });
         }
     };
-    Ok(Download { url, expected: config.checksum.clone(), pad_to_sector })
+    Ok(Download { url, expected: config.checksum.clone(), pad_to_sector, allowed: config.allowed_sources.clone() })
 }
 
 /// The file that an earlier life of this data source finished: still here, or taken over already by the manager.

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use api::ErrorKind;
 use api::ids::Sha512Digest;
+use api::source_address::AllowedSources;
 use jiff::Timestamp;
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, HeaderValue, IF_RANGE, RANGE};
 use reqwest::{Client, StatusCode};
@@ -22,6 +23,7 @@ use crate::http_client;
 use crate::ingest::{Ingest, Ingested};
 use crate::layout::FileSet;
 use crate::limits;
+use crate::source_guard;
 use crate::source_url::SourceUrl;
 use crate::unfinished::{self, Earlier, Keeper, Unfinished};
 
@@ -36,6 +38,8 @@ pub struct Download {
     pub url: SourceUrl,
     pub expected: Option<Sha512Digest>,
     pub pad_to_sector: bool,
+    /// From which special addresses it may come.
+    pub allowed: AllowedSources,
 }
 
 /// How patient to be. The default is for production.
@@ -242,7 +246,7 @@ async fn judge(what: &Download, ingest: Ingest, framed: Framed) -> Result<Ingest
 
 async fn transfer(what: &Download, place: &Place<'_>, slot: &mut Option<Receiving>) -> Result<Framed, AgentError> {
     let (patience, report) = (place.patience, place.report);
-    let client = http_client::external(&what.url)?;
+    let client = http_client::external(&what.url, &what.allowed)?;
     let mut known = Known::default();
     if resume(what, place, slot, &mut known).await? {
         return Ok(Framed::Yes);
@@ -328,7 +332,12 @@ async fn attempt(
         Err(error) if error.is_redirect() || error.is_builder() => {
             return Err(failed(what, chain(&error.without_url())));
         }
-        Err(error) => return Err(Broken::Retry(http_client::unsent(&error))),
+        Err(error) => {
+            return Err(match source_guard::forbidden(&error) {
+                Some(forbidden) => failed(what, forbidden.to_string()),
+                None => Broken::Retry(http_client::unsent(&error)),
+            });
+        }
         Ok(response) => response,
     };
     check_status(what, response.status())?;
@@ -419,7 +428,7 @@ mod tests {
     #[test]
     fn what_may_pass_is_tried_again_and_the_rest_is_not() {
         let url = SourceUrl::parse("http://h/x").unwrap();
-        let what = Download { url, expected: None, pad_to_sector: false };
+        let what = Download { url, expected: None, pad_to_sector: false, allowed: AllowedSources::none() };
         let judge = |code| check_status(&what, StatusCode::from_u16(code).unwrap());
         for code in [200, 206, 416] {
             assert!(judge(code).is_ok(), "{code}");

@@ -24,6 +24,7 @@ pub mod peer;
 pub mod qcow2;
 mod seal;
 pub mod sha512;
+mod source_guard;
 pub mod source_url;
 mod sparse;
 pub mod ssync;

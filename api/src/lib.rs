@@ -22,6 +22,7 @@ pub mod quantity;
 pub mod replica;
 pub mod secrets;
 pub mod setting;
+pub mod source_address;
 pub mod unknown;
 pub mod validation;
 pub mod volume;

@@ -1,11 +1,15 @@
 //! Setting: one global value, by Longhorn's name (LF 4.1).
 
+mod about;
+
 use std::borrow::Cow;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
+pub use self::about::{About, about};
 use crate::Unknown;
+use crate::source_address::{self, AllowedSources};
 
 /// A setting: `metadata.name` says which, `value` is its text. It has no `spec`, as in Longhorn.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -85,6 +89,9 @@ fn absolute_path(text: &str) -> bool {
 fn boolean(text: &str) -> bool {
     matches!(text, "true" | "false")
 }
+fn addresses(text: &str) -> bool {
+    text.parse::<AllowedSources>().is_ok()
+}
 
 /// Replicas of a volume that does not say how many.
 pub const DEFAULT_REPLICA_COUNT: &str = "default-replica-count";
@@ -112,9 +119,11 @@ pub const DEFAULT_DISK_RESERVED: &str = "storage-reserved-percentage-for-default
 
 /// Ours: hours after which a copy that nobody verified is read in the background and compared with its manifest; 0: never.
 pub const SCRUB_INTERVAL: &str = "backing-image-scrub-interval";
+/// Ours: special addresses from which images may be fetched all the same (see [`crate::source_address`]).
+pub const ALLOWED_SOURCE_ADDRESSES: &str = "backing-image-allowed-source-addresses";
 
 /// Every setting that this version reads, with Longhorn's defaults.
-pub const KNOWN: [Known; 12] = [
+pub const KNOWN: [Known; 13] = [
     Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
@@ -137,6 +146,7 @@ pub const KNOWN: [Known; 12] = [
     Known { name: DEFAULT_DATA_PATH, default: "/var/lib/longhorn", rule: "an absolute path", check: absolute_path },
     Known { name: DEFAULT_DISK_RESERVED, default: "30", rule: "percent, 0 to 100", check: percent },
     Known { name: SCRUB_INTERVAL, default: "168", rule: "hours, a whole number, 0 or more", check: whole_number },
+    Known { name: ALLOWED_SOURCE_ADDRESSES, default: "", rule: source_address::RULE, check: addresses },
 ];
 
 /// The known setting of a name.

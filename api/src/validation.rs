@@ -77,6 +77,11 @@ impl Mistakes {
         self.0.push(FieldError { field: field.into(), value: value.into(), message: message.into() });
     }
 
+    /// Whether a field whose name begins so was found wrong.
+    fn has(&self, field: &str) -> bool {
+        self.0.iter().any(|error| error.field.starts_with(field))
+    }
+
     /// A field that may not change once it has a value.
     fn refuse_change<T: PartialEq + fmt::Display>(&mut self, field: &str, old: &T, new: &T) {
         if old != new {

@@ -50,7 +50,7 @@ spec:
   checksum: 304f3ed30ca6878e9056ee6f1b02b328239f0d0c2c1272840998212f9734b196371560b3b939037e4f4c2884ce457c2cbc9f0621f4f5d1ca983983c8cdf8cd9a
 "#,
     );
-    let rules = api::validation::image::ImageRules { default_min_copies: 3, allow_loopback_sources: false };
+    let rules = api::validation::image::ImageRules { default_min_copies: 3, allowed_sources: Default::default() };
     let image = api::validation::image::admit_new(image, &rules).unwrap();
     assert_eq!((image.spec.min_number_of_copies, image.spec.node_selector), (2, vec!["node1".to_owned()]));
 }

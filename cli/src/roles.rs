@@ -9,6 +9,7 @@ use anyhow::Context;
 use api::ids::{DiskId, ImageName, ImageUuid, Sha512Digest};
 use api::image::SourceType;
 use api::names::{DISK_MOUNT, SOURCE_PARAMETERS};
+use api::source_address::AllowedSources;
 use api::{ErrorKind, Secrets};
 use clap::{Args, Subcommand};
 use runtime::transport::Security;
@@ -103,6 +104,9 @@ pub struct DataSource {
     /// SHA-512 that the file must have.
     #[arg(long, default_value = "", value_parser = checksum)]
     checksum: Option<Checksum>,
+    /// Addresses and networks of this machine, of its links and of the cloud that a download may come from, with commas between.
+    #[arg(long, default_value = "")]
+    allowed_source_addresses: AllowedSources,
     /// A credential, KEY=VALUE; none is used for downloads.
     #[arg(long, value_parser = pair)]
     credential: Vec<(String, String)>,
@@ -216,6 +220,7 @@ pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
         parameters,
         source_parameters,
         checksum,
+        allowed_source_addresses,
         credential,
         disk_path,
     } = source;
@@ -231,6 +236,7 @@ pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
         source_type,
         parameters: source_parameters.0.into_iter().chain(parameters).collect(),
         checksum: checksum.and_then(|c| c.0),
+        allowed_sources: allowed_source_addresses,
         patience: Patience::default(),
         security: security(),
     };

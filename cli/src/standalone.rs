@@ -7,6 +7,7 @@ mod lock;
 mod nodes;
 mod ready;
 mod roles;
+mod settings;
 mod stop;
 
 use std::path::{Path, PathBuf};
@@ -136,6 +137,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
     embedded.register_metrics(&metrics);
     let store = Store::new(Arc::new(embedded), &namespace);
     let node_names = nodes::ensure(&store, &layout, nodes, disks_per_node).await?;
+    settings::ensure(&store).await?;
 
     let (stop_sender, mut stop_requests) = watch::channel(false);
     let (ready_sender, ready_receiver) = watch::channel(Err("its CSI sockets do not answer yet".to_owned()));
@@ -152,13 +154,7 @@ async fn instance(start: Start, signals: CancellationToken, end_all: bool) -> an
         engines: engines.options(),
     };
     let workloads = roles::start(&mut roles, plan).await?;
-    let state = controller::http::ApiState {
-        store,
-        metrics,
-        ready: ready_receiver,
-        allow_loopback_sources: true,
-        shutdown: shutdown.child_token(),
-    };
+    let state = controller::http::ApiState { store, metrics, ready: ready_receiver, shutdown: shutdown.child_token() };
     let router = controller::http::router(state)
         .merge(crate::orchestrator::router(orchestrator.clone()))
         .merge(stop::router(orchestrator.clone(), stop_sender));

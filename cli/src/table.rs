@@ -1,5 +1,6 @@
 //! Tables of objects, with the columns of `kubectl`: those of the CRD, those of Kubernetes for its own kinds.
 
+use api::setting;
 use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use jiff::Timestamp;
@@ -109,7 +110,13 @@ fn columns(resource: &ResourceType) -> Vec<Column> {
             ("Count", ".count", true),
             ("Message", ".message", false),
         ],
-        "Setting" => &[("Value", ".value", false), age],
+        "Setting" => &[
+            ("Value", ".value", false),
+            ("Default", "default", false),
+            ("Range", "range", false),
+            age,
+            ("Effect", "effect", true),
+        ],
         _ => &[age],
     };
     list.iter()
@@ -126,6 +133,16 @@ fn cell(item: &Value, path: &str, now: Timestamp) -> String {
             } else {
                 format!("{}/{}", plain(&claim["namespace"]), plain(&claim["name"]))
             };
+        }
+        "default" | "range" | "effect" => {
+            let name = plain(&item["metadata"]["name"]);
+            let (known, about) = (setting::known(&name), setting::about(&name));
+            return match path {
+                "default" => known.map_or("", |known| known.default),
+                "range" => known.map_or("", |known| known.rule),
+                _ => about.map_or("", |about| about.effect),
+            }
+            .to_owned();
         }
         "involved" => {
             let object = &item["involvedObject"];
@@ -266,6 +283,22 @@ mod tests {
             NAMESPACE   NAME   STATUS   VOLUME   CAPACITY   ACCESS MODES   STORAGECLASS   AGE   VOLUMEMODE
             default     data   Bound    pvc-1    1Gi        RWO            longhorn       60m   Block
         "#]],
+        );
+    }
+
+    #[test]
+    fn settings_show_their_default_and_range() {
+        let setting = |name: &str, value: &str| json!({ "metadata": { "name": name, "creationTimestamp": "2026-01-01T00:00:00Z" }, "value": value });
+        check(
+            "settings",
+            &[setting("default-replica-count", "2"), setting("of-another-version", "x")],
+            false,
+            true,
+            expect![[r#"
+                NAME                    VALUE   DEFAULT   RANGE                        AGE   EFFECT
+                default-replica-count   2       3         a whole number, at least 1   60m   Replicas of a volume that does not say how many
+                of-another-version      x                                              60m
+            "#]],
         );
     }
 

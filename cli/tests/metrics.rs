@@ -174,8 +174,8 @@ async fn agents_show_what_is_declared_and_count_bytes_and_copies() {
     assert_eq!(figure(metrics, r#"copies{state="ready"}"#), 0.0);
 
     let (listen, url) = (format!("--listen={source}"), format!("--parameters=url=http://{}/i.raw", serve_file()));
-    let args =
-        ["data-source", &listen, "--name=img", "--uuid=0a1b2c3d", "--source-type=download", &url, "--disk-path", disk];
+    let (name, own) = (["--name=img", "--uuid=0a1b2c3d"], "--allowed-source-addresses=127.0.0.1");
+    let args = ["data-source", &listen, name[0], name[1], "--source-type=download", &url, own, "--disk-path", disk];
     let _source = Process::start(&args, &[], folder.path().join("source.log"));
     check(Role::DataSource, source);
     wait("prepared", || {

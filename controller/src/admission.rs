@@ -9,7 +9,7 @@ use api::ids::ImageName;
 use api::names::{self, label};
 use api::validation::image::ImageRules;
 use api::validation::{self, FieldErrors};
-use api::{BackingImage, BackingImageDataSource, ErrorKind, Node, Replica, Setting, Volume, setting};
+use api::{BackingImage, BackingImageDataSource, ErrorKind, Node, Replica, Setting, Volume};
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::ResourceExt;
@@ -28,8 +28,6 @@ use crate::http::failure::Failure;
 #[derive(Clone)]
 pub struct Admission {
     pub store: Store,
-    /// Whether images may be downloaded from this very machine (the standalone mode, where every node is this machine).
-    pub allow_loopback_sources: bool,
 }
 
 impl Admission {
@@ -161,10 +159,7 @@ impl Admission {
 
     async fn rules(&self) -> Result<ImageRules, Failure> {
         let settings: Vec<Setting> = self.store.list(&Selector::default()).await?;
-        Ok(ImageRules {
-            default_min_copies: setting::value(&settings, setting::DEFAULT_MIN_COPIES).parse().unwrap_or(1),
-            allow_loopback_sources: self.allow_loopback_sources,
-        })
+        Ok(ImageRules::of(&settings))
     }
 
     /// Refuses a deletion that would take something away from somebody.

@@ -39,6 +39,7 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         workload,
         report,
         taken_over: taken_over(name, &source, shared).await?,
+        allowed_sources: world::settings(store).await?.allowed_sources,
         source,
     };
     let decision = decide(&observed);

@@ -26,15 +26,13 @@ pub struct ApiState {
     pub metrics: Metrics,
     /// Whether everything that this process promises works; `/readyz`.
     pub ready: Receiver<Readiness>,
-    /// Whether images may be downloaded from this very machine (the standalone mode, where every node is this machine).
-    pub allow_loopback_sources: bool,
     /// Ends open watches, so that a server that waits for its connections can stop.
     pub shutdown: CancellationToken,
 }
 
 impl ApiState {
     fn admission(&self) -> Admission {
-        Admission { store: self.store.clone(), allow_loopback_sources: self.allow_loopback_sources }
+        Admission { store: self.store.clone() }
     }
 }
 

@@ -139,7 +139,7 @@ impl Webhook {
     /// Answers reviews until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), WebhookError> {
         let Webhook { config, keeper, identity, listener } = self;
-        let admission = Admission { store: config.store.clone(), allow_loopback_sources: false };
+        let admission = Admission { store: config.store.clone() };
         let reviews = review::Reviews { admission, metrics: config.metrics.clone() };
         let router = Router::new()
             .route("/mutate", post(review::mutate))

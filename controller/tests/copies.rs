@@ -91,7 +91,6 @@ async fn the_http_api_says_which_guard_keeps_a_copy() {
         store: world.store.clone(),
         metrics: Metrics::default(),
         ready,
-        allow_loopback_sources: true,
         shutdown: CancellationToken::new(),
     });
     let call = async |method: &str, body: Value| {

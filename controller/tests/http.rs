@@ -25,7 +25,6 @@ fn api() -> Router {
         store: Store::new(Arc::new(Embedded::in_memory()), "longhorn-system"),
         metrics: Metrics::default(),
         ready,
-        allow_loopback_sources: false,
         shutdown: CancellationToken::new(),
     })
 }

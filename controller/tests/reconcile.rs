@@ -7,7 +7,9 @@ use api::engine::{InstanceState, ReplicaMode};
 use api::image::CopyState;
 use api::names::condition::READY;
 use api::volume::{Robustness, VolumeState};
-use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, ErrorKind, Replica, Volume, condition};
+use api::{
+    BackingImage, BackingImageDataSource, BackingImageManager, Engine, ErrorKind, Replica, Setting, Volume, condition,
+};
 use store::{Preconditions, Selector};
 use world::{World, eventually, world};
 
@@ -108,6 +110,30 @@ async fn a_wrong_checksum_waits_long_but_a_new_wish_is_tried_at_once() {
         |i: &mut BackingImage| drop(i.spec.source_parameters.insert("url".into(), "http://images.test/b".into()));
     world.store.modify::<BackingImage>("ubuntu", change).await.unwrap();
     eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+}
+
+#[tokio::test]
+async fn a_setting_takes_effect_without_a_restart() {
+    let world = world().await;
+    let failure = (ErrorKind::Invalid, "`127.0.0.1` is a loopback address".into());
+    world.workloads.script.lock().unwrap().source_failures.push(failure);
+    world.create_image("ubuntu").await;
+    eventually("failed", async || {
+        let source = world.store.get::<BackingImageDataSource>("ubuntu").await.unwrap();
+        source.and_then(|s| s.status).is_some_and(|s| s.current_state == CopyState::Failed)
+    })
+    .await;
+    // The next attempt is five minutes away.
+    let set = async |name: &str, value: &str| {
+        world.store.modify::<Setting>(name, |s| s.value = value.into()).await.unwrap();
+    };
+    set("backing-image-allowed-source-addresses", "127.0.0.1").await;
+    eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+
+    let lowered = |i: &mut BackingImage| i.spec.min_number_of_copies = 1;
+    world.store.modify::<BackingImage>("ubuntu", lowered).await.unwrap();
+    set("backing-image-cleanup-wait-interval", "0").await;
+    eventually("one copy", async || world.image("ubuntu").await.disk_file_status_map.len() == 1).await;
 }
 
 #[tokio::test]

@@ -160,7 +160,6 @@ async fn standalone(resource: &ResourceType, new: &Object) -> (u16, Value) {
         store: Store::new(Arc::new(Embedded::in_memory()), NAMESPACE),
         metrics: Default::default(),
         ready,
-        allow_loopback_sources: false,
         shutdown: CancellationToken::new(),
     });
     let path = format!("/apis/longhorn.io/v1beta2/namespaces/{NAMESPACE}/{}", resource.plural);
@@ -193,6 +192,7 @@ async fn a_mistake_is_refused_in_the_same_sentence_as_by_the_standalone_mode() {
         (ours("Volume"), image("v", no_name)),
         (ours("Node"), object(node)),
         (ours("Setting"), setting("default-replica-count", "0")),
+        (ours("Setting"), setting("backing-image-allowed-source-addresses", "localhost")),
         (ours("Setting"), setting("color", "red")),
     ] {
         let (code, status) = standalone(&resource, &bad).await;

@@ -40,12 +40,10 @@ pub struct ControllerConfig {
     pub wait: Duration,
     /// See [`Metrics::register`].
     pub metrics: Metrics,
-    /// Whether an image may be downloaded from this very machine: in standalone mode all nodes are this machine.
-    pub allow_loopback_sources: bool,
 }
 
 impl ControllerConfig {
-    /// With the usual patience, and without loopback sources.
+    /// With the usual patience.
     pub fn new(store: Store, driver_name: &str, socket: impl Into<PathBuf>) -> ControllerConfig {
         ControllerConfig {
             store,
@@ -53,17 +51,16 @@ impl ControllerConfig {
             socket: socket.into(),
             wait: limits::WAIT_WITHOUT_DEADLINE,
             metrics: Metrics::default(),
-            allow_loopback_sources: false,
         }
     }
 }
 
 /// Serves Identity and Controller on a unix socket until the shutdown request, then lets calls in progress end.
 pub async fn serve_controller(config: ControllerConfig, shutdown: CancellationToken) -> Result<(), CsiError> {
-    let ControllerConfig { store, driver_name, socket, wait, metrics, allow_loopback_sources } = config;
+    let ControllerConfig { store, driver_name, socket, wait, metrics } = config;
     metrics.offer(&metrics::CONTROLLER);
     let calls = Calls::new(wait, metrics, &shutdown);
-    let context = Context { store, in_flight: InFlight::default(), allow_loopback_sources };
+    let context = Context { store, in_flight: InFlight::default() };
     let service = ControllerService { context, calls: calls.clone() };
     let routes = Routes::new(IdentityServer::new(IdentityService::new(&driver_name)))
         .add_service(ControllerServer::new(service));
@@ -75,7 +72,6 @@ pub async fn serve_controller(config: ControllerConfig, shutdown: CancellationTo
 struct Context {
     store: Store,
     in_flight: InFlight,
-    allow_loopback_sources: bool,
 }
 
 struct ControllerService {

@@ -8,6 +8,7 @@ use api::ids::ImageName;
 use api::image::{CopyState, SourceType};
 use api::names::condition::READY;
 use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SOURCE_PARAMETERS, SYNC_PORT, data_source_workload_name, label};
+use api::source_address::AllowedSources;
 use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, Owner, Secrets, condition};
 use jiff::Timestamp;
 use serde_json::json;
@@ -19,6 +20,7 @@ use crate::workload::{State, Wish, Workload};
 /// Keys of `runningParameters` that say what an attempt was made with, beside the source's own parameters.
 const ATTEMPT_CHECKSUM: &str = "expected-checksum";
 const ATTEMPT_DISK: &str = "disk-uuid";
+const ATTEMPT_ALLOWED: &str = "allowed-source-addresses";
 
 /// The process, to users.
 const PROCESS: &str = "the data source process";
@@ -48,6 +50,8 @@ pub struct Observed {
     pub report: Option<Result<Report, String>>,
     /// The state of the file at the manager of its disk, when that knows it.
     pub taken_over: Option<CopyState>,
+    /// The setting `backing-image-allowed-source-addresses`.
+    pub allowed_sources: AllowedSources,
 }
 
 /// One step; each can be repeated.
@@ -141,9 +145,12 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         return (remove(), None);
     }
 
-    let attempt = attempt_of(spec);
+    let mut attempt = attempt_of(spec);
+    if !o.allowed_sources.is_empty() {
+        attempt.insert(ATTEMPT_ALLOWED.into(), o.allowed_sources.to_string());
+    }
     if status.running_parameters != attempt {
-        // A new wish is tried at once; a mere change of the disk keeps the back-off, lest two full disks be tried in turns for ever.
+        // A new wish or setting is tried at once; a mere change of the disk keeps the back-off, lest two full disks be tried in turns for ever.
         let without_disk = |p: &BTreeMap<String, String>| {
             p.iter().filter(|(k, _)| *k != ATTEMPT_DISK).map(|(k, v)| (k.clone(), v.clone())).collect::<Vec<_>>()
         };
@@ -159,7 +166,7 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         status.current_state = CopyState::Pending;
         status.progress = 0;
     }
-    let wish = wish(&o.source, &image);
+    let wish = wish(&o.source, &image, &o.allowed_sources);
     match o.disks.get(&spec.disk_uuid).map(|d| &d.health) {
         Some(Health::Ready) => {}
         Some(Health::NotReady(why) | Health::Unknown(why)) => {
@@ -320,7 +327,11 @@ pub fn answers(source: &BackingImageDataSource, image: &BackingImage) -> bool {
 
 /// Whether the status speaks of the current wish, and not of a former disk or address.
 pub fn is_about_this_attempt(source: &BackingImageDataSource) -> bool {
-    source.status.as_ref().is_some_and(|s| s.running_parameters == attempt_of(&source.spec))
+    let Some(status) = &source.status else { return false };
+    let mut running = status.running_parameters.clone();
+    // A setting, which is no part of the wish.
+    running.remove(ATTEMPT_ALLOWED);
+    running == attempt_of(&source.spec)
 }
 
 fn attempt_of(spec: &BackingImageDataSourceSpec) -> BTreeMap<String, String> {
@@ -332,7 +343,7 @@ fn attempt_of(spec: &BackingImageDataSourceSpec) -> BTreeMap<String, String> {
     attempt
 }
 
-fn wish(source: &BackingImageDataSource, image: &ImageName) -> Wish {
+fn wish(source: &BackingImageDataSource, image: &ImageName, allowed: &AllowedSources) -> Wish {
     let spec = &source.spec;
     let mut args: Vec<String> = ["data-source", "--listen"].map(String::from).into();
     args.push(format!("$(POD_IP):{MANAGER_PORT}"));
@@ -344,6 +355,9 @@ fn wish(source: &BackingImageDataSource, image: &ImageName) -> Wish {
     }
     if !spec.checksum.is_empty() {
         args.extend(["--checksum".to_owned(), spec.checksum.clone()]);
+    }
+    if !allowed.is_empty() {
+        args.extend(["--allowed-source-addresses".to_owned(), allowed.to_string()]);
     }
     args.extend(["--disk-path".to_owned(), spec.disk_path.clone()]);
     let labels = [

@@ -6,6 +6,7 @@
 mod copies;
 mod deletion;
 pub mod guard;
+pub mod recovery;
 mod source;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use api::Setting;
 use api::setting as name;
+use api::source_address::AllowedSources;
 
 /// Parsed values; a missing or unreadable setting has its default.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub struct Settings {
     pub over_provisioning_percent: u32,
     /// How old the last verification of a copy may become; zero: no limit.
     pub scrub_interval: Duration,
+    /// From which special addresses images may be fetched.
+    pub allowed_sources: AllowedSources,
 }
 
 impl Default for Settings {
@@ -42,6 +45,7 @@ impl Settings {
             allow_empty_disk_selector: text(name::ALLOW_EMPTY_DISK_SELECTOR) == "true",
             over_provisioning_percent: number(name::OVER_PROVISIONING),
             scrub_interval: Duration::from_secs(3600 * u64::from(number(name::SCRUB_INTERVAL))),
+            allowed_sources: AllowedSources::of(settings),
         }
     }
 

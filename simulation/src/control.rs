@@ -133,8 +133,15 @@ impl World {
         let manager = self.managers.get(&manager_name(&source.spec.disk_uuid.parse().expect("a disk")));
         let files = manager.and_then(|m| m.status.clone()).unwrap_or_default().backing_image_file_map;
         let taken_over = files.get(name).filter(|f| f.uuid == source.spec.uuid).map(|f| f.state);
-        let observed =
-            data_source::Observed { now: self.now, disks: self.disks(), workload, report, taken_over, source };
+        let observed = data_source::Observed {
+            now: self.now,
+            disks: self.disks(),
+            workload,
+            report,
+            taken_over,
+            allowed_sources: self.settings.allowed_sources.clone(),
+            source,
+        };
         let decision = data_source::decide(&observed);
         self.judge_conditions("data source", name, &decision.status.conditions);
         if self.dies(random) {

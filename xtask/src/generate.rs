@@ -9,6 +9,7 @@ use std::{fs, process};
 
 use anyhow::{Context, bail};
 use api::metrics::{ALL, Role};
+use api::setting::{About, KNOWN, Known, about};
 
 /// Writes every generated file, or with `check` only compares.
 pub fn run(check: bool) -> anyhow::Result<()> {
@@ -16,6 +17,7 @@ pub fn run(check: bool) -> anyhow::Result<()> {
     let mut files = protos(root)?;
     files.extend(crds(root)?);
     files.insert(root.join("docs/metrics.md"), metrics());
+    files.insert(root.join("docs/settings.md"), settings());
     let mut stale = vec![];
     for (path, content) in files {
         if fs::read_to_string(&path).is_ok_and(|old| old == content) {
@@ -142,6 +144,22 @@ fn metrics() -> String {
         let roles = quoted(&mut metric.roles.iter().map(|role| role.as_str()));
         text +=
             &format!("| `{}` | {} | {labels} | {roles} | {} |\n", metric.query(), metric.kind.as_str(), metric.help);
+    }
+    text
+}
+
+/// The page of all settings, made of their declarations.
+fn settings() -> String {
+    let mut text = String::from(
+        "# Settings\n\nMade by `cargo xtask generate` from `api/src/setting.rs` and `api/src/setting/about.rs`; change it there.\n\n\
+         A setting is an object of kind Setting: `get settings` lists them with default and range, `kubectl edit settings.longhorn.io NAME` or `apply -f` changes one. \
+         A change takes effect without a restart. What is out of range is refused, and so is a name that nobody knows; a value that got in all the same counts as the default.\n\n\
+         | setting | type | default | range | effect |\n| --- | --- | --- | --- | --- |\n",
+    );
+    for Known { name, default, rule, .. } in &KNOWN {
+        let About { value, effect } = about(name).unwrap_or(About { value: "", effect: "" });
+        let default = if default.is_empty() { "empty".to_owned() } else { format!("`{default}`") };
+        text += &format!("| `{name}` | {value} | {default} | {rule} | {effect} |\n");
     }
     text
 }

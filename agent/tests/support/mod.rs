@@ -277,7 +277,12 @@ pub struct Source {
 impl Source {
     /// `script` gets the number of the request and its head.
     pub async fn new(script: impl Fn(usize, &str) -> Reply + Send + Sync + 'static) -> Source {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Source::at(IpAddr::V4(Ipv4Addr::LOCALHOST), script).await
+    }
+
+    /// The same at another address.
+    pub async fn at(ip: IpAddr, script: impl Fn(usize, &str) -> Reply + Send + Sync + 'static) -> Source {
+        let listener = TcpListener::bind((ip, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(vec![]));
         let (seen, script) = (requests.clone(), Arc::new(script));
@@ -359,6 +364,8 @@ pub fn source_config(disk: &TestDisk, parameters: &[(&str, &str)], checksum: Opt
         source_type: SourceType::Download,
         parameters: parameters.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<BTreeMap<_, _>>(),
         checksum: checksum.map(|text| text.parse().unwrap()),
+        // The servers of the tests are on this machine.
+        allowed_sources: "127.0.0.1".parse().unwrap(),
         patience: impatient(),
         security: Default::default(),
     }

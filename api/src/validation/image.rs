@@ -3,17 +3,28 @@
 use crate::ids::{DiskId, ImageName, Sha512Digest};
 use crate::image::{DataEngine, SourceType};
 use crate::names::{FINALIZER, MANAGED_BY, label};
-use crate::{BackingImage, ErrorKind};
+use crate::source_address::AllowedSources;
+use crate::{BackingImage, ErrorKind, Setting, setting};
 
 use super::{FieldErrors, LABEL_RULE, Mistakes, fits_label, nearest, url};
 
+mod fixed;
+
 /// What the rules depend on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ImageRules {
     /// The setting `default-min-number-of-backing-image-copies`.
     pub default_min_copies: u32,
-    /// Whether a download may come from this very machine: in standalone mode all nodes are this machine.
-    pub allow_loopback_sources: bool,
+    /// The setting `backing-image-allowed-source-addresses`.
+    pub allowed_sources: AllowedSources,
+}
+
+impl ImageRules {
+    /// The rules of stored settings.
+    pub fn of(settings: &[Setting]) -> ImageRules {
+        let default_min_copies = setting::value(settings, setting::DEFAULT_MIN_COPIES).parse().unwrap_or(1);
+        ImageRules { default_min_copies, allowed_sources: AllowedSources::of(settings) }
+    }
 }
 
 /// A new image with its defaults filled in.
@@ -42,30 +53,26 @@ pub fn admit_change(
     mut new: BackingImage,
     rules: &ImageRules,
 ) -> Result<BackingImage, FieldErrors> {
-    // What holds an image back while it is being deleted is not put back.
-    if old.metadata.deletion_timestamp.is_some() {
-        return Ok(new);
-    }
-    trim(&mut new);
-    new.spec.source_type = new.spec.source_type.or(old.spec.source_type).or(Some(SourceType::Download));
     let mut mistakes = Mistakes::default();
-    if new.spec.data_engine != old.spec.data_engine {
-        mistakes.add("spec.dataEngine", "v2", "it cannot be changed, and was `v1`");
+    // What holds an image back while it is being deleted is not put back, and what it holds is not judged.
+    let is_going = old.metadata.deletion_timestamp.is_some();
+    if !is_going {
+        trim(&mut new);
+        new.spec.source_type = new.spec.source_type.or(old.spec.source_type).or(Some(SourceType::Download));
     }
-    for (field, old, new) in [
-        ("spec.secret", &old.spec.secret, &new.spec.secret),
-        ("spec.secretNamespace", &old.spec.secret_namespace, &new.spec.secret_namespace),
-    ] {
-        mistakes.refuse_change(field, old, new);
+    fixed::check(&mut mistakes, old, &new);
+    if !is_going {
+        // Old objects may hold what is refused today; only what changes is judged, and what may not change is told once.
+        if new.spec.checksum != old.spec.checksum && !mistakes.has("spec.checksum") {
+            check_checksum(&mut mistakes, &new.spec.checksum);
+        }
+        let has_changed =
+            (new.spec.source_type, &new.spec.source_parameters) != (old.spec.source_type, &old.spec.source_parameters);
+        if has_changed && !mistakes.has("spec.source") {
+            check_source(&mut mistakes, &new, rules);
+        }
+        check_wishes(&mut mistakes, &new);
     }
-    // Old objects may hold what is refused today; only what changes is judged.
-    if new.spec.checksum != old.spec.checksum {
-        check_checksum(&mut mistakes, &new.spec.checksum);
-    }
-    if (new.spec.source_type, &new.spec.source_parameters) != (old.spec.source_type, &old.spec.source_parameters) {
-        check_source(&mut mistakes, &new, rules);
-    }
-    check_wishes(&mut mistakes, &new);
     mistakes.result().map(|()| new)
 }
 
@@ -235,7 +242,7 @@ fn check_source(mistakes: &mut Mistakes, image: &BackingImage, rules: &ImageRule
     }
     match source {
         SourceType::Download => {
-            if let Err(mistake) = url::check(given("url"), rules.allow_loopback_sources) {
+            if let Err(mistake) = url::check(given("url"), &rules.allowed_sources) {
                 mistakes.add(format!("{FIELD}[url]"), url::redact(given("url")), mistake.message());
             }
         }

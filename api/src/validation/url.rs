@@ -1,33 +1,39 @@
 //! The address of a download, as far as it can be judged without asking the network.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::Ipv6Addr;
 
-/// What is wrong with a download address. The texts are Longhorn's.
+use crate::setting::ALLOWED_SOURCE_ADDRESSES;
+use crate::source_address::{AllowedSources, Special};
+
+/// What is wrong with a download address. The texts are Longhorn's, where Longhorn has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mistake {
     Empty,
     Syntax,
     Scheme,
-    Loopback,
+    Address(Special),
 }
 
 impl Mistake {
-    pub fn message(self) -> &'static str {
+    pub fn message(self) -> String {
         match self {
-            Mistake::Empty => "download URL is not provided: give the http or https address of a qcow2 or raw file",
-            Mistake::Syntax => "invalid URI for request: an address looks like https://example.com/image.qcow2",
-            Mistake::Scheme => "invalid download URL scheme: only http and https are offered",
-            Mistake::Loopback => {
-                "must not target a loopback address: the file is fetched from within the cluster, so give an address that every node reaches"
+            Mistake::Empty => {
+                "download URL is not provided: give the http or https address of a qcow2 or raw file".into()
             }
+            Mistake::Syntax => "invalid URI for request: an address looks like https://example.com/image.qcow2".into(),
+            Mistake::Scheme => "invalid download URL scheme: only http and https are offered".into(),
+            Mistake::Address(special) => format!(
+                "must not target {}: the file is fetched from within the cluster, so give an address that every node reaches, or allow this one by setting `{ALLOWED_SOURCE_ADDRESSES}`",
+                special.as_str()
+            ),
         }
     }
 }
 
 /// Looks at the text of an address.
 ///
-/// Names that only resolve to a loopback address pass: whoever connects must look at what it connects to.
-pub fn check(url: &str, allow_loopback: bool) -> Result<(), Mistake> {
+/// Names pass that only resolve to an address that is not allowed: whoever connects must look at what it connects to.
+pub fn check(url: &str, allowed: &AllowedSources) -> Result<(), Mistake> {
     if url.is_empty() {
         return Err(Mistake::Empty);
     }
@@ -45,13 +51,15 @@ pub fn check(url: &str, allow_loopback: bool) -> Result<(), Mistake> {
     let authority = after.split(['/', '?', '#', '\\']).next().unwrap_or_default();
     let address = authority.rsplit_once('@').map_or(authority, |(_, address)| address);
     let host = split_port(address).ok_or(Mistake::Syntax)?;
-    if host.is_empty() && allow_loopback {
+    // An encoded host would have to be decoded to be judged; nobody needs one.
+    if host.contains('%') {
         return Err(Mistake::Syntax);
     }
-    if !allow_loopback && is_loopback(host) {
-        return Err(Mistake::Loopback);
+    match allowed.refusal_of_host(host) {
+        Some(special) => Err(Mistake::Address(special)),
+        None if host.is_empty() => Err(Mistake::Syntax),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// The address without what may be secret in it: user, password, query and fragment.
@@ -97,38 +105,6 @@ fn split_port(address: &str) -> Option<&str> {
     port_is_right.then_some(host)
 }
 
-fn is_loopback(host: &str) -> bool {
-    let name = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
-    if let Ok(v6) = name.parse::<Ipv6Addr>() {
-        return v6.is_loopback() || v6.is_unspecified() || v6.to_ipv4_mapped().is_some_and(is_local_v4);
-    }
-    name.is_empty() || name == "localhost" || name.ends_with(".localhost") || classic_v4(&name).is_some_and(is_local_v4)
-}
-
-fn is_local_v4(address: Ipv4Addr) -> bool {
-    address.is_loopback() || address.octets()[0] == 0
-}
-
-/// An address in any form that resolvers accept: `127.1`, `0x7f000001`, `2130706433`.
-fn classic_v4(text: &str) -> Option<Ipv4Addr> {
-    let number = |part: &str| match (part.strip_prefix("0x"), part.strip_prefix('0')) {
-        (Some(digits), _) => u32::from_str_radix(digits, 16).ok(),
-        (None, Some(digits)) if !digits.is_empty() => u32::from_str_radix(digits, 8).ok(),
-        _ => part.parse().ok(),
-    };
-    let parts: Vec<u32> = text.split('.').map(number).collect::<Option<_>>()?;
-    let (last, first) = parts.split_last()?;
-    if first.len() > 3 || first.iter().any(|part| *part > 255) {
-        return None;
-    }
-    let room = 32 - 8 * first.len() as u32;
-    if u64::from(*last) >= 1 << room {
-        return None;
-    }
-    let high = first.iter().enumerate().fold(0_u32, |all, (index, part)| all | part << (24 - 8 * index));
-    Some(Ipv4Addr::from(high | last))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,12 +112,15 @@ mod tests {
     #[test]
     fn judges_addresses_as_longhorn_does() {
         use Mistake::*;
+        const LOCAL: Option<Mistake> = Some(Address(Special::Loopback));
         let cases = [
             ("https://example.com/image.qcow2", None),
             ("HTTP://example.com", None),
             ("http://user:secret@example.com:8080/a?b#c", None),
             ("http://10.0.0.7/raw", None),
-            ("http://169.254.169.254/", None),
+            ("http://169.254.169.254/", Some(Address(Special::Metadata))),
+            ("http://user@169.254.1.2:80/", Some(Address(Special::LinkLocal))),
+            ("http://127.0.0.%31/", Some(Syntax)),
             ("http://[2001:db8::1]:80/x", None),
             ("http://1.2.3.4.5/x", None),
             ("", Some(Empty)),
@@ -158,31 +137,32 @@ mod tests {
             ("ftp://example.com/image", Some(Scheme)),
             ("file:///etc/passwd", Some(Scheme)),
             ("/etc/passwd", Some(Scheme)),
-            ("http://localhost/image", Some(Loopback)),
-            ("http://LOCALHOST.:80/image", Some(Loopback)),
-            ("http://a.localhost/", Some(Loopback)),
-            ("http://example.com@127.0.0.1/", Some(Loopback)),
-            ("http://127.8.9.1/", Some(Loopback)),
-            ("http://127.1/", Some(Loopback)),
-            ("http://0x7f000001/", Some(Loopback)),
-            ("http://2130706433/", Some(Loopback)),
-            ("http://0177.0.0.1/", Some(Loopback)),
-            ("http://0.0.0.0/", Some(Loopback)),
-            ("http://0/", Some(Loopback)),
-            ("http://[::1]/", Some(Loopback)),
-            ("http://[::]/", Some(Loopback)),
-            ("http://[::ffff:127.0.0.1]/", Some(Loopback)),
-            ("http://", Some(Loopback)),
-            ("http:///image", Some(Loopback)),
+            ("http://localhost/image", LOCAL),
+            ("http://LOCALHOST.:80/image", LOCAL),
+            ("http://a.localhost/", LOCAL),
+            ("http://example.com@127.0.0.1/", LOCAL),
+            ("http://127.8.9.1/", LOCAL),
+            ("http://127.1/", LOCAL),
+            ("http://0x7f000001/", LOCAL),
+            ("http://2130706433/", LOCAL),
+            ("http://0177.0.0.1/", LOCAL),
+            ("http://0.0.0.0/", LOCAL),
+            ("http://0/", LOCAL),
+            ("http://[::1]/", LOCAL),
+            ("http://[::]/", LOCAL),
+            ("http://[::ffff:127.0.0.1]/", LOCAL),
+            ("http://", LOCAL),
+            ("http:///image", LOCAL),
         ];
+        let local: AllowedSources = "0.0.0.0/7,127.0.0.0/8,::/127".parse().unwrap();
         for (url, expected) in cases {
-            assert_eq!(check(url, false).err(), expected, "{url}");
+            assert_eq!(check(url, &AllowedSources::none()).err(), expected, "{url}");
             let allowed = match expected {
-                Some(Loopback) if url == "http://" || url == "http:///image" => Some(Syntax),
-                Some(Loopback) => None,
+                LOCAL if url == "http://" || url == "http:///image" => Some(Syntax),
+                LOCAL => None,
                 other => other,
             };
-            assert_eq!(check(url, true).err(), allowed, "{url} where loopback is allowed");
+            assert_eq!(check(url, &local).err(), allowed, "{url} where loopback is allowed");
         }
     }
 

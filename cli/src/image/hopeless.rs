@@ -30,6 +30,7 @@ fn verdict(image: &BackingImage) -> Option<(ErrorKind, String)> {
     let kind = match ready.reason.as_str() {
         "Invalid" => ErrorKind::Invalid,
         "Unsupported" => ErrorKind::Unsupported,
+        "Lost" => ErrorKind::NotFound,
         "DataSourceFailed" => status
             .disk_file_status_map
             .values()
@@ -75,6 +76,7 @@ mod tests {
         assert_eq!(failed("DataSourceFailed", None), None);
         assert_eq!(failed("DataSourceRetries", Some(ErrorKind::NotFound)), None);
         assert_eq!(failed("Unsupported", None), Some(ErrorKind::Unsupported));
+        assert_eq!(failed("Lost", None), Some(ErrorKind::NotFound));
         // Of two copies the one that failed by what the condition says counts.
         let of = |state: CopyState, message: &str| {
             let ready = Condition::new(READY, ConditionStatus::False, "DataSourceFailed", "the server answered 404");

@@ -62,7 +62,6 @@ pub async fn start(roles: &mut Roles, plan: Plan) -> anyhow::Result<Arc<dyn Work
     roles.spawn("controller", async move { Ok(controller::run(reconcilers, shutdown).await?) });
 
     let services = csi::ControllerConfig {
-        allow_loopback_sources: true,
         metrics: calls.clone(),
         ..csi::ControllerConfig::new(store.clone(), &driver_name, layout.csi().join("controller.sock"))
     };

@@ -2,11 +2,12 @@
 
 use api::image::{BackingImageSpec, SourceType};
 use api::validation::image::ImageRules;
-use api::{BackingImage, names, setting, validation};
+use api::{BackingImage, Setting, names, validation};
 use kube::ResourceExt;
+use store::Selector;
 use tracing::info;
 
-use super::{Context, settings};
+use super::Context;
 use crate::deadline::Deadline;
 use crate::parameters::{ImageWish, image_differences};
 use crate::wait::{self, Outcome};
@@ -14,12 +15,11 @@ use crate::{CsiError, volume};
 
 /// Makes sure that the image exists and is the one that the parameters describe. Does not wait for its file.
 pub async fn ensure(context: &Context, wish: &ImageWish) -> Result<BackingImage, CsiError> {
-    let default_copies = settings::number(&context.store, setting::DEFAULT_MIN_COPIES).await?;
+    let rules = ImageRules::of(&context.store.list::<Setting>(&Selector::default()).await?);
     if let Some(existing) = context.store.get::<BackingImage>(wish.name.as_str()).await? {
-        return accept(existing, wish, default_copies);
+        return accept(existing, wish, rules.default_min_copies);
     }
-    let allow_loopback_sources = context.allow_loopback_sources;
-    let wanted = describe(wish, &ImageRules { default_min_copies: default_copies, allow_loopback_sources })?;
+    let wanted = describe(wish, &rules)?;
     match context.store.create(&wanted).await {
         Ok(created) => {
             info!(image = %wish.name, "image created for a volume");
@@ -28,7 +28,7 @@ pub async fn ensure(context: &Context, wish: &ImageWish) -> Result<BackingImage,
         // Another volume of the same StorageClass was faster.
         Err(store::StoreError::AlreadyExists { .. }) => {
             match context.store.get::<BackingImage>(wish.name.as_str()).await? {
-                Some(existing) => accept(existing, wish, default_copies),
+                Some(existing) => accept(existing, wish, rules.default_min_copies),
                 None => Err(CsiError::Contended { what: format!("image `{}`", wish.name) }),
             }
         }

@@ -21,11 +21,7 @@ const GIB: i64 = 1 << 30;
 
 pub fn context() -> Context {
     let objects = Arc::new(Embedded::in_memory());
-    Context {
-        store: Store::new(objects, "longhorn-system"),
-        in_flight: InFlight::default(),
-        allow_loopback_sources: false,
-    }
+    Context { store: Store::new(objects, "longhorn-system"), in_flight: InFlight::default() }
 }
 
 pub fn soon(milliseconds: u64) -> Deadline {

@@ -38,12 +38,20 @@ fn observed() -> Observed {
         reserved_bytes: 0,
     };
     let disks = Disks { list: vec![disk], nodes: [("n".to_owned(), Health::Ready)].into(), ..Default::default() };
-    Observed { now: now(), source, disks, workload: None, report: None, taken_over: None }
+    Observed {
+        now: now(),
+        source,
+        disks,
+        workload: None,
+        report: None,
+        taken_over: None,
+        allowed_sources: AllowedSources::none(),
+    }
 }
 
 fn running(o: &mut Observed, state: State, report: Option<Report>) {
     let image = "ubuntu".parse().unwrap();
-    let wish = wish(&o.source, &image);
+    let wish = wish(&o.source, &image, &o.allowed_sources);
     o.workload = Some(Workload { wish, state, ip: "1.2.3.4".into(), is_outdated: false });
     o.report = report.map(Ok);
 }
@@ -238,6 +246,39 @@ fn tries_a_new_wish_at_once() {
         start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --checksum c --disk-path /d
         starting 0 % 0 failures, next `` "#]],
     );
+}
+
+#[test]
+fn a_changed_setting_is_tried_at_once_and_is_no_new_wish() {
+    let mut o = observed();
+    let report = Report {
+        state: CopyState::Failed,
+        message: "`localhost` is a loopback address".into(),
+        kind: Some(ErrorKind::Invalid),
+        ..Default::default()
+    };
+    running(&mut o, State::Running, Some(report));
+    let mut o = check(
+        &o,
+        expect![[r#"
+        RemoveWorkload("backing-image-ds-ubuntu")
+        failed 0 % 1 failures, next `2026-01-01T00:05:00Z` `localhost` is a loopback address"#]],
+    );
+    o.workload = None;
+    o.allowed_sources = "127.0.0.0/8,::1".parse().unwrap();
+    assert!(is_about_this_attempt(&o.source));
+    let mut o = check(
+        &o,
+        expect![[r#"
+        start data-source --listen $(POD_IP):8000 --sync-listen $(POD_IP):8001 --name ubuntu --uuid 12345678 --source-type download --allowed-source-addresses 127.0.0.0/8,::1/128 --disk-path /d
+        starting 0 % 0 failures, next `` "#]],
+    );
+    assert!(is_about_this_attempt(&o.source));
+    running(&mut o, State::Running, Some(Report { state: CopyState::InProgress, ..Default::default() }));
+    assert_eq!(actions(&o), []);
+    // What is not allowed any more is not read on.
+    o.allowed_sources = AllowedSources::none();
+    assert!(matches!(&actions(&o)[..], [Action::RemoveWorkload(_), Action::EnsureWorkload(_)]), "{:?}", actions(&o));
 }
 
 #[test]

@@ -10,11 +10,12 @@ use api::names::{FINALIZER, GROUP, VERSION};
 use api::{BackingImageDataSource, Condition, ConditionStatus, ErrorKind};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
+use super::recovery::{self, Again, Loss, Recovery};
 use super::{Action, Observed, copies, name_of, ready_disks, request, selectors, unsupported};
 use crate::data_source::is_about_this_attempt;
 use crate::disk::{Disk, Health};
 use crate::placement::{Choice, choose_for_copies, refusal};
-use crate::retry::{after, parse, until};
+use crate::retry::until;
 
 type Plan = (Vec<Action>, Option<Condition>, Option<Duration>);
 
@@ -30,9 +31,9 @@ pub(super) fn plan(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap
         Some(source) if source.metadata.deletion_timestamp.is_some() => {
             (vec![], waiting("DataSourceEnds", "the former data source of this image is being removed"), None)
         }
+        Some(source) if source.spec.file_transferred => recover(o, status, source, map),
         _ if let Some(problem) = unsupported(&o.image.spec) => (vec![], Some(problem), None),
         None => begin(o, status, map),
-        Some(source) if source.spec.file_transferred => recover(o, status, source, map),
         Some(source) => follow(o, status, source, map),
     }
 }
@@ -183,31 +184,44 @@ fn follow(
     (actions, problem, None)
 }
 
-/// Every copy is lost: prepare the image anew, from the same source, after the recovery interval.
+/// No copy is ready any more: the image is prepared anew when nobody can have it, from the same source, after the recovery interval.
 fn recover(
     o: &Observed,
     status: &BackingImageStatus,
     source: &BackingImageDataSource,
     map: &mut BTreeMap<String, DiskFileSpec>,
 ) -> Plan {
-    let mut last = None;
-    for (disk, file) in &status.disk_file_status_map {
-        match file.state {
-            CopyState::Failed | CopyState::FailedAndCleanup => last = last.max(parse(&file.last_state_transition_time)),
-            CopyState::Unknown if o.disks.is_gone(disk) => {}
-            CopyState::Unknown => {
-                let message = format!("the copy on {} cannot be asked: {}", o.disks.label(disk), file.message);
-                return (vec![], waiting("Unknown", message), None);
-            }
-            _ => return (vec![], None, None),
+    let loss = Loss {
+        now: o.now,
+        spec: &o.image.spec,
+        status,
+        disks: &o.disks,
+        // Nothing is exported yet.
+        exported: None,
+        wait: o.settings.recovery_wait,
+    };
+    let again = match recovery::decide(&loss) {
+        Recovery::FromCopy { .. } | Recovery::UnderWay => return (vec![], None, None),
+        Recovery::Unknown { disk, why } => {
+            let message = format!("the copy on {} cannot be asked: {why}", o.disks.label(&disk));
+            return (vec![], waiting("Unknown", message), None);
         }
-    }
-    let due = last.map(|t| after(t, o.settings.recovery_wait));
-    if let Some(due) = due.filter(|due| *due > o.now) {
-        let message = "every copy is lost; the image will be downloaded again";
-        let condition = waiting("Recovering", message).map(|c| c.with_next_retry(due));
-        return (vec![], condition, Some(until(o.now, due)));
-    }
+        Recovery::Final => {
+            let message = format!("every copy is lost, and the file is {}", Again::Never.sentence());
+            let hint = "delete the image, create it again and upload the file again";
+            return (vec![], waiting("Lost", message).map(|c| c.with_hint(hint)), None);
+        }
+        Recovery::Later { again, .. } | Recovery::Now(again) if let Some(mut problem) = unsupported(&o.image.spec) => {
+            problem.message =
+                format!("every copy is lost; the image would be {}, but {}", again.sentence(), problem.message);
+            return (vec![], Some(problem), None);
+        }
+        Recovery::Later { at, again } => {
+            let message = format!("every copy is lost; the image will be {}", again.sentence());
+            return (vec![], waiting("Recovering", message).map(|c| c.with_next_retry(at)), Some(until(o.now, at)));
+        }
+        Recovery::Now(again) => again,
+    };
     let full: BTreeSet<String> =
         status.disk_file_status_map.iter().filter(|(_, f)| copies::has_no_room(f)).map(|(d, _)| d.clone()).collect();
     let disk = match choose(o, map, &full, status.size) {
@@ -216,9 +230,6 @@ fn recover(
     };
     map.entry(disk.id.clone()).or_default();
     let wanted = BackingImageDataSourceSpec { other: source.spec.other.clone(), ..spec(o, status, &disk) };
-    (
-        vec![Action::SetDataSourceSpec(Box::new(wanted))],
-        waiting("Recovering", "every copy is lost; the image is downloaded again"),
-        None,
-    )
+    let message = format!("every copy is lost; the image is {}", again.sentence());
+    (vec![Action::SetDataSourceSpec(Box::new(wanted))], waiting("Recovering", message), None)
 }

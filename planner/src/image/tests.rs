@@ -2,6 +2,7 @@
 
 mod edits;
 mod guards;
+mod recovery;
 
 use std::collections::BTreeMap;
 

@@ -4,8 +4,9 @@ use expect_test::{Expect, expect};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::image::{BackingImageSpec, BackingImageStatus, CopyState, DiskFileStatus};
 
-const RULES: ImageRules = ImageRules { default_min_copies: 3, allow_loopback_sources: false };
+const RULES: ImageRules = ImageRules { default_min_copies: 3, allowed_sources: AllowedSources::none() };
 const URL: &str = "https://example.com/a.qcow2";
 
 fn image(name: &str, spec: Value) -> BackingImage {
@@ -171,10 +172,10 @@ fn judges_sources() {
         "a1",
         download("http://localhost/a"),
         expect![
-            "spec.sourceParameters[url] is `http://localhost/a`: must not target a loopback address: the file is fetched from within the cluster, so give an address that every node reaches"
+            "spec.sourceParameters[url] is `http://localhost/a`: must not target a loopback address: the file is fetched from within the cluster, so give an address that every node reaches, or allow this one by setting `backing-image-allowed-source-addresses`"
         ],
     );
-    let standalone = ImageRules { allow_loopback_sources: true, ..RULES };
+    let standalone = ImageRules { allowed_sources: "127.0.0.0/8,::1".parse().unwrap(), ..RULES };
     assert!(admit_new(image("a1", download("http://localhost/a")), &standalone).is_ok());
     check(
         "a1",
@@ -245,6 +246,140 @@ fn judges_changes() {
     expect!["spec.sourceParameters[url]: download URL is not provided: give the http or https address of a qcow2 or raw file"]
         .assert_eq(&changed(|i| i.spec.source_parameters.clear()));
     expect!["fine"].assert_eq(&changed(|i| i.spec.source_type = None));
+}
+
+/// What is said about a change of a ready image, or that it is fine.
+fn changed(pinned: bool, change: fn(&mut BackingImageSpec)) -> String {
+    let mut old = admit_new(image("a1", download(URL)), &RULES).unwrap();
+    let known = "a".repeat(128);
+    if pinned {
+        old.spec.checksum.clone_from(&known);
+    }
+    old.status = Some(BackingImageStatus { checksum: known, ..Default::default() });
+    let mut new = old.clone();
+    change(&mut new.spec);
+    admit_change(&old, new, &RULES).map_or_else(|e| e.to_string(), |_| "fine".into())
+}
+
+#[test]
+fn what_an_image_is_made_from_cannot_change_once_a_copy_is_ready() {
+    type Change = fn(&mut BackingImageSpec);
+    let why = "a copy of the image is ready, so what it is made from is settled: volumes lie on just that content";
+    let another = "create another image for another content";
+    let a = "a".repeat(128);
+    let cases: [(bool, Change, String); 12] = [
+        (false, |s| s.min_number_of_copies = 1, "fine".into()),
+        (false, |s| s.source_parameters = [("url".into(), format!(" {URL} "))].into(), "fine".into()),
+        (
+            true,
+            |s| s.source_type = Some(SourceType::Upload),
+            format!("spec.sourceType is `upload`: it cannot be changed any more, and was `download`: {why}; {another}"),
+        ),
+        (
+            true,
+            |s| s.checksum = "b".repeat(128),
+            format!(
+                "spec.checksum is `{}`: it cannot be changed any more, and was `{a}`: {why}; {another}",
+                "b".repeat(128)
+            ),
+        ),
+        (
+            true,
+            |s| s.checksum.clear(),
+            format!("spec.checksum: it cannot be changed any more, and was `{a}`: {why}; {another}"),
+        ),
+        (
+            false,
+            |s| s.checksum = "b".repeat(128),
+            format!(
+                "spec.checksum is `{}`: it cannot be changed any more, and was ``: {why}; it may be pinned to what it is, `{a}`; {another}",
+                "b".repeat(128)
+            ),
+        ),
+        (
+            true,
+            |s| drop(s.source_parameters.insert("padToSector".into(), "true".into())),
+            format!(
+                "spec.sourceParameters[padToSector] is `true`: it cannot be changed any more, and was ``: {why}; {another}"
+            ),
+        ),
+        (
+            false,
+            |s| drop(s.source_parameters.insert("url".into(), "https://u:secret@example.com/b".into())),
+            format!(
+                "spec.sourceParameters[url] is `https://<redacted>@example.com/b`: it cannot be changed any more, and was `{URL}`: {why}; another address may be given once `checksum` pins the content (status.checksum has it)"
+            ),
+        ),
+        (
+            true,
+            |s| s.source_parameters.clear(),
+            format!(
+                "spec.sourceParameters[url]: it cannot be changed any more, and was `{URL}`: {why}; another address may be given once `checksum` pins the content (status.checksum has it)"
+            ),
+        ),
+        (true, |s| s.secret = "s".into(), "spec.secret is `s`: it cannot be changed, and was ``".into()),
+        (
+            true,
+            |s| s.secret_namespace = "n".into(),
+            "spec.secretNamespace is `n`: it cannot be changed, and was ``".into(),
+        ),
+        (
+            true,
+            |s| s.data_engine = DataEngine::V2,
+            "spec.dataEngine is `v2`: it cannot be changed, and was `v1`".into(),
+        ),
+    ];
+    for (pinned, change, expected) in cases {
+        assert_eq!(changed(pinned, change), expected);
+    }
+}
+
+#[test]
+fn a_dead_address_is_replaced_while_a_checksum_is_pinned() {
+    let other =
+        |s: &mut BackingImageSpec| drop(s.source_parameters.insert("url".into(), "https://example.com/b".into()));
+    assert_eq!(changed(true, other), "fine");
+    assert_eq!(changed(false, |s| s.checksum = "a".repeat(128)), "fine", "what is there may be pinned");
+    let both = |s: &mut BackingImageSpec| {
+        s.checksum = "a".repeat(128);
+        drop(s.source_parameters.insert("url".into(), "https://example.com/b".into()));
+    };
+    assert_eq!(changed(false, both), "fine");
+    let bad =
+        |s: &mut BackingImageSpec| drop(s.source_parameters.insert("url".into(), "http://169.254.169.254/".into()));
+    assert!(
+        changed(true, bad).contains("must not target the address of a cloud's metadata service"),
+        "{}",
+        changed(true, bad)
+    );
+}
+
+#[test]
+fn before_a_copy_is_ready_everything_about_the_source_may_be_corrected() {
+    let mut old = admit_new(image("a1", with(download(URL), "checksum", "a".repeat(128))), &RULES).unwrap();
+    let failed = DiskFileStatus { state: CopyState::Failed, ..Default::default() };
+    let mut status = BackingImageStatus { uuid: "12345678".into(), ..Default::default() };
+    status.disk_file_status_map.insert("d".into(), failed);
+    old.status = Some(status);
+    let mut new = old.clone();
+    new.spec.checksum.clear();
+    new.spec.source_parameters.insert("url".into(), "https://example.com/b".into());
+    new.spec.source_parameters.insert("padToSector".into(), "true".into());
+    assert!(admit_change(&old, new.clone(), &RULES).is_ok());
+    old.status.as_mut().unwrap().disk_file_status_map.get_mut("d").unwrap().state = CopyState::Ready;
+    assert!(admit_change(&old, new, &RULES).is_err(), "a ready copy counts also before its checksum is told");
+}
+
+#[test]
+fn what_cannot_change_cannot_while_the_image_is_being_deleted_either() {
+    let mut old = image("a1", json!({"checksum": "", "sourceType": "download", "sourceParameters": {"url": URL}}));
+    old.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+    old.status = Some(BackingImageStatus { checksum: "a".repeat(128), ..Default::default() });
+    let mut new = old.clone();
+    new.metadata.finalizers = None;
+    assert!(admit_change(&old, new.clone(), &RULES).is_ok());
+    new.spec.source_type = Some(SourceType::Upload);
+    assert!(admit_change(&old, new, &RULES).is_err());
 }
 
 #[test]
