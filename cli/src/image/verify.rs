@@ -8,14 +8,13 @@ use std::time::Duration;
 use api::image::{CopyState, DiskFileStatus};
 use api::{BackingImage, ErrorKind};
 use clap::Args;
-use futures::StreamExt;
 use jiff::Timestamp;
 use serde_json::Value;
 use store::ResourceType;
 use tokio::time::{Instant, timeout_at};
 
-use super::Disks;
-use crate::client::{Client, Event};
+use super::{Disks, watched};
+use crate::client::Client;
 use crate::duration;
 use crate::failure::failed;
 use crate::progress::Progress;
@@ -57,34 +56,25 @@ pub async fn run(client: &Client, command: Verify, namespace: &str) -> anyhow::R
     let deadline = Instant::now() + timeout;
     let progress = Progress::new();
     let mut verdicts = BTreeMap::new();
-    let watched = timeout_at(deadline, async {
-        loop {
-            let mut events = client.watch(&resource, Some(namespace), Some(&name)).await?;
-            while let Some(event) = events.next().await {
-                let image: BackingImage = match event? {
-                    Event::Applied(object) => serde_json::from_value(object)?,
-                    Event::Deleted(_) => return failed(ErrorKind::NotFound, format!("image `{name}` was deleted")),
-                    Event::Relist => break,
-                };
-                verdicts = copies
-                    .iter()
-                    .map(|(uuid, copy)| (uuid.clone(), verdict(&image, uuid, copy, requested)))
-                    .collect::<BTreeMap<_, _>>();
-                let waits = verdicts.iter().filter_map(|(uuid, verdict)| match verdict {
-                    Verdict::Pending(why) => Some(format!("{} {why}", disks.label(uuid))),
-                    _ => None,
-                });
-                let waits = waits.collect::<Vec<_>>().join(", ");
-                if waits.is_empty() {
-                    return Ok(());
-                }
-                progress.say(&waits);
-            }
+    let look = async |image: BackingImage| {
+        verdicts = copies
+            .iter()
+            .map(|(uuid, copy)| (uuid.clone(), verdict(&image, uuid, copy, requested)))
+            .collect::<BTreeMap<_, _>>();
+        let waits = verdicts.iter().filter_map(|(uuid, verdict)| match verdict {
+            Verdict::Pending(why) => Some(format!("{} {why}", disks.label(uuid))),
+            _ => None,
+        });
+        let waits = waits.collect::<Vec<_>>().join(", ");
+        if waits.is_empty() {
+            return Ok(Some(()));
         }
-    })
-    .await;
+        progress.say(&waits);
+        Ok(None)
+    };
+    let ended = timeout_at(deadline, watched(client, &name, namespace, look)).await;
     progress.finish();
-    if let Ok(ended) = watched {
+    if let Ok(ended) = ended {
         ended?;
     }
     tell(&name, &disks, verdicts)
