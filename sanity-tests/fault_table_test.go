@@ -82,6 +82,11 @@ func (p *patient) status() string {
 	if err != nil {
 		return err.Error()
 	}
+	return statusOf(object)
+}
+
+// statusOf is the status of an object as text.
+func statusOf(object map[string]any) string {
 	text, _ := json.Marshal(object["status"])
 	return strings.NewReplacer(`\u003c`, "<", `\u003e`, ">", `\"`, `"`).Replace(string(text))
 }
@@ -120,23 +125,16 @@ func (f fault) fallsIll(t *testing.T, p *patient) {
 
 // watch looks for what is said for a moment only; stop waits until it was seen.
 func (f fault) watch(t *testing.T, p *patient) (stop func()) {
-	seen, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		for {
-			select {
-			case <-done:
-				return
-			default:
-			}
-			if says(p.status(), f.says) {
-				close(seen)
-				return
-			}
+	seen := make(chan struct{})
+	found := sync.OnceFunc(func() { close(seen) })
+	end := eachVersion(t, p.i, "backingimage", p.name, func(o map[string]any) {
+		if says(statusOf(o), f.says) {
+			found()
 		}
-	}()
+	})
 	return func() {
 		t.Helper()
-		defer close(done)
+		defer end()
 		select {
 		case <-seen:
 		case <-time.After(namedWithin):

@@ -1,10 +1,15 @@
 package sanitytests
 
 import (
+	"bufio"
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -41,6 +46,48 @@ func eventually(t testing.TB, within time.Duration, what string, probe func() (d
 	if err := waitFor(within, nil, probe, func(last string) error { return errors.New(last) }); err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
+}
+
+// eachVersion looks at every stored version of an object, from the present one on, until stopped or the end of the test.
+func eachVersion[T any](t *testing.T, i *instance, kind, name string, look func(T)) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, i.collection(kind)+"?watch=true&fieldSelector=metadata.name%3D"+name, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		lines := bufio.NewScanner(response.Body)
+		lines.Buffer(nil, 4*mib)
+		for lines.Scan() {
+			var event struct {
+				Type   string
+				Object T
+			}
+			err := json.Unmarshal(lines.Bytes(), &event)
+			if err != nil || event.Type != "ADDED" && event.Type != "MODIFIED" && event.Type != "DELETED" {
+				t.Errorf("watch %s %s: not every version was seen: %v %s", kind, name, err, lines.Text())
+				return
+			}
+			if event.Type != "DELETED" {
+				look(event.Object)
+			}
+		}
+	}()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		response.Body.Close()
+		<-ended
+	})
+	t.Cleanup(stop)
+	return stop
 }
 
 // tail is the end of a file.

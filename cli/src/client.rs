@@ -196,13 +196,14 @@ impl Client {
             .boxed())
     }
 
-    /// Looks at one object, as it is and after each change, until `look` has an answer; fails with `gone` when it is deleted.
+    /// Looks at one object, as it is and after each change, until `look` has an answer; fails when there is none, and with `gone` when it is
+    /// deleted meanwhile.
     pub async fn follow<T, A>(
         &self,
         namespace: &str,
         name: &str,
         gone: &str,
-        mut look: impl FnMut(T) -> anyhow::Result<Option<A>>,
+        mut look: impl AsyncFnMut(T) -> anyhow::Result<Option<A>>,
     ) -> anyhow::Result<A>
     where
         T: kube::Resource<DynamicType = ()> + DeserializeOwned,
@@ -211,13 +212,15 @@ impl Client {
         let resource = ResourceType::of::<T>();
         loop {
             let mut events = self.watch(&resource, Some(namespace), Some(name)).await?;
+            // Of one that does not exist there would never be an event.
+            self.get(&resource, Some(namespace), name).await?;
             while let Some(event) = events.next().await {
                 let object = match event? {
                     Event::Applied(object) => serde_json::from_value(object)?,
                     Event::Deleted(_) => return failed(ErrorKind::NotFound, gone.to_owned()),
                     Event::Relist => break,
                 };
-                if let Some(answer) = look(object)? {
+                if let Some(answer) = look(object).await? {
                     return Ok(answer);
                 }
             }

@@ -82,7 +82,7 @@ async fn answer(
     last: &mut Option<Engine>,
 ) -> anyhow::Result<String> {
     let gone = format!("volume `{volume}` was deleted meanwhile");
-    let look = |engine: Engine| {
+    let look = async |engine: Engine| {
         let status = engine.status.clone().unwrap_or_default();
         let node = engine.spec.node_id.clone();
         *last = Some(engine);

@@ -98,7 +98,7 @@ async fn answer(
     last: &mut Option<String>,
 ) -> anyhow::Result<String> {
     let gone = format!("claim `{name}` was deleted meanwhile");
-    let look = |claim: PersistentVolumeClaim| {
+    let look = async |claim: PersistentVolumeClaim| {
         if capacity(&claim) >= requested(&claim) {
             return Ok(Some(format!("claim `{name}` has {size}")));
         }

@@ -2,6 +2,7 @@
 
 mod clean_up;
 mod hopeless;
+mod set_copies;
 mod verify;
 
 use std::time::Duration;
@@ -10,14 +11,13 @@ use api::image::{BackingImageSpec, CopyState, DiskFileStatus, SourceType};
 use api::names::condition::READY;
 use api::{BackingImage, ErrorKind, Node, condition};
 use clap::{Args, Subcommand};
-use futures::StreamExt;
 use jiff::Timestamp;
 use kube::ResourceExt;
 use serde::de::DeserializeOwned;
 use store::ResourceType;
 use tokio::time::{Instant, timeout_at};
 
-use crate::client::{Client, Event};
+use crate::client::Client;
 use crate::failure::failed;
 use crate::progress::Progress;
 use crate::{duration, table};
@@ -28,6 +28,7 @@ pub enum Image {
     /// Makes an image from a URL.
     Create(Create),
     /// Shows every image with its copies, disk by disk.
+    #[command(visible_alias = "show")]
     List {
         /// Only this one.
         name: Option<String>,
@@ -43,6 +44,8 @@ pub enum Image {
     Verify(verify::Verify),
     /// Takes copies from disks where nothing needs them, or says what would go.
     CleanUp(clean_up::CleanUp),
+    /// Changes how many disks shall hold a copy, and says what comes of it.
+    SetCopies(set_copies::SetCopies),
 }
 
 /// What a new image is made of.
@@ -80,6 +83,7 @@ pub async fn run(client: &Client, image: Image, namespace: &str) -> anyhow::Resu
         Image::Wait { name, timeout } => wait(client, &name, timeout, namespace).await,
         Image::Verify(verify) => verify::run(client, verify, namespace).await,
         Image::CleanUp(clean_up) => clean_up::run(client, clean_up, namespace).await,
+        Image::SetCopies(set_copies) => set_copies::run(client, set_copies, namespace).await,
     }
 }
 
@@ -213,36 +217,28 @@ fn waiting_for(image: &BackingImage, now: Timestamp) -> String {
     text
 }
 
+/// What is said of an image that ends while somebody waits for it.
+fn was_deleted(name: &str) -> String {
+    format!("image `{name}` was deleted")
+}
+
 /// Returns when an image is ready; fails at once when it never will be as it is written.
 async fn wait(client: &Client, name: &str, timeout: Duration, namespace: &str) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     let disks = Disks::fetch(client, namespace).await?;
     let progress = Progress::new();
     let mut waits_for = "nothing is known of it yet".to_owned();
-    let result = timeout_at(deadline, async {
-        let resource = ResourceType::of::<BackingImage>();
-        loop {
-            let mut events = client.watch(&resource, Some(namespace), Some(name)).await?;
-            client.get(&resource, Some(namespace), name).await?;
-            while let Some(event) = events.next().await {
-                match event? {
-                    Event::Applied(object) => {
-                        let image: BackingImage = serde_json::from_value(object)?;
-                        if show(&progress, &disks, &image) {
-                            return Ok(());
-                        }
-                        waits_for = waiting_for(&image, Timestamp::now());
-                        if let Some((kind, sentence)) = hopeless::why(client, &image, namespace).await? {
-                            return failed(kind, sentence);
-                        }
-                    }
-                    Event::Deleted(_) => return failed(ErrorKind::NotFound, format!("image `{name}` was deleted")),
-                    Event::Relist => break,
-                }
-            }
+    let look = async |image: BackingImage| {
+        if show(&progress, &disks, &image) {
+            return Ok(Some(()));
         }
-    })
-    .await;
+        waits_for = waiting_for(&image, Timestamp::now());
+        match hopeless::why(client, &image, namespace).await? {
+            Some((kind, sentence)) => failed(kind, sentence),
+            None => Ok(None),
+        }
+    };
+    let result = timeout_at(deadline, client.follow(namespace, name, &was_deleted(name), look)).await;
     progress.finish();
     match result {
         Ok(Ok(())) => {
@@ -277,7 +273,8 @@ pub fn show(progress: &Progress, disks: &Disks, image: &BackingImage) -> bool {
     condition::find(&status.conditions, READY).is_some_and(|c| c.is_true())
 }
 
-/// What a copy does, or why it is not ready and when that is tried again: in so long as seen from `now`, else at what time.
+/// What a copy does, or why it is not ready and when that is tried again: in so long as seen from `now`, else at what time. Of one
+/// that was there and cannot be used it also says since when, as seen from `now`.
 fn note(copy: &DiskFileStatus, now: Option<Timestamp>) -> String {
     if copy.state == CopyState::Ready || copy.message.is_empty() {
         return state(copy.state).to_owned();
@@ -291,7 +288,13 @@ fn note(copy: &DiskFileStatus, now: Option<Timestamp>) -> String {
         }
         (Some(_), Some(_)) => "; the next attempt is due now".to_owned(),
     };
-    copy.message.clone() + &next
+    let is_lost = matches!(copy.state, CopyState::Unknown | CopyState::Failed);
+    let since: Option<Timestamp> = copy.last_state_transition_time.parse().ok().filter(|_| is_lost);
+    let since = match (since, now) {
+        (Some(since), Some(now)) => format!("; since {}", table::span(now.as_second() - since.as_second())),
+        _ => String::new(),
+    };
+    format!("{}{since}{next}", copy.message)
 }
 
 fn state(state: CopyState) -> &'static str {
@@ -334,12 +337,20 @@ mod tests {
             [("a", copy(CopyState::Ready, 100, "", "")), ("b", copy(CopyState::Starting, 0, problem, later))];
         let no_disk =
             Condition::new(READY, ConditionStatus::False, "NoEligibleDisk", "no disk can take the first copy");
-        let images = [image("one", &copies_of_one, None), image("two", &[], Some(no_disk))];
+        let mut silent = copy(CopyState::Unknown, 0, "node-1 does not answer", "");
+        silent.last_state_transition_time = "2025-12-31T23:59:48Z".into();
+        let copies_of_three = [("a", silent)];
+        let images = [
+            image("one", &copies_of_one, None),
+            image("two", &[], Some(no_disk)),
+            image("three", &copies_of_three, None),
+        ];
         expect![[r#"
             IMAGE   SIZE      VIRTUAL   FORMAT   DISK            STATE      PROGRESS   SHA-512 OR REASON
             one     1.0 MiB   -         qcow2    node-1/disk-1   ready      100 %      30ea7c
             one     1.0 MiB   -         qcow2    node-2/disk-1   starting   0 %        cannot download `http://x/y`: cannot connect: Connection refused (os error 111); next attempt in 8s
             two     1.0 MiB   -         qcow2    -               waiting               no disk can take the first copy
+            three   1.0 MiB   -         qcow2    node-1/disk-1   unknown    0 %        node-1 does not answer; since 12s
         "#]].assert_eq(&copies(&images, &disks, now));
     }
 

@@ -373,9 +373,11 @@ fn one_file(
     }
     if file.is_none() {
         // Held before, and the agent has just been started again: it is asked to adopt it.
-        file = before
-            .filter(|b| b.state == CopyState::Unknown || b.state == CopyState::Ready)
-            .map(|b| FileInfo { state: CopyState::Unknown, ..b.clone() });
+        file = before.filter(|b| b.state == CopyState::Unknown || b.state == CopyState::Ready).map(|b| FileInfo {
+            state: CopyState::Unknown,
+            message: why_unknown(b),
+            ..b.clone()
+        });
     }
     if let Some(f) = &mut file
         && f.state == CopyState::Failed
@@ -386,6 +388,14 @@ fn one_file(
         decision.memory.copies.insert(name, attempt);
     }
     file
+}
+
+/// Why nobody can tell of a copy that was there before its agent was started again: what was said last, if anything.
+fn why_unknown(before: &FileInfo) -> String {
+    match before.message.as_str() {
+        "" => "the agent of the disk was started again and is asked to look at it".into(),
+        said => said.to_owned(),
+    }
 }
 
 /// How to get a copy that the agent does not have, or that failed.

@@ -19,6 +19,9 @@ const SEMANTICS: &str = "docs/semantics.md";
 /// Every fault, and what shows that it is survived.
 const FAULTS: &str = "docs/faults.md";
 
+/// What Longhorn's own tests assert, and what asserts it here.
+const FLOWS: &str = "docs/longhorn-flows.md";
+
 /// Checks every tracked or new file of the workspace; fails with the list of what is wrong.
 pub fn run(root: &Path) -> anyhow::Result<()> {
     let (mut problems, mut tests) = (vec![], BTreeSet::new());
@@ -33,8 +36,10 @@ pub fn run(root: &Path) -> anyhow::Result<()> {
     let semantics =
         std::fs::read_to_string(root.join(SEMANTICS)).with_context(|| format!("cannot read {SEMANTICS}"))?;
     problems.extend(promises::check(SEMANTICS, &semantics, &tests));
-    let faults = std::fs::read_to_string(root.join(FAULTS)).with_context(|| format!("cannot read {FAULTS}"))?;
-    problems.extend(faults::check(FAULTS, &faults, &tests));
+    for path in [FAULTS, FLOWS] {
+        let rows = std::fs::read_to_string(root.join(path)).with_context(|| format!("cannot read {path}"))?;
+        problems.extend(faults::check(path, &rows, &tests));
+    }
     if !problems.is_empty() {
         for problem in &problems {
             eprintln!("tidy: {problem}");

@@ -526,3 +526,33 @@ async fn a_verification_ends_with_what_is_known_of_each_copy() {
     none.fails(verify, 5, "has no ready copy to verify").await;
     assert_eq!(none.count("PUT backingimages/one"), 0);
 }
+
+#[tokio::test]
+async fn a_number_of_copies_is_written_and_waited_for_only_when_that_is_wished() {
+    let copies = |ready: &[&str], wanted: u32| {
+        let known: Vec<_> = ready.iter().map(|disk| (*disk, CopyState::Ready, "")).collect();
+        let mut image = image(&known, Some((ConditionStatus::True, "FewerCopies")));
+        image["spec"]["minNumberOfCopies"] = wanted.into();
+        image["spec"]["diskFileSpecMap"] = ready.iter().map(|disk| ((*disk).to_owned(), json!({}))).collect();
+        image
+    };
+    let of = |event: (&'static str, Value)| {
+        Instance::new(move |what, nth, _| match what {
+            "GET backingimages/one" => ok(copies(&["a"], 1)),
+            "PUT backingimages/one" if nth == 1 => refused(409),
+            "PUT backingimages/one" => ok(copies(&["a"], 2)),
+            "WATCH backingimages" => watch(&[(event.0, &event.1)]),
+            _ if what.starts_with("GET ") => ok(json!({ "items": [] })),
+            _ => refused(404),
+        })
+    };
+    let set = "image set-copies one 2 --wait --timeout 1s";
+    let done = of(("MODIFIED", copies(&["a", "b"], 2))).await;
+    done.run(set).await.unwrap();
+    assert_eq!(done.body("PUT backingimages/one")["spec"]["minNumberOfCopies"], json!(2));
+    of(("ADDED", copies(&["a"], 2))).await.fails(set, 7, "not done yet: the reason. It goes on").await;
+    of(("DELETED", copies(&["a"], 2))).await.fails(set, 3, "was deleted").await;
+    let asked = of(("DELETED", copies(&["a"], 2))).await;
+    asked.run("image set-copies one 2").await.unwrap();
+    assert_eq!(asked.count("WATCH backingimages"), 0);
+}

@@ -12,12 +12,12 @@ use api::{BackingImage, BackingImageDataSource, ErrorKind, Node, Replica, Settin
 use clap::Args;
 use jiff::Timestamp;
 use planner::image::guard::{Scene, refusal};
-use planner::image::leaving;
+use planner::image::{Leaving, leaving};
 use planner::setting::Settings;
 use store::ResourceType;
 use tokio::time::timeout;
 
-use super::{Disks, typed};
+use super::{Disks, typed, was_deleted};
 use crate::client::Client;
 use crate::failure::failed;
 use crate::{duration, table};
@@ -57,8 +57,8 @@ pub async fn run(client: &Client, command: CleanUp, namespace: &str) -> anyhow::
         Ok(())
     };
     client.modify(&resource, Some(namespace), &name, take_out).await?;
-    let gone = format!("image `{name}` was deleted");
-    let given_up = client.follow(namespace, &name, &gone, |image: BackingImage| {
+    let gone = was_deleted(&name);
+    let given_up = client.follow(namespace, &name, &gone, async |image: BackingImage| {
         if chosen.iter().all(|disk| !status(&image).disk_file_status_map.contains_key(disk)) {
             return Ok(Some(()));
         }
@@ -107,16 +107,16 @@ fn chosen(image: &BackingImage, disks: &Disks, wanted: &[String]) -> anyhow::Res
 }
 
 /// What the judge looks at.
-struct World {
-    image: BackingImage,
+pub(super) struct World {
+    pub(super) image: BackingImage,
     data_source: Option<BackingImageDataSource>,
     replicas: Vec<Replica>,
     disks: planner::disk::Disks,
-    settings: Settings,
+    pub(super) settings: Settings,
 }
 
 impl World {
-    async fn fetch(client: &Client, image: BackingImage, namespace: &str) -> anyhow::Result<World> {
+    pub(super) async fn fetch(client: &Client, image: BackingImage, namespace: &str) -> anyhow::Result<World> {
         let name = image.metadata.name.clone().unwrap_or_default();
         let sources: Vec<BackingImageDataSource> =
             typed(client, &ResourceType::of::<BackingImageDataSource>(), namespace).await?;
@@ -132,38 +132,53 @@ impl World {
         })
     }
 
-    /// What would go; without a chosen disk: what goes by itself.
-    fn dry_run(&self, chosen: &BTreeSet<String>, disks: &Disks, now: Timestamp) -> anyhow::Result<String> {
-        let status = status(&self.image);
-        let scene = Scene {
+    /// Objects as a test wants them.
+    #[cfg(test)]
+    pub(super) fn of(image: BackingImage, replicas: Vec<Replica>) -> World {
+        World { image, data_source: None, replicas, disks: Default::default(), settings: Settings::default() }
+    }
+
+    fn scene<'a>(&'a self, status: &'a BackingImageStatus) -> Scene<'a> {
+        Scene {
             image: &self.image,
-            status: &status,
+            status,
             data_source: self.data_source.as_ref(),
             replicas: &self.replicas,
             disks: &self.disks,
             settings: &self.settings,
-        };
-        let map = &self.image.spec.disk_file_spec_map;
-        let frees = table::bytes(status.real_size);
-        let mut text = String::new();
-        if !chosen.is_empty() {
-            let staying = map.keys().filter(|disk| !chosen.contains(*disk)).cloned().collect();
-            if let Some(why) = refusal(&scene, chosen, &staying) {
-                return failed(ErrorKind::NotReady, why);
-            }
-            chosen.iter().for_each(|disk| text += &format!("{} would go and free {frees}\n", disks.label(disk)));
-            return Ok(text);
         }
-        for leaving in leaving(&scene, now, map) {
+    }
+
+    /// The copies that go by themselves, the first one first.
+    pub(super) fn leaving(&self, now: Timestamp) -> Vec<Leaving> {
+        leaving(&self.scene(&status(&self.image)), now, &self.image.spec.disk_file_spec_map)
+    }
+
+    /// What goes by itself, when and why, a line for each copy.
+    pub(super) fn goes_by_itself(&self, disks: &Disks, now: Timestamp) -> String {
+        let frees = table::bytes(status(&self.image).real_size);
+        let mut text = String::new();
+        for leaving in self.leaving(now) {
             let left = leaving.at.as_second() - now.as_second();
             let when = if left <= 0 { "now".to_owned() } else { format!("in {}", table::span(left)) };
             let (label, cause) = (disks.label(&leaving.disk), leaving.cause.sentence());
             text += &format!("{label} goes by itself {when} and frees {frees}: {cause}\n");
         }
-        if text.is_empty() {
-            text = "nothing goes by itself\n".into();
+        if text.is_empty() { "nothing goes by itself\n".into() } else { text }
+    }
+
+    /// What would go; without a chosen disk: what goes by itself.
+    fn dry_run(&self, chosen: &BTreeSet<String>, disks: &Disks, now: Timestamp) -> anyhow::Result<String> {
+        if chosen.is_empty() {
+            return Ok(self.goes_by_itself(disks, now));
         }
-        Ok(text)
+        let status = status(&self.image);
+        let staying = self.image.spec.disk_file_spec_map.keys().filter(|d| !chosen.contains(*d)).cloned().collect();
+        if let Some(why) = refusal(&self.scene(&status), chosen, &staying) {
+            return failed(ErrorKind::NotReady, why);
+        }
+        let frees = table::bytes(status.real_size);
+        Ok(chosen.iter().map(|disk| format!("{} would go and free {frees}\n", disks.label(disk))).collect())
     }
 }
 
@@ -190,10 +205,9 @@ mod tests {
         image.status = Some(status);
         let mut replica = Replica::new("v-r-1", Default::default());
         (replica.spec.disk_id, replica.spec.volume_name) = ("c".into(), "v".into());
-        let (replicas, disks) = (vec![replica], Default::default());
         let labels = [("a", "node-1/disk-1"), ("b", "node-2/disk-1"), ("c", "node-3/disk-1")];
         let labels = labels.map(|(disk, label)| (disk.to_owned(), label.to_owned())).into();
-        (World { image, data_source: None, replicas, disks, settings: Settings::default() }, Disks(labels))
+        (World::of(image, vec![replica]), Disks(labels))
     }
 
     #[test]

@@ -13,7 +13,7 @@ use serde_json::Value;
 use store::ResourceType;
 use tokio::time::{Instant, timeout_at};
 
-use super::Disks;
+use super::{Disks, was_deleted};
 use crate::client::Client;
 use crate::duration;
 use crate::failure::failed;
@@ -56,8 +56,8 @@ pub async fn run(client: &Client, command: Verify, namespace: &str) -> anyhow::R
     let deadline = Instant::now() + timeout;
     let progress = Progress::new();
     let mut verdicts = BTreeMap::new();
-    let gone = format!("image `{name}` was deleted");
-    let judged = client.follow(namespace, &name, &gone, |image: BackingImage| {
+    let gone = was_deleted(&name);
+    let judged = client.follow(namespace, &name, &gone, async |image: BackingImage| {
         verdicts = copies
             .iter()
             .map(|(uuid, copy)| (uuid.clone(), verdict(&image, uuid, copy, requested)))
@@ -73,9 +73,9 @@ pub async fn run(client: &Client, command: Verify, namespace: &str) -> anyhow::R
         progress.say(&waits);
         Ok(None)
     });
-    let watched = timeout_at(deadline, judged).await;
+    let ended = timeout_at(deadline, judged).await;
     progress.finish();
-    if let Ok(ended) = watched {
+    if let Ok(ended) = ended {
         ended?;
     }
     tell(&name, &disks, verdicts)

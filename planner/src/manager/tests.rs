@@ -314,7 +314,10 @@ fn says_what_a_process_waits_for_that_does_not_start() {
 #[test]
 fn adopts_what_it_held_after_a_restart() {
     check("wanted; held=ready; process=failed; peers", expect!["RemoveWorkload | Error unknown killed by signal 9"]);
-    check("wanted; held=unknown; process=running; peers", expect!["adopt | Running unknown"]);
+    check(
+        "wanted; held=unknown; process=running; peers",
+        expect!["adopt | Running unknown the agent of the disk was started again and is asked to look at it"],
+    );
 }
 
 #[test]
@@ -377,7 +380,9 @@ fn a_file_of_another_uuid_is_not_taken_for_the_copy_of_the_image() {
     }
     check(
         "wanted; held=ready; process=running; peers; stray",
-        expect!["delete ubuntu-87654321; adopt | Running unknown"],
+        expect![
+            "delete ubuntu-87654321; adopt | Running unknown the agent of the disk was started again and is asked to look at it"
+        ],
     );
 }
 

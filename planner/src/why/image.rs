@@ -94,19 +94,18 @@ impl Story<'_> {
     }
 
     fn details(&self, copy: &DiskFileStatus) -> String {
-        let mut text = String::new();
-        if !copy.message.is_empty() && copy.state != CopyState::Ready {
-            if self.is_told(&copy.message) {
-                return text;
-            }
-            text += &format!(" {}", sentence_end(&copy.message));
-        }
-        if copy.state == CopyState::Failed
-            && let Some(since) = self.ago(&copy.last_state_transition_time)
-        {
+        let has_reason = !copy.message.is_empty() && copy.state != CopyState::Ready;
+        let is_told = has_reason && self.is_told(&copy.message);
+        let mut text = if has_reason && !is_told { format!(" {}", sentence_end(&copy.message)) } else { String::new() };
+        // For how long nobody can tell of a copy stands nowhere else, also when its reason does.
+        let counts_time = copy.state == CopyState::Unknown || copy.state == CopyState::Failed && !is_told;
+        if let Some(since) = self.ago(&copy.last_state_transition_time).filter(|_| counts_time) {
             text += &format!(" Since {since}.");
         }
-        text + &self.next_attempt(&copy.next_retry_time)
+        if !is_told {
+            text += &self.next_attempt(&copy.next_retry_time);
+        }
+        text
     }
 
     pub(super) fn data_source(&mut self, name: &str) -> bool {

@@ -296,3 +296,38 @@ fn an_image_that_can_be_used_says_what_it_lacks() {
         "#]],
     );
 }
+
+#[test]
+fn an_unknown_copy_says_since_when_and_why() {
+    let why = "node node-2 does not answer";
+    let mut ubuntu = image("ubuntu", &[("d1", CopyState::Ready, ""), ("d2", CopyState::Unknown, why)]);
+    let status = ubuntu.status.as_mut().unwrap();
+    let silent = status.disk_file_status_map.get_mut("d2").unwrap();
+    silent.last_state_transition_time = "2026-01-01T00:09:15Z".into();
+    let nodes = vec![node("node-1", "d1"), node("node-2", "d2")];
+    let mut world = World { images: vec![ubuntu], nodes, ..Default::default() };
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+            Image `ubuntu` is ready: 1 of 2 copies are ready.
+              The copy of image `ubuntu` on `disk-1` of `node-2` is unknown. Node node-2 does not answer. Since 45s.
+        "#]],
+    );
+    // The reason stands in the condition; how long this copy has been silent does not.
+    let text = format!("0 of 1 copy ready, disk-1 of node-2 unknown ({why})");
+    let status = world.images[0].status.as_mut().unwrap();
+    status.disk_file_status_map.remove("d1");
+    world.images[0].spec.disk_file_spec_map.remove("d1");
+    let status = world.images[0].status.as_mut().unwrap();
+    status.conditions.push(Condition::new(types::READY, ConditionStatus::False, "Preparing", text));
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+            Image `ubuntu` is not ready: 0 of 1 copy is ready.
+              0 of 1 copy ready, disk-1 of node-2 unknown (node node-2 does not answer).
+              The copy of image `ubuntu` on `disk-1` of `node-2` is unknown. Since 45s.
+        "#]],
+    );
+}

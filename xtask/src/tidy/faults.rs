@@ -1,4 +1,5 @@
-//! `docs/faults.md` lists faults and what shows that they are survived: every row names tests that exist, in its last column.
+//! `docs/faults.md` lists faults, `docs/longhorn-flows.md` flows, and what shows that they are survived and work: every row names tests
+//! that exist, in its last column.
 
 use std::collections::BTreeSet;
 
@@ -22,7 +23,7 @@ pub fn check(path: &str, text: &str, tests: &BTreeSet<String>) -> Vec<String> {
         let named: Vec<&str> = last.split('`').skip(1).step_by(2).collect();
         if named.is_empty() {
             problems
-                .push(format!("{path}:{}: this fault has no test in its last column: name it in backticks", index + 1));
+                .push(format!("{path}:{}: this row has no test in its last column: name it in backticks", index + 1));
         }
         for name in named {
             // Of Go's `TestX/case` the function is what can be looked for.
@@ -48,7 +49,7 @@ mod tests {
                     | d | `flies` |\n\ntext\n\n| x | test |\n|---|---|\n| e | `TestFalls` |\n";
         let problems = check("docs/faults.md", text, &tests);
         assert_eq!(problems.len(), 3, "{problems:?}");
-        assert!(problems[0].starts_with("docs/faults.md:6: this fault has no test"));
+        assert!(problems[0].starts_with("docs/faults.md:6: this row has no test"));
         assert!(problems[1].contains(":7:") && problems[1].contains("`flies`"));
         assert!(problems[2].contains(":13:") && problems[2].contains("`TestFalls`"));
     }
