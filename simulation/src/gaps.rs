@@ -11,9 +11,6 @@ pub const EVICTION_KEEPS_THE_MINIMUM: bool = true;
 /// left on a disk whose manager had not heard of it yet.
 pub const ORPHANS_ARE_REMOVED: bool = false;
 
-/// A disk that shall be emptied and cannot be says why, while the image has enough copies elsewhere.
-pub const BLOCKED_EVICTIONS_ARE_TOLD: bool = false;
-
 /// An entry of a disk that is gone for good leaves `spec.diskFileSpecMap` by itself.
 pub const ENTRIES_OF_GONE_DISKS_GO: bool = true;
 
