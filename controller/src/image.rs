@@ -11,11 +11,13 @@ use store::{Selector, StoreError};
 
 use crate::error::{Doing, ReconcileError};
 use crate::queue::Kind;
+use crate::turns::Moment;
 use crate::{Shared, world};
 
 pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
+    let mut began = shared.turns.now();
     let Some(mut observed) = observe(name, shared).await? else {
-        call(shared, name, Replenish::default());
+        call(shared, name, began, &Replenish::default());
         return Ok(None);
     };
     let mut decision = decide(&observed);
@@ -24,21 +26,21 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         None
     } else {
         let turn = shared.replenishing.lock().await;
+        began = shared.turns.now();
         let Some(again) = observe(name, shared).await? else { return Ok(None) };
         (decision, observed) = (decide(&again), again);
         Some(turn)
     };
     let replenish = std::mem::take(&mut decision.replenish);
     let result = act(name, &observed, decision, shared).await;
-    call(shared, name, replenish);
+    call(shared, name, began, &replenish);
     result
 }
 
-/// Lets those look again who wait for what this image does not make any more.
-fn call(shared: &Shared, name: &str, replenish: Replenish) {
-    shared.turns.waits(name, replenish.waits_for);
-    for waiting in shared.turns.makes(name, &replenish.being_made) {
-        shared.queue.add(Kind::Image, waiting);
+/// Lets those look again whose turn it is to make copies.
+fn call(shared: &Shared, name: &str, began: Moment, replenish: &Replenish) {
+    for image in shared.turns.pass(name, began, replenish) {
+        shared.queue.add(Kind::Image, image);
     }
 }
 

@@ -1,20 +1,29 @@
 //! Who waits for the limit of a node, and whose turn it is when a copy there is finished.
 //!
-//! It only saves waiting: what is forgotten with this process, or missed, is looked at with everything else.
+//! It only saves waiting: what is forgotten with this process is looked at with everything else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How many images are looked at for one copy that is finished: one may have gone elsewhere, or wait for other nodes as well. All
-/// of them would be a pass over everything for each copy.
+use planner::image::Replenish;
+
+/// How many images are looked at for one place that is free: all of them would be a pass over everything for each copy. Who does not
+/// take it calls others.
 const CALLED: usize = 4;
 
 /// Images and nodes.
 #[derive(Default)]
 pub struct Turns(Mutex<State>);
 
+/// A moment, to tell what became free after it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(u64);
+
 #[derive(Default)]
 struct State {
+    now: Moment,
+    /// When a place on a node became free last.
+    freed: BTreeMap<String, Moment>,
     /// The nodes that an image waits for.
     waiting: BTreeMap<String, BTreeSet<String>>,
     /// The nodes on which copies of an image are being made, each with how many.
@@ -26,31 +35,38 @@ impl Turns {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An image waits for these nodes, and for no others any more.
-    pub fn waits(&self, image: &str, nodes: BTreeSet<String>) {
-        let mut state = self.state();
-        if nodes.is_empty() {
-            state.waiting.remove(image);
-        } else {
-            state.waiting.insert(image.to_owned(), nodes);
-        }
+    /// The moment before a pass observes.
+    pub fn now(&self) -> Moment {
+        self.state().now
     }
 
-    /// Copies of an image are being made on these nodes. Returns the images whose turn it is on those where they are fewer than before.
-    pub fn makes(&self, image: &str, nodes: &[String]) -> BTreeSet<String> {
+    /// What came of a pass over an image that observed after `began`. Returns the images whose turn it is: also that one itself, when
+    /// a place became free that it could not see.
+    pub fn pass(&self, image: &str, began: Moment, replenish: &Replenish) -> BTreeSet<String> {
         let mut state = self.state();
-        let mut now = BTreeMap::<String, usize>::new();
-        nodes.iter().for_each(|node| *now.entry(node.clone()).or_default() += 1);
-        let fewer = |node: &String, count: usize| now.get(node).copied().unwrap_or(0) < count;
-        let before = state.making.remove(image).unwrap_or_default();
-        let freed: Vec<&String> = before.iter().filter(|(node, count)| fewer(node, **count)).map(|(n, _)| n).collect();
-        let mut called = BTreeSet::new();
-        for node in freed {
-            let waiting = state.waiting.iter().filter(|(_, nodes)| nodes.contains(node));
+        let is_late = |node: &String| state.freed.get(node).is_some_and(|at| *at > began);
+        let is_late = replenish.waits_for.iter().any(is_late);
+        let mut called: BTreeSet<String> = is_late.then(|| image.to_owned()).into_iter().collect();
+
+        let mut making = BTreeMap::<String, usize>::new();
+        replenish.being_made.iter().for_each(|node| *making.entry(node.clone()).or_default() += 1);
+        let made = state.making.remove(image).unwrap_or_default();
+        let waited = state.waiting.remove(image).unwrap_or_default();
+        let fewer = made.into_iter().filter(|(node, count)| making.get(node).copied().unwrap_or(0) < *count);
+        let given_up =
+            waited.into_iter().filter(|node| !making.contains_key(node) && !replenish.waits_for.contains(node));
+        for node in fewer.map(|(node, _)| node).chain(given_up).collect::<BTreeSet<_>>() {
+            state.now.0 += 1;
+            let waiting = state.waiting.iter().filter(|(_, nodes)| nodes.contains(&node));
             called.extend(waiting.take(CALLED).map(|(image, _)| image.clone()));
+            let now = state.now;
+            state.freed.insert(node, now);
         }
-        if !now.is_empty() {
-            state.making.insert(image.to_owned(), now);
+        if !making.is_empty() {
+            state.making.insert(image.to_owned(), making);
+        }
+        if !replenish.waits_for.is_empty() {
+            state.waiting.insert(image.to_owned(), replenish.waits_for.clone());
         }
         called
     }
@@ -60,20 +76,53 @@ impl Turns {
 mod tests {
     use super::*;
 
+    fn set(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|n| (*n).to_owned()).collect()
+    }
+
+    /// A pass over an image that makes copies on nodes and waits for others.
+    fn pass(turns: &Turns, image: &str, makes: &[&str], waits_for: &[&str]) -> BTreeSet<String> {
+        let being_made = makes.iter().map(|n| (*n).to_owned()).collect();
+        let replenish = Replenish { being_made, waits_for: set(waits_for), ..Default::default() };
+        turns.pass(image, turns.now(), &replenish)
+    }
+
     #[test]
     fn who_waits_for_a_node_is_called_when_a_copy_there_is_finished() {
         let turns = Turns::default();
-        let set = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<BTreeSet<_>>();
-        turns.waits("b", set(&["n1"]));
-        turns.waits("c", set(&["n2"]));
-        let makes = |nodes: &[&str]| turns.makes("a", &nodes.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
-        assert_eq!(makes(&["n1", "n1", "n2"]), set(&[]), "nothing is finished");
-        assert_eq!(makes(&["n1", "n2"]), set(&["b"]));
-        turns.waits("b", set(&[]));
-        assert_eq!(makes(&[]), set(&["c"]), "nobody waits for n1 any more");
-        let many: Vec<String> = (0..20).map(|n| format!("image-{n}")).collect();
-        many.iter().for_each(|image| turns.waits(image, set(&["n1"])));
-        makes(&["n1"]);
-        assert_eq!(makes(&[]).len(), CALLED);
+        assert_eq!(pass(&turns, "a", &["n1", "n1", "n2"], &[]), set(&[]));
+        pass(&turns, "b", &[], &["n1"]);
+        pass(&turns, "c", &[], &["n2"]);
+        assert_eq!(pass(&turns, "a", &["n1", "n1", "n2"], &[]), set(&[]), "nothing is finished");
+        assert_eq!(pass(&turns, "a", &["n1", "n2"], &[]), set(&["b"]));
+        assert_eq!(pass(&turns, "b", &["n1"], &[]), set(&[]), "it takes its turn");
+        assert_eq!(pass(&turns, "a", &[], &[]), set(&["c"]), "nobody waits for n1 any more");
+    }
+
+    #[test]
+    fn who_does_not_take_its_turn_calls_the_next() {
+        let turns = Turns::default();
+        let many: Vec<String> = (0..2 * CALLED).map(|n| format!("image-{n}")).collect();
+        pass(&turns, "a", &["n1"], &[]);
+        many.iter().for_each(|image| drop(pass(&turns, image, &[], &["n1"])));
+        let mut called = pass(&turns, "a", &[], &[]);
+        assert_eq!(called.len(), CALLED, "not all at once");
+        let mut seen = called.clone();
+        while let Some(image) = called.pop_first() {
+            called.extend(pass(&turns, &image, &[], &[]));
+            seen.extend(called.iter().cloned());
+        }
+        assert_eq!(seen.len(), many.len(), "all of them in the end");
+    }
+
+    #[test]
+    fn a_place_that_became_free_during_a_pass_is_not_missed() {
+        let turns = Turns::default();
+        pass(&turns, "a", &["n1"], &[]);
+        let began = turns.now();
+        assert_eq!(pass(&turns, "a", &[], &[]), set(&[]), "nobody waits yet");
+        let late = Replenish { waits_for: set(&["n1"]), ..Default::default() };
+        assert_eq!(turns.pass("b", began, &late), set(&["b"]), "what it saw is over");
+        assert_eq!(turns.pass("b", turns.now(), &late), set(&[]));
     }
 }

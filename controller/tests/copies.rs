@@ -197,7 +197,7 @@ async fn a_copy_that_cannot_be_removed_holds_up_no_other_image() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn images_that_come_at_once_keep_the_limit_of_each_node() {
-    const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    const NAMES: [&str; 8] = ["image-a", "image-b", "image-c", "image-d", "image-e", "image-f", "image-g", "image-h"];
     let world = world().await;
     let limit = "concurrent-backing-image-replenish-per-node-limit";
     eventually("settings", async || world.store.get::<Setting>(limit).await.unwrap().is_some()).await;
@@ -230,5 +230,12 @@ async fn images_that_come_at_once_keep_the_limit_of_each_node() {
         }
     };
     // Less than the interval after which everything is looked at anyway: who waits is called.
-    tokio::time::timeout(Duration::from_secs(20), judge).await.expect("each image has three copies");
+    if tokio::time::timeout(Duration::from_secs(20), judge).await.is_err() {
+        let images: Vec<BackingImage> = world.store.list(&Selector::default()).await.unwrap();
+        let says = |image: &BackingImage| {
+            let conditions = image.status.clone().unwrap_or_default().conditions;
+            condition::find(&conditions, READY).map(|c| c.message.clone()).unwrap_or_default()
+        };
+        panic!("not every image has three copies: {:#?}", images.iter().map(says).collect::<Vec<_>>());
+    }
 }

@@ -57,8 +57,9 @@ impl Fact {
 pub fn of_image(image: &BackingImage, disks: &Disks) -> Vec<Fact> {
     let status = image.status.clone().unwrap_or_default();
     let mut facts: Vec<Fact> = of_ready(&status.conditions, "the image can be used").into_iter().collect();
-    facts.extend(of_problem(&status.conditions, EVICTED));
-    facts.extend(of_problem(&status.conditions, CLEANED_UP).map(|fact| {
+    // Which copies it is about matters as much as that there are some.
+    let of_copies = [EVICTED, CLEANED_UP].into_iter().filter_map(|t| of_problem(&status.conditions, t));
+    facts.extend(of_copies.map(|fact| {
         let message = fact.news.as_ref().map(|n| n.message.clone()).unwrap_or_default();
         Fact { again: message, ..fact }
     }));
