@@ -156,6 +156,9 @@ pub struct BackingImageSpec {
 pub struct DiskFileSpec {
     pub eviction_requested: bool,
     pub data_engine: DataEngine,
+    /// Ours: why the copy is wanted on this very disk, a sentence; empty: who wrote the entry did not say.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
     #[serde(flatten)]
     pub other: Unknown,
 }
@@ -199,6 +202,9 @@ pub struct DiskFileStatus {
     /// Why it is in this state; empty when there is nothing to say.
     pub message: String,
     pub last_state_transition_time: String,
+    /// Ours: since when no node has its disk any more, RFC 3339; empty: some node has it, or not every node has told.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub gone_since: String,
     /// Ours: when the next attempt comes, RFC 3339; empty when none is scheduled.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub next_retry_time: String,

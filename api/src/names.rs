@@ -67,6 +67,10 @@ pub mod condition {
     pub const DEFAULT_DISKS: &str = "DefaultDisks";
     /// Image: copies were taken out of `diskFileSpecMap`; while it is `False`, some were put back.
     pub const CLEANED_UP: &str = "CleanedUp";
+    /// Image: copies shall leave their disks; while it is `False`, some stay there, and why.
+    pub const EVICTED: &str = "Evicted";
+    /// Node: while it is there and `True`, Kubernetes calls the node unschedulable.
+    pub const CORDONED: &str = "Cordoned";
     /// Volume: its detachment or deletion waits for something.
     pub const DETACHED: &str = "Detached";
 

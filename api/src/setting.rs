@@ -86,6 +86,9 @@ fn percent(text: &str) -> bool {
 fn absolute_path(text: &str) -> bool {
     text.len() > 1 && text.starts_with('/')
 }
+fn cordon_policy(text: &str) -> bool {
+    matches!(text, "ignore" | "evict")
+}
 fn boolean(text: &str) -> bool {
     matches!(text, "true" | "false")
 }
@@ -103,6 +106,12 @@ pub const REPLENISH_LIMIT: &str = "concurrent-backing-image-replenish-per-node-l
 pub const CLEANUP_WAIT_INTERVAL: &str = "backing-image-cleanup-wait-interval";
 /// Seconds before an image with failed copies only is prepared again.
 pub const RECOVERY_WAIT_INTERVAL: &str = "backing-image-recovery-wait-interval";
+/// Ours: seconds for which a copy that cannot be asked counts as one that is there, so that no other one is made.
+pub const REPLENISH_WAIT_INTERVAL: &str = "backing-image-replenish-wait-interval";
+/// Whether nothing is placed on a node that Kubernetes calls unschedulable (cordoned).
+pub const DISABLE_SCHEDULING_ON_CORDONED_NODE: &str = "disable-scheduling-on-cordoned-node";
+/// Ours: what becomes of the copies on a cordoned node: `ignore`, or `evict` as if its eviction were requested.
+pub const CORDONED_NODE_POLICY: &str = "backing-image-cordoned-node-policy";
 /// Whether an image or volume without node selector may use tagged nodes.
 pub const ALLOW_EMPTY_NODE_SELECTOR: &str = "allow-empty-node-selector-volume";
 /// Whether an image or volume without disk selector may use tagged disks.
@@ -123,7 +132,7 @@ pub const SCRUB_INTERVAL: &str = "backing-image-scrub-interval";
 pub const ALLOWED_SOURCE_ADDRESSES: &str = "backing-image-allowed-source-addresses";
 
 /// Every setting that this version reads, with Longhorn's defaults.
-pub const KNOWN: [Known; 13] = [
+pub const KNOWN: [Known; 16] = [
     Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
@@ -147,6 +156,14 @@ pub const KNOWN: [Known; 13] = [
     Known { name: DEFAULT_DISK_RESERVED, default: "30", rule: "percent, 0 to 100", check: percent },
     Known { name: SCRUB_INTERVAL, default: "168", rule: "hours, a whole number, 0 or more", check: whole_number },
     Known { name: ALLOWED_SOURCE_ADDRESSES, default: "", rule: source_address::RULE, check: addresses },
+    Known {
+        name: REPLENISH_WAIT_INTERVAL,
+        default: "600",
+        rule: "seconds, a whole number, 0 or more",
+        check: whole_number,
+    },
+    Known { name: DISABLE_SCHEDULING_ON_CORDONED_NODE, default: "true", rule: "true or false", check: boolean },
+    Known { name: CORDONED_NODE_POLICY, default: "ignore", rule: "ignore or evict", check: cordon_policy },
 ];
 
 /// The known setting of a name.

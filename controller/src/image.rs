@@ -6,17 +6,42 @@ use std::time::Duration;
 use api::names::manager_name;
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica, Volume};
 use jiff::Timestamp;
-use planner::image::{Action, Decision, Observed, decide};
+use planner::image::{Action, Decision, Observed, Replenish, decide, making_of_others};
 use store::{Selector, StoreError};
 
 use crate::error::{Doing, ReconcileError};
 use crate::queue::Kind;
+use crate::turns::Moment;
 use crate::{Shared, world};
 
 pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
-    let Some(observed) = observe(name, shared).await? else { return Ok(None) };
-    let decision = decide(&observed);
-    act(name, &observed, decision, shared).await
+    let mut began = shared.turns.now();
+    let Some(mut observed) = observe(name, shared).await? else {
+        call(shared, name, began, &Replenish::default());
+        return Ok(None);
+    };
+    let mut decision = decide(&observed);
+    // Passes over several images must not all take the last place below the limit of a node: one counts, and adds, after the other.
+    let _turn = if decision.replenish.added.is_empty() {
+        None
+    } else {
+        let turn = shared.replenishing.lock().await;
+        began = shared.turns.now();
+        let Some(again) = observe(name, shared).await? else { return Ok(None) };
+        (decision, observed) = (decide(&again), again);
+        Some(turn)
+    };
+    let replenish = std::mem::take(&mut decision.replenish);
+    let result = act(name, &observed, decision, shared).await;
+    call(shared, name, began, &replenish);
+    result
+}
+
+/// Lets those look again whose turn it is to make copies.
+fn call(shared: &Shared, name: &str, began: Moment, replenish: &Replenish) {
+    for image in shared.turns.pass(name, began, replenish) {
+        shared.queue.add(Kind::Image, image);
+    }
 }
 
 async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, ReconcileError> {
@@ -27,16 +52,19 @@ async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, Reconc
     };
     let replicas: Vec<Replica> = world::list(store, "list replicas").await?;
     let volumes: Vec<Volume> = world::list(store, "list volumes").await?;
+    let sources: Vec<BackingImageDataSource> = world::list(store, "list data sources").await?;
+    let disks = world::nodes(store).await?.disks;
     let managers: Vec<BackingImageManager> = store.list(&Selector::default()).await.doing("list managers")?;
     Ok(Some(Observed {
         now: Timestamp::now(),
         random: rand::random(),
-        data_source: store.get::<BackingImageDataSource>(name).await.doing("read the data source")?,
+        making: making_of_others(name, &images, &sources, &replicas, &disks),
+        data_source: sources.into_iter().find(|s| s.metadata.name.as_deref() == Some(name)),
         managers,
         loads: planner::disk::loads(&replicas, &images),
         replicas: replicas.into_iter().filter(|r| r.spec.backing_image == name).collect(),
         volumes: volumes.into_iter().filter(|v| v.spec.backing_image == name).filter_map(|v| v.metadata.name).collect(),
-        disks: world::nodes(store).await?.disks,
+        disks,
         settings: world::settings(store).await?,
         image,
     }))

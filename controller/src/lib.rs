@@ -17,6 +17,7 @@ mod metrics;
 mod node;
 mod queue;
 mod teller;
+mod turns;
 mod volume;
 pub mod webhook;
 mod world;
@@ -40,6 +41,7 @@ use crate::agents::Agents;
 pub use crate::error::{ControllerError, ReconcileError};
 pub use crate::metrics::Metrics;
 use crate::queue::{Key, Kind, Queue};
+use crate::turns::Turns;
 
 /// Who users see as the source of events.
 const COMPONENT: &str = "backing-image-csi-controller";
@@ -72,6 +74,9 @@ pub(crate) struct Shared {
     manager_memory: Mutex<HashMap<String, planner::manager::Memory>>,
     /// Unwanted ends of engines by volume.
     volume_restarts: Mutex<HashMap<String, Retry>>,
+    /// Held by whoever adds copies that no replica asks for, from counting to adding.
+    replenishing: tokio::sync::Mutex<()>,
+    turns: Turns,
     kubernetes: bool,
     deposed: CancellationToken,
 }
@@ -107,6 +112,8 @@ pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), Co
         agents,
         manager_memory: Mutex::default(),
         volume_restarts: Mutex::default(),
+        replenishing: tokio::sync::Mutex::default(),
+        turns: Turns::default(),
         kubernetes: context.kubernetes,
         deposed: context.deposed,
     });

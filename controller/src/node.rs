@@ -1,4 +1,4 @@
-//! Nodes report themselves; what they cannot say, because they are away, is said here. And the settings that everybody reads.
+//! Nodes report themselves; what they cannot say, because they are away or since Kubernetes knows it, is said here. And the settings that everybody reads.
 
 use std::time::Duration;
 
@@ -40,6 +40,7 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     let pods: Vec<Pod> = store.list(&Selector::label(COMPONENT.0, COMPONENT.1)).await.doing("list instance pods")?;
     let machine = machine.map(|machine| Machine {
         out_of_service: is_out_of_service(&machine),
+        unschedulable: machine.spec.as_ref().and_then(|s| s.unschedulable).unwrap_or_default(),
         ready: readiness(&machine),
         instance: instance(name, &pods),
     });

@@ -2,9 +2,13 @@
 
 mod world;
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
 use api::names::condition::{CLEANED_UP, READY};
 use api::{BackingImage, BackingImageManager, ConditionStatus, Node, Setting, condition};
 use backing_image_controller::http::{ApiState, router};
+use futures::StreamExt;
 use runtime::metrics::Metrics;
 use serde_json::{Value, json};
 use store::{Preconditions, Selector};
@@ -188,4 +192,49 @@ async fn a_copy_that_cannot_be_removed_holds_up_no_other_image() {
     assert!(world.store.get::<BackingImage>("ubuntu").await.unwrap().is_some());
     world.workloads.script.lock().unwrap().undeletable.clear();
     eventually("it is gone", async || world.store.get::<BackingImage>("ubuntu").await.unwrap().is_none()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn images_that_come_at_once_keep_the_limit_of_each_node() {
+    const NAMES: [&str; 8] = ["image-a", "image-b", "image-c", "image-d", "image-e", "image-f", "image-g", "image-h"];
+    let world = world().await;
+    let limit = "concurrent-backing-image-replenish-per-node-limit";
+    eventually("settings", async || world.store.get::<Setting>(limit).await.unwrap().is_some()).await;
+    set(&world, limit, "1").await;
+    let mut changes = world.store.watch::<BackingImage>().await.unwrap();
+    for name in NAMES {
+        world.create_image(name).await;
+    }
+    let judge = async {
+        while changes.next().await.is_some() {
+            let images: Vec<BackingImage> = world.store.list(&Selector::default()).await.unwrap();
+            let ready: Vec<BTreeSet<String>> = images
+                .iter()
+                .map(|image| {
+                    let status = image.status.clone().unwrap_or_default();
+                    planner::image::ready_disks(&status).map(str::to_owned).collect()
+                })
+                .collect();
+            for disk in ["uuid-1", "uuid-2", "uuid-3"] {
+                // The first file of an image is not limited.
+                let is_made = |image: &BackingImage, ready: &BTreeSet<String>| {
+                    !ready.is_empty() && !ready.contains(disk) && image.spec.disk_file_spec_map.contains_key(disk)
+                };
+                let made = images.iter().zip(&ready).filter(|(image, ready)| is_made(image, ready)).count();
+                assert!(made <= 1, "{made} copies are being made on {disk}");
+            }
+            if ready.iter().filter(|ready| ready.len() == 3).count() == NAMES.len() {
+                return;
+            }
+        }
+    };
+    // Less than the interval after which everything is looked at anyway: who waits is called.
+    if tokio::time::timeout(Duration::from_secs(20), judge).await.is_err() {
+        let images: Vec<BackingImage> = world.store.list(&Selector::default()).await.unwrap();
+        let says = |image: &BackingImage| {
+            let conditions = image.status.clone().unwrap_or_default().conditions;
+            condition::find(&conditions, READY).map(|c| c.message.clone()).unwrap_or_default()
+        };
+        panic!("not every image has three copies: {:#?}", images.iter().map(says).collect::<Vec<_>>());
+    }
 }

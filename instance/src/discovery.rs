@@ -12,6 +12,7 @@ use api::names::condition::DEFAULT_DISKS;
 use api::node::{DiskSpec, NodeSpec};
 use api::{Condition, ConditionStatus, Node, Setting, setting};
 use k8s_openapi::api::core::v1::Node as Machine;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use runtime::files;
 use serde::Deserialize;
 use store::{Selector, StoreError};
@@ -101,6 +102,12 @@ pub async fn create(config: &Config) -> Result<(), InstanceError> {
     }
 }
 
+/// The region and the zone that an object's labels name; empty when they do not.
+pub fn place(metadata: &ObjectMeta) -> (String, String) {
+    let label = |key: &str| metadata.labels.as_ref().and_then(|all| all.get(key)).cloned().unwrap_or_default();
+    (label("topology.kubernetes.io/region"), label("topology.kubernetes.io/zone"))
+}
+
 /// Gives a node that has none its tags and disks; returns the node as it is then.
 pub async fn complete_node(config: &Config, mut node: Node) -> Result<(Node, Found), InstanceError> {
     let machine = machine(config).await?;
@@ -114,14 +121,13 @@ pub async fn complete_node(config: &Config, mut node: Node) -> Result<(Node, Fou
             "disks and tags taken from the node's annotations"
         );
     }
-    let label = |key: &str| machine.metadata.labels.as_ref().and_then(|all| all.get(key)).cloned().unwrap_or_default();
     let condition = match result {
         Ok(()) => Condition::new(DEFAULT_DISKS, ConditionStatus::True, "Complete", ""),
         Err(NoDisk { reason, message, hint }) => {
             Condition::new(DEFAULT_DISKS, ConditionStatus::False, reason, message).with_hint(hint)
         }
     };
-    let (region, zone) = (label("topology.kubernetes.io/region"), label("topology.kubernetes.io/zone"));
+    let (region, zone) = place(&machine.metadata);
     Ok((node, Found { region, zone, condition }))
 }
 

@@ -109,7 +109,8 @@ pub async fn reconcile(
         condition::set(&mut conditions, Condition::new(READY, ConditionStatus::True, "Ready", ""), now);
     }
     condition::set(&mut conditions, engine_replacement.clone(), now);
-    let (mut region, mut zone) = (old.region.clone(), old.zone.clone());
+    // Without Kubernetes it is the user who says where a machine stands, on our own object.
+    let (mut region, mut zone) = discovery::place(&node.metadata);
     if let Some(found) = found {
         (region, zone) = (found.region, found.zone);
         condition::set(&mut conditions, found.condition, now);

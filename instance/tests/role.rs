@@ -201,7 +201,9 @@ async fn a_node_is_ready_when_its_disks_are_reported_and_its_replicas_were_come_
     let path = folder.path().join("disk-1").display().to_string();
     let disks = [("d".to_owned(), DiskSpec { path: path.clone(), ..Default::default() })];
     let node = NodeSpec { name: "node-1".into(), disks: disks.into(), ..Default::default() };
-    store.create(&Node::new("node-1", node)).await.unwrap();
+    let mut node = Node::new("node-1", node);
+    node.metadata.labels = Some([("topology.kubernetes.io/zone".to_owned(), "east".to_owned())].into());
+    store.create(&node).await.unwrap();
     let run_until_ready = async || {
         let (ready, mut is_ready) = tokio::sync::watch::channel(false);
         let token = CancellationToken::new();
@@ -212,7 +214,9 @@ async fn a_node_is_ready_when_its_disks_are_reported_and_its_replicas_were_come_
     };
     let (token, role) = run_until_ready().await;
     let node = store.get::<Node>("node-1").await.unwrap().unwrap();
-    let uuid = node.status.unwrap().disk_status["d"].disk_uuid.clone();
+    let status = node.status.unwrap();
+    assert_eq!(status.zone, "east", "without Kubernetes the object's own label says where the machine stands");
+    let uuid = status.disk_status["d"].disk_uuid.clone();
     assert!(!uuid.is_empty());
     token.cancel();
     role.await.unwrap().unwrap();

@@ -4,8 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use api::condition;
 use api::image::CopyState;
-use api::names::condition::{IN_SERVICE, READY, SCHEDULABLE};
+use api::names::condition::{CORDONED, IN_SERVICE, READY, SCHEDULABLE};
 use api::{BackingImage, Condition, ConditionStatus, Node, Replica};
+use jiff::Timestamp;
+
+use crate::retry::parse;
+use crate::setting::Settings;
 
 /// Whether something can be used now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,20 +28,40 @@ pub struct Disk {
     pub id: String,
     pub name: String,
     pub node: String,
+    /// The zone of its node; empty when that has none.
+    pub zone: String,
     pub path: String,
     pub node_tags: Vec<String>,
     pub tags: Vec<String>,
     pub health: Health,
+    /// Since when it is not ready, if so and if that is known.
+    pub away_since: Option<Timestamp>,
     /// Why nothing may be placed here, if so.
     pub unschedulable: Option<String>,
-    /// It shall be emptied.
+    /// A user asked that it be emptied.
     pub evicting: bool,
+    /// Kubernetes calls its node unschedulable; what that means is a matter of settings.
+    pub cordoned: bool,
     pub maximum_bytes: u64,
     pub available_bytes: u64,
     pub reserved_bytes: u64,
 }
 
+/// Why something shall leave its disk: a user's word.
+pub(crate) const EVICTION: &str = "eviction is requested there";
+
 impl Disk {
+    /// Why it shall be emptied, if so.
+    pub fn leaving(&self, settings: &Settings) -> Option<&'static str> {
+        match self {
+            Disk { evicting: true, .. } => Some(EVICTION),
+            Disk { cordoned: true, .. } if settings.evict_cordoned => {
+                Some("its node is cordoned and setting backing-image-cordoned-node-policy is evict")
+            }
+            _ => None,
+        }
+    }
+
     /// What users read: the disk's name and its node.
     pub fn label(&self) -> String {
         format!("{} of {}", self.name, self.node)
@@ -104,18 +128,23 @@ impl Disks {
                     None => Health::Ready,
                     Some(_) => health(&seen.conditions, &format!("{disk_name} of {name}")),
                 };
+                let at_fault = if node_health == Health::Ready { &seen.conditions } else { &status.conditions };
+                let health = if node_health == Health::Ready { disk_health } else { node_health.clone() };
                 all.list.push(Disk {
                     id: seen.disk_uuid.clone(),
                     name: disk_name.clone(),
                     node: name.clone(),
+                    zone: status.zone.clone(),
                     path: if spec.path.is_empty() { seen.disk_path.clone() } else { spec.path.clone() },
                     node_tags: node.spec.tags.clone(),
                     tags: spec.tags.clone(),
-                    health: if node_health == Health::Ready { disk_health } else { node_health.clone() },
+                    away_since: (health != Health::Ready).then(|| since(at_fault)).flatten(),
+                    health,
                     unschedulable: node_unschedulable
                         .clone()
                         .or_else(|| unschedulable(spec.allow_scheduling, &seen.conditions)),
                     evicting: spec.eviction_requested || node.spec.eviction_requested,
+                    cordoned: condition::find(&status.conditions, CORDONED).is_some_and(Condition::is_true),
                     maximum_bytes: seen.storage_maximum,
                     available_bytes: seen.storage_available,
                     reserved_bytes: spec.storage_reserved,
@@ -142,6 +171,10 @@ fn health(conditions: &[Condition], what: &str) -> Health {
         Some(c) if c.status == ConditionStatus::False => Health::NotReady(sentence(c, format!("{what} is not ready"))),
         Some(c) => Health::Unknown(sentence(c, format!("{what} does not answer"))),
     }
+}
+
+fn since(conditions: &[Condition]) -> Option<Timestamp> {
+    parse(&condition::find(conditions, READY)?.last_transition_time)
 }
 
 fn sentence(condition: &Condition, fallback: String) -> String {
@@ -185,12 +218,15 @@ pub(crate) fn ready_disk(id: &str, bytes: u64) -> Disk {
         id: id.into(),
         name: id.into(),
         node: format!("node-{id}"),
+        zone: String::new(),
         path: format!("/{id}"),
         node_tags: vec![],
         tags: vec![],
         health: Health::Ready,
+        away_since: None,
         unschedulable: None,
         evicting: false,
+        cordoned: false,
         maximum_bytes: bytes,
         available_bytes: bytes,
         reserved_bytes: 0,

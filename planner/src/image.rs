@@ -16,14 +16,15 @@ use api::data_source::BackingImageDataSourceSpec;
 use api::image::{BackingImageSpec, BackingImageStatus, CopyState, DiskFileSpec, SourceType};
 use api::manager::FileInfo;
 use api::names::FINALIZER;
-use api::names::condition::READY;
+use api::names::condition::{EVICTED, READY};
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Replica, condition};
 use jiff::Timestamp;
 
-pub use self::copies::{Cause, Leaving, leaving};
+pub use self::copies::limit::making_of_others;
+pub use self::copies::{Cause, Leaving, Replenish, leaving};
 use self::guard::Scene;
 use crate::disk::{Disks, Load};
-use crate::placement::{Request, Selectors};
+use crate::placement::{Making, Request, Selectors};
 use crate::retry::sooner;
 use crate::setting::Settings;
 
@@ -41,6 +42,8 @@ pub struct Observed {
     pub volumes: Vec<String>,
     pub disks: Disks,
     pub loads: BTreeMap<String, Load>,
+    /// The copies of other images that are being made ([`making_of_others`]).
+    pub making: Making,
     pub settings: Settings,
 }
 
@@ -75,6 +78,7 @@ pub enum Action {
 pub struct Decision {
     pub actions: Vec<Action>,
     pub status: BackingImageStatus,
+    pub replenish: Replenish,
     pub recheck_after: Option<Duration>,
 }
 
@@ -96,7 +100,7 @@ pub fn decide(observed: &Observed) -> Decision {
             o,
             Condition::new(READY, ConditionStatus::False, "Preparing", "the image was just created"),
         );
-        return Decision { actions, status, recheck_after: Some(Duration::ZERO) };
+        return Decision { actions, status, replenish: Replenish::default(), recheck_after: Some(Duration::ZERO) };
     }
     if deleting && o.volumes.is_empty() && o.replicas.is_empty() {
         return deletion::decide(o, status, actions);
@@ -107,9 +111,15 @@ pub fn decide(observed: &Observed) -> Decision {
     let mut map = o.image.spec.disk_file_spec_map.clone();
     let told_until = guard::let_go(o, &mut status, &mut map);
     let (source, mut problem, mut recheck_after) = source::plan(o, &status, &mut map);
-    let (shortage, recheck) = copies::plan(o, &status, &mut map);
-    recheck_after = sooner(sooner(recheck_after, recheck), told_until);
+    let mut copies = copies::plan(o, &status, &mut map);
+    copies.replenish.being_made = copies::limit::being_made_of(o, &status, &map);
+    recheck_after = sooner(sooner(recheck_after, copies.recheck_after), told_until);
     assert_keeps_last_ready_copy(o, &was_ready, &map);
+    let evicted = copies::eviction::condition(&o.scene(&status), &map, copies.shortage.is_some());
+    match evicted {
+        Some(condition) => report(&mut status, o, condition),
+        None => status.conditions.retain(|c| c.r#type != EVICTED),
+    }
     if map != o.image.spec.disk_file_spec_map {
         actions.push(Action::SetCopies(map.clone()));
     }
@@ -123,13 +133,13 @@ pub fn decide(observed: &Observed) -> Decision {
         (Some(problem), 0) => problem,
         (Some(problem), _) if deleting => problem,
         (None, 0) => Condition::new(READY, ConditionStatus::False, "Preparing", text),
-        (_, _) => match shortage {
+        (_, _) => match copies.shortage {
             None => Condition::new(READY, ConditionStatus::True, "Ready", text),
             Some(why) => Condition::new(READY, ConditionStatus::True, "FewerCopies", format!("{text}; {why}")),
         },
     };
     report(&mut status, o, condition);
-    Decision { actions, status, recheck_after }
+    Decision { actions, status, replenish: copies.replenish, recheck_after }
 }
 
 fn report(status: &mut BackingImageStatus, o: &Observed, condition: Condition) {
@@ -156,6 +166,13 @@ fn assert_keeps_last_ready_copy(o: &Observed, was_ready: &[String], map: &BTreeM
 /// The disks whose copy is ready.
 pub fn ready_disks(status: &BackingImageStatus) -> impl Iterator<Item = &str> {
     status.disk_file_status_map.iter().filter(|(_, f)| f.state == CopyState::Ready).map(|(d, _)| d.as_str())
+}
+
+/// The disks that have a copy, or whose room is taken for one; not those that were found to be too small for it.
+pub fn copies_held(image: &BackingImage) -> BTreeSet<String> {
+    let known = image.status.as_ref().map(|s| &s.disk_file_status_map);
+    let is_too_small = |disk: &str| known.and_then(|k| k.get(disk)).is_some_and(copies::has_no_room);
+    image.spec.disk_file_spec_map.keys().filter(|disk| !is_too_small(disk)).cloned().collect()
 }
 
 /// "2 of 3 copies ready, disk-1 of node-3 at 61 %": the copies on `wanted`.
@@ -244,8 +261,23 @@ pub(crate) fn name_of(image: &BackingImage) -> &str {
     image.metadata.name.as_deref().unwrap_or_default()
 }
 
-fn request<'a>(o: &'a Observed, selectors: &'a [Selectors<'a>], bytes: u64) -> Request<'a> {
-    Request { disks: &o.disks, loads: &o.loads, settings: &o.settings, selectors, bytes, random: o.random }
+fn request<'a>(
+    o: &'a Observed,
+    selectors: &'a [Selectors<'a>],
+    taken: &'a BTreeSet<String>,
+    beside: &'a BTreeSet<String>,
+    bytes: u64,
+) -> Request<'a> {
+    Request {
+        disks: &o.disks,
+        loads: &o.loads,
+        settings: &o.settings,
+        selectors,
+        taken,
+        beside,
+        bytes,
+        random: o.random,
+    }
 }
 
 fn selectors(image: &BackingImage) -> [Selectors<'_>; 1] {

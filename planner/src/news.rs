@@ -5,7 +5,9 @@
 
 use api::event::News;
 use api::image::{CopyState, DiskFileStatus};
-use api::names::condition::{CLEANED_UP, DEFAULT_DISKS, ENGINE_REPLACEMENT, READY, SCHEDULABLE, SCHEDULED, UPGRADED};
+use api::names::condition::{
+    CLEANED_UP, DEFAULT_DISKS, ENGINE_REPLACEMENT, EVICTED, READY, SCHEDULABLE, SCHEDULED, UPGRADED,
+};
 use api::{
     BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Engine, ErrorKind, Node,
     Replica, Volume, condition,
@@ -17,11 +19,12 @@ use crate::disk::Disks;
 const QUIET: [&str; 5] = ["Creating", "Preparing", "Starting", "Stopped", "Stopping"];
 
 /// Reasons of conditions that do not hold yet, or not any more, as it was wished.
-const PROGRESS: [&str; 8] = [
+const PROGRESS: [&str; 9] = [
     "Attaching",
     "Detaching",
     "Deleting",
     "DataSourceEnds",
+    "EvictionWaits",
     "InProgress",
     "WaitForBackingImage",
     "SchedulingDisabled",
@@ -54,7 +57,9 @@ impl Fact {
 pub fn of_image(image: &BackingImage, disks: &Disks) -> Vec<Fact> {
     let status = image.status.clone().unwrap_or_default();
     let mut facts: Vec<Fact> = of_ready(&status.conditions, "the image can be used").into_iter().collect();
-    facts.extend(of_problem(&status.conditions, CLEANED_UP).map(|fact| {
+    // Which copies it is about matters as much as that there are some.
+    let of_copies = [EVICTED, CLEANED_UP].into_iter().filter_map(|t| of_problem(&status.conditions, t));
+    facts.extend(of_copies.map(|fact| {
         let message = fact.news.as_ref().map(|n| n.message.clone()).unwrap_or_default();
         Fact { again: message, ..fact }
     }));

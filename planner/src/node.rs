@@ -4,7 +4,7 @@
 //! belongs to the node again when it is back. Silence is `Unknown`: its engines may still write and are waited for. Only a user can
 //! say that they do not, with the taint [`OUT_OF_SERVICE`] (Kubernetes: non-graceful node shutdown).
 
-use api::names::condition::{IN_SERVICE, READY};
+use api::names::condition::{CORDONED, IN_SERVICE, READY};
 use api::{Condition, ConditionStatus, condition};
 use jiff::Timestamp;
 
@@ -16,6 +16,8 @@ pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
 pub struct Machine {
     /// It has the taint [`OUT_OF_SERVICE`].
     pub out_of_service: bool,
+    /// It is cordoned, as by `kubectl drain`.
+    pub unschedulable: bool,
     /// What its condition `Ready` says otherwise.
     pub ready: Result<(), String>,
     /// Why the pod of the instance role is not ready there, to be read after `the instance pod of node n1`.
@@ -30,7 +32,21 @@ pub fn decide(name: &str, machine: Option<&Machine>, old: &[Condition], now: Tim
         condition::set(&mut conditions, Condition { r#type: READY.into(), ..in_service.clone() }, now);
     }
     condition::set(&mut conditions, in_service, now);
+    match machine {
+        Some(Machine { unschedulable: true, .. }) => condition::set(&mut conditions, cordoned(name), now),
+        Some(_) => conditions.retain(|c| c.r#type != CORDONED),
+        // It was told last what it was.
+        None => {}
+    }
     (conditions != old).then_some(conditions)
+}
+
+fn cordoned(name: &str) -> Condition {
+    let message = format!("Kubernetes calls node {name} unschedulable (it is cordoned)");
+    let hint = format!(
+        "`kubectl uncordon {name}` when it is to be used again; settings disable-scheduling-on-cordoned-node and backing-image-cordoned-node-policy say what it means"
+    );
+    Condition::new(CORDONED, ConditionStatus::True, "Cordoned", message).with_hint(hint)
 }
 
 fn in_service(name: &str, machine: Option<&Machine>) -> Condition {
@@ -68,7 +84,7 @@ mod tests {
 
     fn machine(out_of_service: bool, ready: &str, instance: &str) -> Machine {
         let said = |text: &str| if text.is_empty() { Ok(()) } else { Err(text.to_owned()) };
-        Machine { out_of_service, ready: said(ready), instance: said(instance) }
+        Machine { out_of_service, unschedulable: false, ready: said(ready), instance: said(instance) }
     }
 
     fn at(second: i64) -> Timestamp {
@@ -102,6 +118,27 @@ mod tests {
             assert_eq!(seen(&conditions), expected, "{machine:?}");
             assert_eq!(decide("n1", machine.as_ref(), &conditions, at(9)), None, "it converges: {machine:?}");
         }
+    }
+
+    #[test]
+    fn a_cordoned_node_says_so_until_it_is_uncordoned() {
+        let cordoned = Machine { unschedulable: true, ..machine(false, "", "") };
+        let is_cordoned = |conditions: &[Condition]| {
+            let mut node = Node::new("n1", Default::default());
+            node.spec.disks.insert("disk-1".into(), Default::default());
+            let status = node.status.get_or_insert_default();
+            status.conditions = conditions.to_vec();
+            let disk = api::node::DiskStatus { disk_uuid: "d".into(), ..Default::default() };
+            status.disk_status.insert("disk-1".into(), disk);
+            Disks::of(&[node]).list[0].cordoned
+        };
+        let told = decide("n1", Some(&cordoned), &[], at(0)).unwrap();
+        assert!(is_cordoned(&told));
+        assert_eq!(decide("n1", Some(&cordoned), &told, at(9)), None, "it converges");
+        let gone = decide("n1", None, &told, at(10)).unwrap();
+        assert!(is_cordoned(&gone), "nobody said otherwise");
+        let open = decide("n1", Some(&machine(false, "", "")), &gone, at(20)).unwrap();
+        assert!(!is_cordoned(&open));
     }
 
     #[test]

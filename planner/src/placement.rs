@@ -24,15 +24,28 @@ pub struct Request<'a> {
     pub loads: &'a BTreeMap<String, Load>,
     pub settings: &'a Settings,
     pub selectors: &'a [Selectors<'a>],
+    /// Disks that are out of the question: they have what is looked for.
+    pub taken: &'a BTreeSet<String>,
+    /// Disks from which the new ones shall lie apart: what they have stays there.
+    pub beside: &'a BTreeSet<String>,
     /// Bytes of one copy or of one replica when it is full; 0 when not known yet.
     pub bytes: u64,
     pub random: u64,
 }
 
-/// The chosen disks, and why each other one was not eligible.
+/// A disk, and why it was chosen among those that could be, a sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    pub disk: Disk,
+    pub why: String,
+}
+
+/// The chosen disks, what has a place and waits, and why each other disk was not eligible.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Choice {
-    pub chosen: Vec<Disk>,
+    pub chosen: Vec<Chosen>,
+    /// The nodes that are at their limit, once for each copy that would lie there.
+    pub waiting: Vec<String>,
     /// `disk-1 of node-2: reason`, in the order of disks.
     pub refused: Vec<String>,
 }
@@ -44,22 +57,49 @@ impl Choice {
     }
 }
 
-/// Disks for further copies of an image: nodes without a copy first, random among equals.
-pub fn choose_for_copies(request: &Request<'_>, taken: &BTreeSet<String>, count: usize) -> Choice {
-    let taken_nodes = request.disks.list.iter().filter(|d| taken.contains(&d.id)).map(|d| d.node.clone());
-    choose(request, taken, taken_nodes.collect(), count, None, copy_room)
+/// Names of the images whose copies are being made although no replica asks for them, by node: one for each copy.
+pub type Making = BTreeMap<String, Vec<String>>;
+
+/// How many of these there may be on one node.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit<'a> {
+    pub per_node: u32,
+    pub making: &'a Making,
 }
 
-/// Disks for further replicas of a volume: distinct nodes first, then distinct disks; among equals those that have a copy
-/// of the image already, then those with most room, then random.
-pub fn choose_for_replicas(
-    request: &Request<'_>,
-    taken: &BTreeSet<String>,
-    count: usize,
-    preferred: &BTreeSet<String>,
-) -> Choice {
-    let taken_nodes = request.disks.list.iter().filter(|d| taken.contains(&d.id)).map(|d| d.node.clone());
-    choose(request, taken, taken_nodes.collect(), count, Some(preferred), replica_room)
+impl Limit<'_> {
+    /// Why nothing more begins on a node, a sentence.
+    pub fn sentence(&self, node: &str) -> String {
+        let images: BTreeSet<&str> = self.making.get(node).into_iter().flatten().map(String::as_str).collect();
+        let images = images.into_iter().collect::<Vec<_>>().join(", ");
+        format!(
+            "on node {node} as many copies are being made (of {images}) as setting concurrent-backing-image-replenish-per-node-limit allows ({})",
+            self.per_node
+        )
+    }
+}
+
+/// What a replica needs of its image where it lies.
+#[derive(Clone, Copy, Debug)]
+pub struct Base<'a> {
+    /// Bytes of a copy; 0 when not known yet.
+    pub bytes: u64,
+    /// Disks that have a copy, or room for one is taken there.
+    pub held: &'a BTreeSet<String>,
+    /// Those of them whose copy is there or nearly.
+    pub preferred: &'a BTreeSet<String>,
+}
+
+/// Disks for further copies of an image: zones with the fewest first, then nodes; among equals nodes that are below the limit, then
+/// those with most room, then by lot. A node at its limit is waited for rather than that two copies lie close together for ever.
+pub fn choose_for_copies(request: &Request<'_>, count: usize, limit: Option<Limit<'_>>) -> Choice {
+    choose(request, count, limit, None)
+}
+
+/// Disks for further replicas of a volume: zones with the fewest first, then nodes; among equals those that have a copy of the
+/// image already, then those with most room, then by lot. Only where the image can be.
+pub fn choose_for_replicas(request: &Request<'_>, count: usize, base: Base<'_>) -> Choice {
+    choose(request, count, None, Some(base))
 }
 
 /// Why a disk cannot take anything of these selectors, whatever its room.
@@ -71,8 +111,11 @@ pub fn refusal(disk: &Disk, selectors: &[Selectors<'_>], settings: &Settings) ->
     if let Some(why) = &disk.unschedulable {
         return Some(why.clone());
     }
-    if disk.evicting {
-        return Some("it is being emptied (eviction requested)".into());
+    if let Some(why) = disk.leaving(settings) {
+        return Some(format!("it is being emptied: {why}"));
+    }
+    if disk.cordoned && settings.close_cordoned {
+        return Some("its node is cordoned (setting disable-scheduling-on-cordoned-node)".into());
     }
     selectors.iter().find_map(|s| {
         refused_tags(s.who, "node", s.node, &disk.node_tags, settings.allow_empty_node_selector)
@@ -88,10 +131,8 @@ fn refused_tags(who: &str, what: &str, wanted: &[String], tags: &[String], allow
     Some(format!("the {what} lacks the tag `{missing}` that {who} asks for"))
 }
 
-type Room = fn(&Disk, Load, &Settings) -> u64;
-
 /// Bytes of image copies that still fit: what is free, less what is on its way, and never more than is unreserved.
-fn copy_room(disk: &Disk, load: Load, _: &Settings) -> u64 {
+fn copy_room(disk: &Disk, load: Load) -> u64 {
     let unreserved = disk.maximum_bytes.saturating_sub(disk.reserved_bytes).saturating_sub(load.copy_bytes);
     disk.available_bytes.saturating_sub(load.incoming_bytes).min(unreserved)
 }
@@ -104,61 +145,91 @@ pub(crate) fn replica_room(disk: &Disk, load: Load, settings: &Settings) -> u64 
     u64::try_from(promised.saturating_sub(taken)).unwrap_or(u64::MAX)
 }
 
-fn choose(
-    request: &Request<'_>,
-    taken: &BTreeSet<String>,
-    mut nodes: Taken,
-    count: usize,
-    preferred: Option<&BTreeSet<String>>,
-    room: Room,
-) -> Choice {
-    let mut choice = Choice::default();
-    let mut eligible: Vec<(&Disk, u64)> = vec![];
-    for disk in request.disks.list.iter().filter(|d| !taken.contains(&d.id)) {
-        let free = room(disk, request.loads.get(&disk.id).copied().unwrap_or_default(), request.settings);
-        let refusal = refusal(disk, request.selectors, request.settings).or_else(|| {
+/// A disk that could be chosen, and the bytes that are free there.
+type Eligible<'a> = (&'a Disk, u64);
+
+fn eligible<'a>(request: &Request<'a>, base: Option<Base<'_>>, refused: &mut Vec<String>) -> Vec<Eligible<'a>> {
+    let mut eligible = vec![];
+    for disk in request.disks.list.iter().filter(|d| !request.taken.contains(&d.id)) {
+        let load = request.loads.get(&disk.id).copied().unwrap_or_default();
+        let for_copies = copy_room(disk, load);
+        let free = if base.is_some() { replica_room(disk, load, request.settings) } else { for_copies };
+        let lacks_room = || {
             // A file of unknown size needs at least some room.
-            (free < request.bytes.max(1)).then(|| format!("{free} bytes are free of {} needed", request.bytes.max(1)))
-        });
-        match refusal {
-            Some(why) => choice.refused.push(format!("{}: {why}", disk.label())),
+            let needed = request.bytes.max(1);
+            (free < needed).then(|| format!("{free} bytes are free of {needed} needed"))
+        };
+        let lacks_base = || {
+            let needed = base.filter(|b| !b.held.contains(&disk.id))?.bytes;
+            (for_copies < needed)
+                .then(|| format!("{for_copies} bytes are free of {needed} that a copy of the image needs there"))
+        };
+        match refusal(disk, request.selectors, request.settings).or_else(lacks_room).or_else(lacks_base) {
+            Some(why) => refused.push(format!("{}: {why}", disk.label())),
             None => eligible.push((disk, free)),
         }
     }
-    while choice.chosen.len() < count && !eligible.is_empty() {
+    eligible
+}
+
+fn choose(request: &Request<'_>, count: usize, limit: Option<Limit<'_>>, base: Option<Base<'_>>) -> Choice {
+    let mut choice = Choice::default();
+    let mut eligible = eligible(request, base, &mut choice.refused);
+    let beside = || request.disks.list.iter().filter(|d| request.beside.contains(&d.id));
+    let mut zones: Taken = beside().map(|d| d.zone.clone()).collect();
+    let mut nodes: Taken = beside().map(|d| d.node.clone()).collect();
+    let making = limit.map(|l| l.making.iter().flat_map(|(node, images)| images.iter().map(|_| node.clone())));
+    let mut making: Taken = making.into_iter().flatten().collect();
+    while choice.chosen.len() + choice.waiting.len() < count {
+        let is_busy = |node: &str| limit.is_some_and(|l| making.count(node) >= l.per_node as usize);
         let best = eligible
             .iter()
             .enumerate()
             .min_by_key(|(_, (disk, free))| {
-                let (is_second, by_room) = preferred.map_or((false, 0), |p| (!p.contains(&disk.id), *free));
-                (nodes.count(&disk.node), is_second, Reverse(by_room), mix(request.random, &disk.id))
+                let spread = (zones.count(&disk.zone), nodes.count(&disk.node));
+                let is_second = base.is_some_and(|b| !b.preferred.contains(&disk.id));
+                (spread, is_busy(&disk.node), is_second, Reverse(*free), mix(request.random, &disk.id))
             })
             .map(|(index, _)| index);
         let Some(index) = best else { break };
-        let (disk, _) = eligible.remove(index);
+        let of = eligible.len();
+        let (disk, free) = eligible.remove(index);
+        if is_busy(&disk.node) {
+            choice.waiting.push(disk.node.clone());
+        } else {
+            let why = why(disk, free, of, (zones.count(&disk.zone), nodes.count(&disk.node)));
+            choice.chosen.push(Chosen { disk: disk.clone(), why });
+            making.add(&disk.node);
+        }
+        zones.add(&disk.zone);
         nodes.add(&disk.node);
-        choice.chosen.push(disk.clone());
     }
     choice
 }
 
-/// How often each node was taken.
+fn why(disk: &Disk, free: u64, of: usize, (in_zone, on_node): (usize, usize)) -> String {
+    let zone = if disk.zone.is_empty() { String::new() } else { format!("{in_zone} others in zone `{}`, ", disk.zone) };
+    let disks = if of == 1 { "the only eligible disk" } else { &format!("one of {of} eligible disks") };
+    format!("{disks}: {zone}{on_node} others on node {}, {free} bytes free", disk.node)
+}
+
+/// How often each zone or node was taken.
 #[derive(Default)]
 struct Taken(BTreeMap<String, usize>);
 
 impl Taken {
-    fn count(&self, node: &str) -> usize {
-        self.0.get(node).copied().unwrap_or(0)
+    fn count(&self, name: &str) -> usize {
+        self.0.get(name).copied().unwrap_or(0)
     }
-    fn add(&mut self, node: &str) {
-        *self.0.entry(node.to_owned()).or_default() += 1;
+    fn add(&mut self, name: &str) {
+        *self.0.entry(name.to_owned()).or_default() += 1;
     }
 }
 
 impl FromIterator<String> for Taken {
-    fn from_iter<I: IntoIterator<Item = String>>(nodes: I) -> Self {
+    fn from_iter<I: IntoIterator<Item = String>>(names: I) -> Self {
         let mut taken = Taken::default();
-        nodes.into_iter().for_each(|n| taken.add(&n));
+        names.into_iter().for_each(|n| taken.add(&n));
         taken
     }
 }
@@ -192,10 +263,12 @@ mod tests {
             loads: &BTreeMap::from([("a".to_owned(), load)]),
             settings: &settings,
             selectors: &[Selectors { who: "the image", node: &[], disk: &wanted }],
+            taken: &BTreeSet::new(),
+            beside: &BTreeSet::new(),
             bytes: 60,
             random: 0,
         };
-        let choice = choose_for_copies(&request, &BTreeSet::new(), 1);
+        let choice = choose_for_copies(&request, 1, None);
         assert_eq!(choice.chosen.len() + choice.refused.len(), 1);
         choice.refused.first().cloned()
     }
@@ -206,11 +279,12 @@ mod tests {
         assert_eq!(refused(None, none, |_| ()), None);
         assert_eq!(refused(Some("ssd"), none, |d| d.tags = vec!["ssd".into()]), None);
         type Case<'a> = (Option<&'a str>, Load, fn(&mut Disk), &'a str);
-        let cases: [Case<'_>; 10] = [
+        let cases: [Case<'_>; 11] = [
             (None, none, |d| d.health = Health::NotReady("down".into()), "down"),
             (None, none, |d| d.health = Health::Unknown("silent".into()), "silent"),
             (None, none, |d| d.unschedulable = Some("closed".into()), "closed"),
-            (None, none, |d| d.evicting = true, "eviction requested"),
+            (None, none, |d| d.evicting = true, "eviction is requested there"),
+            (None, none, |d| d.cordoned = true, "disable-scheduling-on-cordoned-node"),
             (None, none, |d| d.tags = vec!["ssd".into()], "has no disk selector"),
             (None, none, |d| d.node_tags = vec!["fast".into()], "has no node selector"),
             (Some("ssd"), none, |_| (), "lacks the tag `ssd`"),

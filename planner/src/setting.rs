@@ -15,6 +15,12 @@ pub struct Settings {
     pub replenish_limit: u32,
     pub cleanup_wait: Duration,
     pub recovery_wait: Duration,
+    /// How long a copy that cannot be asked counts as one that is there.
+    pub replenish_wait: Duration,
+    /// Whether nothing is placed on a cordoned node.
+    pub close_cordoned: bool,
+    /// Whether the disks of a cordoned node shall be emptied.
+    pub evict_cordoned: bool,
     pub allow_empty_node_selector: bool,
     pub allow_empty_disk_selector: bool,
     pub over_provisioning_percent: u32,
@@ -41,6 +47,9 @@ impl Settings {
             replenish_limit: number(name::REPLENISH_LIMIT),
             cleanup_wait: Duration::from_secs(60 * u64::from(number(name::CLEANUP_WAIT_INTERVAL))),
             recovery_wait: Duration::from_secs(u64::from(number(name::RECOVERY_WAIT_INTERVAL))),
+            replenish_wait: Duration::from_secs(u64::from(number(name::REPLENISH_WAIT_INTERVAL))),
+            close_cordoned: text(name::DISABLE_SCHEDULING_ON_CORDONED_NODE) == "true",
+            evict_cordoned: text(name::CORDONED_NODE_POLICY) == "evict",
             allow_empty_node_selector: text(name::ALLOW_EMPTY_NODE_SELECTOR) == "true",
             allow_empty_disk_selector: text(name::ALLOW_EMPTY_DISK_SELECTOR) == "true",
             over_provisioning_percent: number(name::OVER_PROVISIONING),

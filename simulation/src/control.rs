@@ -75,12 +75,14 @@ impl World {
         let Some(object) = self.images.get(name).cloned() else { return };
         let (replicas, images): (Vec<_>, Vec<_>) =
             (self.replicas.values().cloned().collect(), self.images.values().cloned().collect());
+        let sources: Vec<_> = self.sources.values().cloned().collect();
         let observed = image::Observed {
             now: self.now,
             random: random.random(),
             data_source: self.sources.get(name).cloned(),
             managers: self.managers.values().cloned().collect(),
             loads: planner::disk::loads(&replicas, &images),
+            making: image::making_of_others(name, &images, &sources, &replicas, &self.disks()),
             replicas: replicas.into_iter().filter(|r| r.spec.backing_image == name).collect(),
             volumes: self
                 .volumes

@@ -5,8 +5,5 @@
 /// left on a disk whose manager had not heard of it yet.
 pub const ORPHANS_ARE_REMOVED: bool = false;
 
-/// A disk that shall be emptied and cannot be says why, while the image has enough copies elsewhere.
-pub const BLOCKED_EVICTIONS_ARE_TOLD: bool = false;
-
 /// What a preparation left in `tmp/` that was given up goes at once, and not only with the copy on that disk.
 pub const ABANDONED_PREPARATIONS_GO: bool = false;

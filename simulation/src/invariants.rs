@@ -14,7 +14,7 @@ use planner::setting::Settings;
 use crate::files::{File, Key};
 use crate::world::World;
 
-type Copies = BTreeMap<String, DiskFileSpec>;
+pub type Copies = BTreeMap<String, DiskFileSpec>;
 
 /// Whether this is the user's own deletion, which nobody's use stops any more.
 fn is_deletion(o: &Observed) -> bool {
@@ -34,9 +34,10 @@ pub fn needed(o: &Observed) -> usize {
     (if asked == 0 { o.settings.min_copies } else { asked }).max(1) as usize
 }
 
-fn is_evicting(o: &Observed, disk: &str) -> bool {
+pub fn is_evicting(o: &Observed, disk: &str) -> bool {
     let entry = o.image.spec.disk_file_spec_map.get(disk);
-    entry.is_some_and(|e| e.eviction_requested) || o.disks.get(disk).is_some_and(|d| d.evicting)
+    let is_leaving = |disk: &Disk| disk.evicting || disk.cordoned && o.settings.evict_cordoned;
+    entry.is_some_and(|e| e.eviction_requested) || o.disks.get(disk).is_some_and(is_leaving)
 }
 
 /// Why nothing of an image may be placed on a disk by itself; judged without the planner's own rules.
@@ -47,7 +48,8 @@ pub fn ineligible(disk: &Disk, spec: &BackingImageSpec, settings: &Settings) -> 
     match disk {
         _ if disk.health != Health::Ready => Some("it is not ready"),
         _ if disk.unschedulable.is_some() => Some("nothing may be placed there"),
-        _ if disk.evicting => Some("it shall be emptied"),
+        _ if disk.evicting || disk.cordoned && settings.evict_cordoned => Some("it shall be emptied"),
+        _ if disk.cordoned && settings.close_cordoned => Some("its node is cordoned"),
         _ if lacks(&spec.node_selector, &disk.node_tags, settings.allow_empty_node_selector) => Some("its node's tags"),
         _ if lacks(&spec.disk_selector, &disk.tags, settings.allow_empty_disk_selector) => Some("its tags"),
         _ => None,
@@ -81,6 +83,13 @@ impl World {
             );
         }
         self.remember_use(name, o);
+        self.remember_silence(name, d);
+        for (what, is_so) in [
+            ("copies that wait for the limit of a node", !d.replenish.waits_for.is_empty()),
+            ("evictions that wait", d.status.conditions.iter().any(|c| c.r#type == types::EVICTED)),
+        ] {
+            self.tally.add(what, u64::from(is_so));
+        }
         if is_deletion(o) {
             return;
         }
@@ -88,7 +97,9 @@ impl World {
         let removed: BTreeSet<&String> = before.keys().filter(|disk| !after.contains_key(*disk)).collect();
         let state = |disk: &str| d.status.disk_file_status_map.get(disk).map(|f| f.state).unwrap_or_default();
         let is_ready = |disk: &&String| state(disk) == CopyState::Ready;
+        // What shall leave as well is no reason to let another one go.
         let left = after.keys().filter(is_ready).count();
+        let staying = after.keys().filter(is_ready).filter(|disk| !is_evicting(o, disk)).count();
         let mut loses_ready = false;
         for disk in &removed {
             let user = o.replicas.iter().find(|r| r.spec.disk_id == **disk);
@@ -123,8 +134,8 @@ impl World {
             );
             let floor = needed(o);
             assert!(
-                left >= if ready { floor } else { 1 },
-                "{left} ready copies of {name} are left when that on {disk} goes, at least {floor} must be"
+                if ready { staying >= floor } else { left >= 1 },
+                "{staying} of {left} ready copies of {name} stay when that on {disk} goes, at least {floor} must"
             );
         }
         self.judge_additions(name, o, d, &after);
@@ -159,7 +170,8 @@ impl World {
                 CopyState::Ready => needed(o),
                 _ => usize::from(!known.checksum.is_empty() && !moves),
             };
-            let left = others.len();
+            let is_counted = |disk: &&String| state != CopyState::Ready || !is_evicting(o, disk);
+            let left = others.iter().filter(is_counted).count();
             assert!(
                 left >= floor,
                 "{left} ready copies of {name} are left when that on {disk} is let go, {floor} are needed"
@@ -200,13 +212,24 @@ impl World {
         }
         let is_ready =
             |disk: &&String| d.status.disk_file_status_map.get(*disk).is_some_and(|f| f.state == CopyState::Ready);
-        let staying = before.keys().filter(|disk| !is_evicting(o, disk)).filter(is_ready).count();
-        let more = added.iter().filter(|disk| !is_first(disk)).count();
+        // One that has not been silent for long counts as one that is there.
+        let is_awaited = |disk: &&String| {
+            let unknown = self.unknown_since.get(&((*disk).clone(), name.to_owned()));
+            unknown.is_some_and(|at| !o.disks.is_gone(disk) && since(o.now, *at) < o.settings.replenish_wait)
+        };
+        let is_counted = |disk: &&String| is_ready(disk) || is_awaited(disk);
+        let staying = before.keys().filter(|disk| !is_evicting(o, disk)).filter(is_counted).count();
+        let further: Vec<&String> = added.iter().copied().filter(|disk| !is_first(disk)).collect();
+        let more = further.len();
         assert!(
             more == 0 || staying + more <= needed(o),
             "{more} copies of {name} are added to {staying}, {} are needed",
             needed(o)
         );
+        further.iter().for_each(|disk| self.judge_limit(name, o, d, after, disk));
+        if let [disk] = further[..] {
+            self.judge_spread(name, o, d, disk);
+        }
         if o.settings.replenish_limit == 0 && after.keys().any(|d| !before.contains_key(d) && serves(d)) {
             self.tally.add("copies added for a replica while the limit is 0", 1);
         }

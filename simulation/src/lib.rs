@@ -14,6 +14,7 @@ mod files;
 pub mod gaps;
 mod invariants;
 mod operations;
+mod places;
 mod settle;
 mod world;
 

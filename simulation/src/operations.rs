@@ -4,10 +4,11 @@ use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use api::image::{BackingImageSpec, SourceType};
+use api::names::condition::CORDONED;
 use api::node::{DiskSpec, NodeSpec};
 use api::quantity::SizeBytes;
 use api::volume::VolumeSpec;
-use api::{BackingImage, Volume};
+use api::{BackingImage, Condition, ConditionStatus, Volume};
 use planner::retry::after;
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -123,7 +124,7 @@ impl World {
     fn change_setting(&mut self, random: &mut StdRng) {
         let settings = &mut self.settings;
         let seconds = |of: &[u64], random: &mut StdRng| Duration::from_secs(any(of, random).copied().unwrap_or(0));
-        let what = match random.random_range(0..9) {
+        let what = match random.random_range(0..13) {
             0 => {
                 settings.min_copies = random.random_range(1..=4);
                 "default minimum changed"
@@ -148,6 +149,18 @@ impl World {
                 settings.allow_empty_disk_selector ^= true;
                 "empty selectors allowed or not"
             }
+            8..=9 => {
+                settings.replenish_wait = seconds(&[0, 10, 600, 600], random);
+                "replenish interval changed"
+            }
+            10 => {
+                settings.close_cordoned ^= true;
+                "cordoned nodes closed or not"
+            }
+            11 => {
+                settings.evict_cordoned ^= true;
+                "cordoned nodes emptied or not"
+            }
             _ => {
                 settings.scrub_interval = seconds(&[0, 3600], random);
                 "scrub interval changed"
@@ -166,7 +179,7 @@ impl World {
         let spec: &mut NodeSpec = &mut node.spec;
         // Cancelled more often than asked for, so that not everything is always being emptied.
         let wish = random.random_bool(0.4);
-        let what = match random.random_range(0..12) {
+        let what = match random.random_range(0..14) {
             0 => {
                 spec.allow_scheduling ^= true;
                 "node schedulable or not"
@@ -178,6 +191,14 @@ impl World {
             3 => {
                 toggle(&mut spec.tags, "fast");
                 "node tags changed"
+            }
+            12.. => {
+                let conditions = &mut node.status.get_or_insert_default().conditions;
+                conditions.retain(|c| c.r#type != CORDONED);
+                if wish {
+                    conditions.push(Condition::new(CORDONED, ConditionStatus::True, "Cordoned", "it is drained"));
+                }
+                if wish { "nodes cordoned" } else { "nodes uncordoned" }
             }
             n => match (n, spec.disks.get_mut(&disk)) {
                 (4, Some(disk)) => {

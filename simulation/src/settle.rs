@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use api::image::CopyState;
-use api::names::condition::READY;
+use api::names::condition::{EVICTED, READY};
 use api::names::{data_source_workload_name, manager_name};
 use api::volume::{Robustness, VolumeState};
 use api::{BackingImage, condition};
+use planner::disk::Disk;
 use planner::retry::{after, since};
 use rand::rngs::StdRng;
 
@@ -164,7 +165,8 @@ impl World {
         let disks = self.disks();
         let map = &image.spec.disk_file_spec_map;
         let state = |d: &String| status.disk_file_status_map.get(d).map(|f| f.state).unwrap_or_default();
-        let is_evicting = |d: &String| map[d].eviction_requested || disks.get(d).is_some_and(|d| d.evicting);
+        let is_leaving = |d: &Disk| d.evicting || d.cordoned && self.settings.evict_cordoned;
+        let is_evicting = |d: &String| map[d].eviction_requested || disks.get(d).is_some_and(is_leaving);
         let is_used =
             |d: &String| self.replicas.values().any(|r| r.spec.disk_id == **d && r.spec.backing_image == *name);
         let further = disks.list.iter().find(|d| {
@@ -199,13 +201,18 @@ impl World {
         if let Some(disk) = ready.iter().find(|d| staying > need && !is_used(d) && !is_evicting(d)) {
             return problem(&format!("and nobody needs that on {disk}"));
         }
-        let is_explained = |d: &String| said.reason != "Ready" || !status.disk_file_status_map[d].message.is_empty();
-        let is_blocked = |d: &&&String| {
-            let is_free = staying >= need && !is_used(d);
-            is_evicting(d) && (is_free || gaps::BLOCKED_EVICTIONS_ARE_TOLD && !is_explained(d))
-        };
-        if let Some(disk) = ready.iter().find(is_blocked) {
+        let is_free = |d: &&&String| is_evicting(d) && staying >= need && !is_used(d);
+        if let Some(disk) = ready.iter().find(is_free) {
             return problem(&format!("and {disk} is not emptied"));
+        }
+        let told = condition::find(&status.conditions, EVICTED).map(|c| c.message.clone());
+        let is_told_of =
+            |d: &String| told.as_ref().is_some_and(|t| t.contains(&format!("the copy on {} stays", disks.label(d))));
+        if let Some(disk) = map.keys().find(|d| is_evicting(d) && !is_told_of(d)) {
+            return problem(&format!("and does not say why {disk} is not emptied: {told:?}"));
+        }
+        if told.is_some() && !map.keys().any(is_evicting) {
+            return problem(&format!("and nothing is to leave: {told:?}"));
         }
         let is_recorded = map.keys().eq(status.disk_file_status_map.keys());
         let is_left = status.disk_last_ref_at_map.keys().any(|d| !map.contains_key(d) || is_used(d));

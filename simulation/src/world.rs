@@ -66,6 +66,8 @@ pub struct World {
     pub taken: BTreeSet<(String, Key)>,
     /// Since when a copy is not used, by disk and image.
     pub unused_since: BTreeMap<(String, String), Timestamp>,
+    /// Since when a copy is unknown, by disk and image.
+    pub unknown_since: BTreeMap<(String, String), Timestamp>,
     /// Disks that were away when something of theirs should have been removed.
     pub left_behind: BTreeSet<String>,
 }
@@ -102,15 +104,17 @@ impl World {
             licenses: BTreeMap::new(),
             taken: BTreeSet::new(),
             unused_since: BTreeMap::new(),
+            unknown_since: BTreeMap::new(),
             left_behind: BTreeSet::new(),
         };
+        let has_zones = random.random_bool(0.7);
         for n in 1..=random.random_range(2..=4) {
-            world.add_node(n, random);
+            world.add_node(n, has_zones, random);
         }
         world
     }
 
-    fn add_node(&mut self, n: u32, random: &mut StdRng) {
+    fn add_node(&mut self, n: u32, has_zones: bool, random: &mut StdRng) {
         let name = format!("node-{n}");
         let mut specs = BTreeMap::new();
         for d in 1..=1 + n % 2 {
@@ -122,7 +126,9 @@ impl World {
             self.mounts.insert(path, Some(format!("d{n}{d}")));
         }
         let mut node = Node::new(&name, NodeSpec { name: name.clone(), disks: specs, ..Default::default() });
-        node.status = Some(NodeStatus::default());
+        // Two in a zone.
+        let zone = if has_zones { format!("zone-{}", n.div_ceil(2)) } else { String::new() };
+        node.status = Some(NodeStatus { zone, ..Default::default() });
         self.nodes.insert(name.clone(), node);
         self.report_nodes();
         self.report_disks(&name);

@@ -18,7 +18,7 @@ const MANY_RUNS: u64 = 200;
 const KEPT: &str = include_str!("../control_seeds.txt");
 
 /// What many runs must have gone through, to be worth something: every operation, every fault, every way in which a copy goes.
-const COVERED: [&str; 67] = [
+const COVERED: [&str; 74] = [
     "attachments",
     "acknowledged writes",
     "fences",
@@ -34,6 +34,11 @@ const COVERED: [&str; 67] = [
     "clean-up interval changed",
     "recovery interval changed",
     "scrub interval changed",
+    "replenish interval changed",
+    "cordoned nodes closed or not",
+    "cordoned nodes emptied or not",
+    "nodes cordoned",
+    "nodes uncordoned",
     "empty selectors allowed or not",
     "selectors changed",
     "node tags changed",
@@ -54,6 +59,8 @@ const COVERED: [&str; 67] = [
     "copies added",
     "copies added for a replica",
     "copies added for a replica while the limit is 0",
+    "copies that wait for the limit of a node",
+    "evictions that wait",
     "copies cleaned up",
     "copies evicted",
     "copies deleted with their image",

@@ -41,6 +41,17 @@ pub fn about(name: &str) -> Option<About> {
             "addresses",
             "Loopback, link-local and metadata addresses from which images may be fetched all the same (in standalone mode it begins as `127.0.0.0/8,::1`)",
         ),
+        REPLENISH_WAIT_INTERVAL => about(
+            "seconds",
+            "How long a copy that cannot be asked counts as one that is there before another one is made",
+        ),
+        DISABLE_SCHEDULING_ON_CORDONED_NODE => {
+            about("boolean", "Whether nothing new is placed on a node that Kubernetes calls unschedulable")
+        }
+        CORDONED_NODE_POLICY => about(
+            "choice",
+            "What becomes of the copies on a node that Kubernetes calls unschedulable: they stay, or move as under an eviction",
+        ),
         _ => None,
     }
 }

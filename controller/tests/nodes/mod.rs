@@ -2,7 +2,7 @@
 
 use crate::world::{eventually, world_of};
 use api::condition::find;
-use api::names::condition::{IN_SERVICE, READY};
+use api::names::condition::{CORDONED, IN_SERVICE, READY};
 use api::{ConditionStatus, Node};
 use k8s_openapi::api::core::v1::{
     Node as KubernetesNode, NodeCondition, NodeSpec, NodeStatus, Pod, PodCondition, PodSpec, PodStatus, Taint,
@@ -72,6 +72,26 @@ async fn kubernetes_says_whether_a_node_is_in_service() {
         node.spec = Some(NodeSpec { taints: Some(vec![taint.clone()]), ..Default::default() });
     };
     expect(store, off, "OutOfService", ConditionStatus::False).await;
+}
+
+#[tokio::test]
+async fn a_cordon_reaches_our_node_and_leaves_it() {
+    let world = world_of(true).await;
+    let store = &world.store;
+    store.create(&kubernetes_node("True")).await.unwrap();
+    let cordon = async |wish: bool| {
+        let change = |node: &mut KubernetesNode| {
+            node.spec = Some(NodeSpec { unschedulable: Some(wish), ..Default::default() });
+        };
+        store.modify::<KubernetesNode>("node-1", &change).await.unwrap();
+        eventually(&format!("cordoned: {wish}"), async || {
+            let status = store.get::<Node>("node-1").await.unwrap().and_then(|node| node.status).unwrap_or_default();
+            find(&status.conditions, CORDONED).is_some_and(|c| c.is_true()) == wish
+        })
+        .await;
+    };
+    cordon(true).await;
+    cordon(false).await;
 }
 
 #[tokio::test]

@@ -46,7 +46,7 @@ pub(super) fn decide(o: &Observed, mut status: BackingImageStatus, mut actions: 
         actions.push(Action::RemoveFinalizer);
         let away = holders().filter_map(|m| o.disks.get(&m.spec.disk_uuid)).map(left_behind).collect::<Vec<_>>();
         if away.is_empty() {
-            return Decision { actions, status, recheck_after: None };
+            return Decision { actions, status, replenish: Default::default(), recheck_after: None };
         }
         let message =
             format!("the image is deleted; its files are removed from {} when it is back", away.join(" and from "));
@@ -60,7 +60,7 @@ pub(super) fn decide(o: &Observed, mut status: BackingImageStatus, mut actions: 
         Condition::new(READY, ConditionStatus::False, "Deleting", message)
     };
     report(&mut status, o, condition);
-    Decision { actions, status, recheck_after: None }
+    Decision { actions, status, replenish: Default::default(), recheck_after: None }
 }
 
 fn left_behind(disk: &Disk) -> String {

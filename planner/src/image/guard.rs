@@ -12,7 +12,7 @@ use api::names::condition::CLEANED_UP;
 use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, Replica, condition};
 
 use super::Observed;
-use crate::disk::Disks;
+use crate::disk::{Disks, EVICTION};
 use crate::retry::{after, parse, until};
 use crate::setting::Settings;
 
@@ -89,12 +89,14 @@ impl Scene<'_> {
         if file.state == CopyState::Unknown && !self.disks.is_gone(disk) && self.was_whole() {
             return Some(Guard::Silent(file.message));
         }
-        let left = rest.into_iter().filter(|other| *other != disk && self.is_ready(other)).count();
+        let others: Vec<&str> = rest.into_iter().filter(|other| *other != disk && self.is_ready(other)).collect();
+        // What is about to leave as well does not count: it would go on the strength of this one.
+        let left = others.iter().filter(|other| !self.is_evicting(other)).count();
         let wanted = self.need();
         match file.state {
             CopyState::Ready if left < wanted => Some(Guard::TooFew { left, wanted }),
             CopyState::Ready => None,
-            _ if left == 0 && self.was_whole() => Some(Guard::LastHope),
+            _ if others.is_empty() && self.was_whole() => Some(Guard::LastHope),
             _ => None,
         }
     }
@@ -103,6 +105,17 @@ impl Scene<'_> {
     pub fn need(&self) -> usize {
         let asked = self.image.spec.min_number_of_copies;
         (if asked == 0 { self.settings.min_copies } else { asked }).max(1) as usize
+    }
+
+    /// Why the copy on a disk shall leave it, if so.
+    pub(super) fn evicting(&self, disk: &str) -> Option<&'static str> {
+        let entry = self.image.spec.disk_file_spec_map.get(disk).filter(|entry| entry.eviction_requested);
+        entry.map(|_| EVICTION).or_else(|| self.disks.get(disk)?.leaving(self.settings))
+    }
+
+    /// Whether the copy on a disk shall leave it.
+    pub(super) fn is_evicting(&self, disk: &str) -> bool {
+        self.evicting(disk).is_some()
     }
 
     fn is_ready(&self, disk: &str) -> bool {
@@ -129,7 +142,8 @@ pub(super) fn let_go(
         match o.scene(status).guard(&disk, map.keys().map(String::as_str)) {
             Some(guard) => {
                 kept.push(format!("the copy on {} is kept: {}", o.disks.label(&disk), guard.sentence()));
-                map.insert(disk, DiskFileSpec::default());
+                let reason = format!("it was taken out of diskFileSpecMap and kept: {}", guard.sentence());
+                map.insert(disk, DiskFileSpec { reason, ..Default::default() });
             }
             None => {
                 status.disk_file_status_map.remove(&disk);
@@ -146,7 +160,7 @@ pub(super) fn let_go(
     if kept.is_empty() {
         return told_until.filter(|_| !is_over).map(|at| until(o.now, at));
     }
-    let message = format!("diskFileSpecMap was edited; {}", kept.join("; "));
+    let message = format!("entries were taken out of diskFileSpecMap; {}", kept.join("; "));
     let condition = Condition::new(CLEANED_UP, ConditionStatus::False, "CleanUpRefused", message)
         .with_hint("let `image clean-up --dry-run` say what may go");
     condition::set(&mut status.conditions, condition, o.now);

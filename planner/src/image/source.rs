@@ -14,7 +14,7 @@ use super::recovery::{self, Again, Loss, Recovery};
 use super::{Action, Observed, copies, name_of, ready_disks, request, selectors, unsupported};
 use crate::data_source::is_about_this_attempt;
 use crate::disk::{Disk, Health};
-use crate::placement::{Choice, choose_for_copies, refusal};
+use crate::placement::{Choice, Chosen, choose_for_copies, refusal};
 use crate::retry::until;
 
 type Plan = (Vec<Action>, Option<Condition>, Option<Duration>);
@@ -53,9 +53,10 @@ fn choose(
     map: &BTreeMap<String, DiskFileSpec>,
     without: &BTreeSet<String>,
     bytes: u64,
-) -> Result<Disk, Choice> {
+) -> Result<Chosen, Choice> {
     let selectors = selectors(&o.image);
-    let request = request(o, &selectors, bytes);
+    let none = BTreeSet::new();
+    let request = request(o, &selectors, without, &none, bytes);
     let wanted = |d: &&Disk| map.contains_key(&d.id) && !without.contains(&d.id);
     if let Some(disk) = o
         .disks
@@ -64,13 +65,17 @@ fn choose(
         .filter(wanted)
         .find(|d| refusal(d, &selectors, &o.settings).is_none() && d.available_bytes >= bytes.max(1))
     {
-        return Ok(disk.clone());
+        return Ok(Chosen { disk: disk.clone(), why: "a copy is wanted there anyway".into() });
     }
-    let mut choice = choose_for_copies(&request, without, 1);
-    match choice.chosen.pop() {
-        Some(disk) => Ok(disk),
-        None => Err(choice),
-    }
+    let mut choice = choose_for_copies(&request, 1, None);
+    choice.chosen.pop().ok_or(choice)
+}
+
+/// Wants the first copy on that disk, and says why there.
+fn want(map: &mut BTreeMap<String, DiskFileSpec>, Chosen { disk, why }: Chosen) -> Disk {
+    let reason = || format!("the first file is prepared there; {why}");
+    map.entry(disk.id.clone()).or_insert_with(|| DiskFileSpec { reason: reason(), ..Default::default() });
+    disk
 }
 
 fn begin(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<String, DiskFileSpec>) -> Plan {
@@ -80,10 +85,9 @@ fn begin(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<String, D
         return (vec![], waiting("Unknown", message), None);
     }
     let disk = match choose(o, map, &BTreeSet::new(), status.size) {
-        Ok(disk) => disk,
+        Ok(chosen) => want(map, chosen),
         Err(choice) => return (vec![], no_place(&choice), None),
     };
-    map.entry(disk.id.clone()).or_default();
     let mut source = BackingImageDataSource::new(name_of(&o.image), spec(o, status, &disk));
     source.metadata.finalizers = Some(vec![FINALIZER.into()]);
     source.metadata.owner_references = Some(vec![OwnerReference {
@@ -132,14 +136,14 @@ fn follow(
             Health::Unknown(_) | Health::Ready => is_full.then(|| seen.message.clone()),
         },
     };
-    let disk = match (&must_move, o.disks.get(old)) {
+    let chosen = match (&must_move, o.disks.get(old)) {
         (Some(why), _) => match choose(o, map, &BTreeSet::from([old.clone()]), seen.size) {
-            Ok(disk) => {
+            Ok(chosen) => {
                 let is_wanted = o.replicas.iter().any(|r| r.spec.disk_id == *old);
                 if !is_wanted {
                     map.remove(old);
                 }
-                disk
+                chosen
             }
             Err(choice) => {
                 let message = format!("{why}; and no other disk can take the first copy: {}", choice.reasons());
@@ -150,7 +154,7 @@ fn follow(
                 );
             }
         },
-        (None, Some(disk)) => disk.clone(),
+        (None, Some(disk)) => Chosen { disk: disk.clone(), why: "its preparation is under way".into() },
         (None, None) => {
             return (
                 vec![],
@@ -159,7 +163,7 @@ fn follow(
             );
         }
     };
-    map.entry(disk.id.clone()).or_default();
+    let disk = want(map, chosen);
     let wanted = BackingImageDataSourceSpec { other: source.spec.other.clone(), ..spec(o, status, &disk) };
     // A checksum that became known on the way is the file's own, not a new wish.
     let wanted = if o.image.spec.checksum.is_empty() && disk.id == *old {
@@ -225,10 +229,9 @@ fn recover(
     let full: BTreeSet<String> =
         status.disk_file_status_map.iter().filter(|(_, f)| copies::has_no_room(f)).map(|(d, _)| d.clone()).collect();
     let disk = match choose(o, map, &full, status.size) {
-        Ok(disk) => disk,
+        Ok(chosen) => want(map, chosen),
         Err(choice) => return (vec![], no_place(&choice), None),
     };
-    map.entry(disk.id.clone()).or_default();
     let wanted = BackingImageDataSourceSpec { other: source.spec.other.clone(), ..spec(o, status, &disk) };
     let message = format!("every copy is lost; the image is {}", again.sentence());
     (vec![Action::SetDataSourceSpec(Box::new(wanted))], waiting("Recovering", message), None)

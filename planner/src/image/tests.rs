@@ -2,6 +2,7 @@
 
 mod edits;
 mod guards;
+mod places;
 mod recovery;
 
 use std::collections::BTreeMap;
@@ -57,6 +58,7 @@ fn world(text: &str) -> Observed {
         volumes: vec![],
         disks: Disks::default(),
         loads: BTreeMap::new(),
+        making: Default::default(),
         settings: Settings::default(),
     };
     o.image.metadata.finalizers = Some(vec![FINALIZER.into()]);
@@ -114,6 +116,7 @@ fn add_disk(o: &mut Observed, status: &mut BackingImageStatus, text: &str) {
     let copy = api::image::DiskFileStatus {
         state: CopyState::from_name(state),
         last_state_transition_time: LONG_AGO.into(),
+        gone_since: if o.disks.get(id).is_none() { LONG_AGO.into() } else { String::new() },
         ..Default::default()
     };
     status.disk_file_status_map.insert(id.into(), copy);
@@ -301,7 +304,7 @@ fn keeps_the_last_ready_copy_although_evicted() {
         "wanted=1; source; idle; a=ready! b=unknown:silent",
         expect![[r#"
             nothing
-            FewerCopies: 1 of 2 copies ready, b of node-b unknown; 1 more wanted, but no further disk is eligible: there is no other disk; until then the copy on a of node-a stays, although eviction is requested there"#]],
+            FewerCopies: 1 of 2 copies ready, b of node-b unknown; 1 more wanted, but no further disk is eligible: there is no other disk"#]],
     );
 }
 

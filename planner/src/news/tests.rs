@@ -72,6 +72,20 @@ fn an_image_tells_of_each_copy_by_the_name_of_its_disk() {
 }
 
 #[test]
+fn an_eviction_is_a_warning_only_when_something_is_to_be_done() {
+    let told = |reason: &str, message: &str| {
+        let mut image = image(condition(READY, ConditionStatus::True, "Ready", "fine"), &[]);
+        let evicted = condition(api::names::condition::EVICTED, ConditionStatus::False, reason, message);
+        image.status.as_mut().unwrap().conditions.push(evicted);
+        of_image(&image, &disks())
+    };
+    let (waits, blocked) = (told("EvictionWaits", "it stays"), told("EvictionBlocked", "it stays"));
+    assert_eq!(said(&waits)[1], "Evicted Normal EvictionWaits : it stays");
+    assert_eq!(said(&blocked)[1], "Evicted Warning EvictionBlocked : it stays");
+    assert_ne!(blocked[1].again, told("EvictionBlocked", "another one stays")[1].again, "another copy is news");
+}
+
+#[test]
 fn damage_of_a_copy_is_news_once_for_each_sentence() {
     let copy = DiskFileStatus { state: CopyState::Ready, damage: "chunk 7 differed".into(), ..Default::default() };
     let ready = condition(READY, ConditionStatus::True, "Ready", "");

@@ -10,7 +10,8 @@ use api::{Condition, ConditionStatus, Engine, Replica};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 
 use super::{Action, EngineSpec, Pass};
-use crate::placement::{Request, Selectors, choose_for_replicas, mix};
+use crate::image::copies_held;
+use crate::placement::{Base, Request, Selectors, choose_for_replicas, mix};
 
 impl Pass<'_> {
     fn volume_name(&self) -> &str {
@@ -86,23 +87,28 @@ impl Pass<'_> {
         });
         let selectors: Vec<Selectors<'_>> = std::iter::once(volume).chain(image).collect();
         let taken: BTreeSet<String> = o.replicas.iter().map(|r| r.spec.disk_id.clone()).collect();
-        let copies = o.image.as_ref().and_then(|i| i.status.as_ref()).map(|s| &s.disk_file_status_map);
-        let preferred: BTreeSet<String> = copies
-            .into_iter()
-            .flatten()
+        let status = o.image.as_ref().and_then(|i| i.status.clone()).unwrap_or_default();
+        let preferred: BTreeSet<String> = status
+            .disk_file_status_map
+            .iter()
             .filter(|(_, f)| matches!(f.state, CopyState::Ready | CopyState::InProgress | CopyState::ReadyForTransfer))
             .map(|(d, _)| d.clone())
             .collect();
+        let held = o.image.as_ref().map(copies_held).unwrap_or_default();
+        let bytes = if status.real_size > 0 { status.real_size } else { status.size };
         let request = Request {
             disks: &o.disks,
             loads: &o.loads,
             settings: &o.settings,
             selectors: &selectors,
+            taken: &taken,
+            beside: &taken,
             bytes: o.volume.spec.size.0,
             random: o.random,
         };
-        let choice = choose_for_replicas(&request, &taken, wanted - have, &preferred);
-        for disk in &choice.chosen {
+        let base = Base { bytes, held: &held, preferred: &preferred };
+        let choice = choose_for_replicas(&request, wanted - have, base);
+        for disk in choice.chosen.iter().map(|chosen| &chosen.disk) {
             let replica = self.new_replica(&disk.id, &disk.node, &disk.path);
             self.created.push(Action::CreateReplica(Box::new(replica)));
         }

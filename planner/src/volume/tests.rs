@@ -12,6 +12,7 @@ use super::*;
 use crate::disk::{Disk, ready_disk};
 
 mod growth;
+mod places;
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()

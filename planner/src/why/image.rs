@@ -5,7 +5,7 @@ use api::condition;
 use api::image::{CopyState, DiskFileStatus};
 use api::names::condition::READY;
 
-use super::{Story, sentence_end};
+use super::{Story, sentence_end, sentence_stop};
 
 /// Whether an image can be used.
 pub(super) fn is_ready(image: &BackingImage) -> bool {
@@ -54,6 +54,10 @@ impl Story<'_> {
             };
             for disk in disks.iter().filter(|d| state(d) != CopyState::Ready && !is_told(d)) {
                 s.copy(name, disk);
+            }
+            for (disk, entry) in image.spec.disk_file_spec_map.iter().filter(|(_, e)| !e.reason.is_empty()) {
+                let place = s.place_of(disk);
+                s.say(format!("{place} was chosen: {}", sentence_stop(&entry.reason)));
             }
             for (disk, copy) in status.disk_file_status_map.iter().filter(|(_, c)| !c.damage.is_empty()) {
                 let place = s.place_of(disk);

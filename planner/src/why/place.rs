@@ -1,7 +1,7 @@
 //! Nodes, their disks and the managers of those.
 
 use api::manager::ManagerState;
-use api::names::condition::READY;
+use api::names::condition::{CORDONED, EVICTED, READY};
 use api::node::DiskStatus;
 use api::{Node, condition};
 
@@ -84,6 +84,24 @@ impl Story<'_> {
         true
     }
 
+    /// What still lies on a disk that shall be emptied.
+    fn what_stays(&mut self, disk: &str, uuid: &str) {
+        let images = self.world.images.iter().filter(|i| i.spec.disk_file_spec_map.contains_key(uuid));
+        for image in images {
+            let conditions = image.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+            let Some(evicted) = condition::find(conditions, EVICTED) else { continue };
+            let name = image.metadata.name.as_deref().unwrap_or_default();
+            self.say(format!("A copy of image `{name}` is still on `{disk}`."));
+            self.below(|s| s.problems(std::slice::from_ref(evicted)));
+        }
+        for replica in self.world.replicas.iter().filter(|r| r.spec.disk_id == uuid && !uuid.is_empty()) {
+            let (name, volume) = (replica.metadata.name.as_deref().unwrap_or_default(), &replica.spec.volume_name);
+            self.say(format!(
+                "Replica `{name}` of volume `{volume}` is on `{disk}`: replicas are not moved by this version."
+            ));
+        }
+    }
+
     pub(super) fn node(&mut self, name: &str) -> bool {
         let Some(node) = self.world.nodes.iter().find(|n| n.metadata.name.as_deref() == Some(name)) else {
             return false;
@@ -104,7 +122,16 @@ impl Story<'_> {
         self.say(format!("Node `{name}` is {word}{closed}, with {disks}."));
         self.below(|s| {
             s.problems(&status.conditions);
+            let cordoned = condition::find(&status.conditions, CORDONED).filter(|c| c.is_true());
+            if let Some(cordoned) = cordoned {
+                let text = s.sentence(cordoned);
+                s.say(text);
+            }
             for (disk, spec) in &node.spec.disks {
+                let is_evicting = spec.eviction_requested || node.spec.eviction_requested || cordoned.is_some();
+                if let Some(reported) = status.disk_status.get(disk).filter(|_| is_evicting) {
+                    s.what_stays(disk, &reported.disk_uuid);
+                }
                 match status.disk_status.get(disk) {
                     None => s.say(format!("Disk `{disk}` at `{}` is not reported yet.", spec.path)),
                     Some(reported) if reported.conditions.iter().any(is_problem) => {

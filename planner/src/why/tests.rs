@@ -331,3 +331,44 @@ fn an_unknown_copy_says_since_when_and_why() {
         "#]],
     );
 }
+
+#[test]
+fn an_image_tells_why_its_copies_lie_where_they_do_and_a_node_what_stays_there() {
+    let mut world = World { images: vec![image("ubuntu", &[("d1", CopyState::Ready, "")])], ..Default::default() };
+    world.images[0].spec.disk_file_spec_map.get_mut("d1").unwrap().reason = "copy 1 of the 1 that are wanted".into();
+    world.nodes.push(node("node-1", "d1"));
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+            Image `ubuntu` is ready: 1 of 1 copy is ready.
+              `disk-1` of `node-1` was chosen: copy 1 of the 1 that are wanted.
+        "#]],
+    );
+    let stays = Condition::new(types::EVICTED, ConditionStatus::False, "EvictionBlocked", "the copy stays");
+    world.images[0].status.as_mut().unwrap().conditions.push(stays.with_hint("wait"));
+    let disk = api::node::DiskSpec { eviction_requested: true, ..Default::default() };
+    world.nodes[0].spec.disks.insert("disk-1".into(), disk);
+    let mut replica = Replica::new("v-r-1", Default::default());
+    (replica.spec.disk_id, replica.spec.volume_name) = ("d1".into(), "v".into());
+    world.replicas.push(replica);
+    let blocked = expect![[r#"
+        Node `node-1` is ready, with 1 disk.
+          A copy of image `ubuntu` is still on `disk-1`.
+            The copy stays. You can: wait.
+          Replica `v-r-1` of volume `v` is on `disk-1`: replicas are not moved by this version.
+    "#]];
+    check(&world, Subject::Node("node-1".into()), blocked);
+    world.nodes[0].spec.disks.clear();
+    world.nodes[0].status.as_mut().unwrap().conditions.push(
+        Condition::new(types::CORDONED, ConditionStatus::True, "Cordoned", "it is cordoned").with_hint("uncordon it"),
+    );
+    check(
+        &world,
+        Subject::Node("node-1".into()),
+        expect![[r#"
+            Node `node-1` is ready, with 1 disk.
+              It is cordoned. You can: uncordon it.
+        "#]],
+    );
+}

@@ -43,7 +43,7 @@ impl Cause {
 /// The copies of `map` that go by themselves, the first one first, as long as nothing else happens: each under the guards
 /// ([`Scene::guard`]), given those before it (LF 4.6, 4.3).
 pub fn leaving(scene: &Scene<'_>, now: Timestamp, map: &BTreeMap<String, DiskFileSpec>) -> Vec<Leaving> {
-    let mut candidates: Vec<Leaving> = map.keys().filter_map(|disk| candidate(scene, now, map, disk)).collect();
+    let mut candidates: Vec<Leaving> = map.keys().filter_map(|disk| candidate(scene, now, disk)).collect();
     candidates.sort_by(|a, b| (a.at, a.cause, &a.disk).cmp(&(b.at, b.cause, &b.disk)));
     let mut rest = map.clone();
     candidates.retain(|leaving| {
@@ -56,20 +56,15 @@ pub fn leaving(scene: &Scene<'_>, now: Timestamp, map: &BTreeMap<String, DiskFil
     candidates
 }
 
-fn candidate(
-    scene: &Scene<'_>,
-    now: Timestamp,
-    map: &BTreeMap<String, DiskFileSpec>,
-    disk: &String,
-) -> Option<Leaving> {
-    let leaving = |at, cause| Some(Leaving { disk: disk.clone(), at, cause });
+fn candidate(scene: &Scene<'_>, now: Timestamp, disk: &str) -> Option<Leaving> {
+    let leaving = |at, cause| Some(Leaving { disk: disk.to_owned(), at, cause });
     let file = scene.status.disk_file_status_map.get(disk).cloned().unwrap_or_default();
     if scene.disks.is_gone(disk) && file.state == CopyState::Unknown {
-        // A disk may be on its way from one node to another.
-        let since = parse(&file.last_state_transition_time).unwrap_or(now);
+        // A disk may be on its way from one node to another; that it was silent before says nothing of that.
+        let since = parse(&file.gone_since).unwrap_or(now);
         return leaving(after(since, scene.settings.recovery_wait), Cause::Gone);
     }
-    if super::is_evicting(scene.disks, disk, &map[disk]) {
+    if scene.is_evicting(disk) {
         return leaving(now, Cause::Evicted);
     }
     let last_use = scene.status.disk_last_ref_at_map.get(disk).and_then(|at| parse(at))?;
@@ -77,14 +72,13 @@ fn candidate(
 }
 
 fn may_go(scene: &Scene<'_>, map: &BTreeMap<String, DiskFileSpec>, leaving: &Leaving) -> bool {
-    // What is to leave as well does not count.
-    let staying = map.iter().filter(|(d, s)| **d != leaving.disk && !super::is_evicting(scene.disks, d, s));
-    let staying: Vec<&str> = staying.map(|(disk, _)| disk.as_str()).collect();
-    if scene.guard(&leaving.disk, staying.iter().copied()).is_some() {
+    if scene.guard(&leaving.disk, map.keys().map(String::as_str)).is_some() {
         return false;
     }
     let state = |disk: &str| scene.status.disk_file_status_map.get(disk).map(|f| f.state).unwrap_or_default();
-    let ready = staying.iter().filter(|disk| state(disk) == CopyState::Ready).count();
+    // What is to leave as well does not count.
+    let staying = map.keys().filter(|disk| **disk != leaving.disk && !scene.is_evicting(disk));
+    let ready = staying.filter(|disk| state(disk) == CopyState::Ready).count();
     // One that would be chosen again at once goes only when it is not missed.
     let would_return = match leaving.cause {
         Cause::Gone => false,

@@ -54,7 +54,7 @@ fn an_edited_map_removes_nothing_that_is_guarded() {
         let decision = decide(&o);
         let kept: Vec<&str> = decision.status.disk_file_status_map.keys().map(String::as_str).collect();
         let why = refused(&decision).map(|c| c.message.clone()).unwrap_or_default();
-        (kept.join(" "), why.replace("diskFileSpecMap was edited; ", ""))
+        (kept.join(" "), why.replace("entries were taken out of diskFileSpecMap; ", ""))
     };
     let answer = |kept: &str, why: &str| (kept.to_owned(), why.to_owned());
     let two = "wanted=1; source; a=ready b=ready";
@@ -78,6 +78,29 @@ fn an_edited_map_removes_nothing_that_is_guarded() {
     assert!(kept.starts_with('a') && why.contains("may be the last of the image"), "{kept}: {why}");
     // What differs, or was never made, is nothing to keep beside a ready copy.
     assert_eq!(said("wanted=1; source; a=ready b=failed c=pending", &["a"]), answer("a", ""));
+}
+
+#[test]
+fn a_copy_that_is_about_to_leave_is_no_reason_to_let_another_go() {
+    let kept = |text: &str, left: &[&str], change: fn(&mut Observed)| {
+        let mut o = edited(text, left);
+        change(&mut o);
+        let kept: Vec<String> = decide(&o).status.disk_file_status_map.into_keys().collect();
+        kept.join(" ")
+    };
+    let nothing: fn(&mut Observed) = |_| ();
+    assert_eq!(kept("wanted=1; source; a=ready! b=ready", &["a"], nothing), "a b");
+    let evicting: fn(&mut Observed) = |o| o.disks.list[0].evicting = true;
+    assert_eq!(kept("wanted=1; source; a=ready b=ready", &["a"], evicting), "a b");
+    assert_eq!(kept("wanted=1; source; a=ready b=ready", &["a"], nothing), "a");
+    // What never was whole beside a ready one is no copy, wherever that lies.
+    assert_eq!(kept("wanted=1; source; a=ready! b=failed", &["a"], nothing), "a");
+    let o = world("wanted=1; a=ready! b=ready");
+    let status = o.image.status.clone().unwrap();
+    let set = |disk: &str| BTreeSet::from([disk.to_owned()]);
+    let why = refusal(&o.scene(&status), &set("b"), &set("a")).unwrap_or_default();
+    assert!(why.contains("0 ready copies would be left"), "{why}");
+    assert_eq!(refusal(&o.scene(&status), &set("a"), &set("b")), None);
 }
 
 #[test]
@@ -194,7 +217,7 @@ fn an_entry_of_a_disk_that_is_gone_goes_too() {
     );
     let just_gone: fn(&mut Observed) = |o| {
         let copies = &mut o.image.status.as_mut().unwrap().disk_file_status_map;
-        copies.get_mut("b").unwrap().last_state_transition_time = now().to_string();
+        copies.get_mut("b").unwrap().gone_since = now().to_string();
     };
     assert!(changed(just_gone).starts_with("nothing\n"), "it may be on its way to another node");
     let mut o = world(text);

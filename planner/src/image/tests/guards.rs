@@ -206,7 +206,8 @@ fn a_missing_copy_is_replaced_when_it_cannot_come_back() {
     let silent = "wanted=2; a=ready b=unknown:silent c=-";
     let at = |o: &mut Observed, time: Timestamp| {
         let copies = &mut o.image.status.as_mut().unwrap().disk_file_status_map;
-        copies.get_mut("b").unwrap().last_state_transition_time = time.to_string();
+        let copy = copies.get_mut("b").unwrap();
+        (copy.last_state_transition_time, copy.gone_since) = (time.to_string(), time.to_string());
     };
     assert!(said(silent, |o| at(o, now())).starts_with("nothing\n"), "it is most likely intact");
     assert!(said(silent, |_| ()).starts_with("copies +c\n"), "it is away for long");
