@@ -305,7 +305,8 @@ impl World {
             self.now = self.now.checked_sub(back).unwrap_or(self.now);
             // What happened before counts from now.
             let now = self.now;
-            self.unused_since.values_mut().for_each(|at| *at = now.min(*at));
+            let times = self.unused_since.values_mut().chain(self.unknown_since.values_mut());
+            times.for_each(|at| *at = now.min(*at));
         }
     }
 

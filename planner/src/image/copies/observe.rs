@@ -56,11 +56,11 @@ pub(in crate::image) fn observe(o: &Observed, status: &mut BackingImageStatus) {
         if seen.state != file.state || !is_past(o.now, &seen.last_state_transition_time) {
             seen.last_state_transition_time = o.now.to_string();
         }
-        seen.gone_since = match (o.disks.is_gone(&disk), seen.gone_since.is_empty()) {
-            (false, _) => String::new(),
-            (true, true) => o.now.to_string(),
-            (true, false) => seen.gone_since,
-        };
+        if !o.disks.is_gone(&disk) {
+            seen.gone_since.clear();
+        } else if !is_past(o.now, &seen.gone_since) {
+            seen.gone_since = o.now.to_string();
+        }
         seen.state = file.state;
         seen.progress = if file.state == CopyState::Ready { 100 } else { file.progress };
         seen.message = file.message;
