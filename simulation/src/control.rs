@@ -101,6 +101,7 @@ impl World {
         }
         self.looks_again(decision.recheck_after);
         self.images.get_mut(name).expect("it is there").status = Some(decision.status);
+        self.remember_gone(name, &observed);
         for action in decision.actions {
             let said = self.told.then(|| match &action {
                 image::Action::SetCopies(map) => format!("image {name}: SetCopies {:?}", map.keys()),

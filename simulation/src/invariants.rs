@@ -124,6 +124,9 @@ impl World {
             if source.is_some() {
                 continue;
             }
+            if state(disk) == CopyState::Unknown {
+                self.judge_gone(name, o, disk);
+            }
             let ready = is_ready(disk);
             loses_ready |= ready;
             let unused = self.unused_since.get(&((*disk).clone(), name.to_owned())).copied();

@@ -4,6 +4,7 @@ use api::BackingImage;
 use api::image::{CopyState, DiskFileStatus};
 use planner::disk::{Disk, Health};
 use planner::image::{Decision, Observed};
+use planner::retry::since;
 
 use crate::invariants::{Copies, ineligible, is_evicting};
 use crate::world::{GIB, World};
@@ -23,6 +24,23 @@ impl World {
         for disk in known.keys().filter(|disk| is_unknown(disk)) {
             self.unknown_since.entry((disk.clone(), name.to_owned())).or_insert(self.now);
         }
+    }
+
+    /// What the image says of gone disks from now on.
+    pub fn remember_gone(&mut self, name: &str, o: &Observed) {
+        self.gone_since.retain(|(disk, image), _| image != name || o.disks.is_gone(disk));
+        for disk in o.image.spec.disk_file_spec_map.keys().filter(|disk| o.disks.is_gone(disk)) {
+            self.gone_since.entry((disk.clone(), name.to_owned())).or_insert(o.now);
+        }
+    }
+
+    /// That its disk was silent before it was gone makes nothing go sooner.
+    pub fn judge_gone(&self, name: &str, o: &Observed, disk: &str) {
+        let gone = self.gone_since.get(&(disk.to_owned(), name.to_owned())).copied().unwrap_or(o.now);
+        assert!(
+            !o.disks.is_gone(disk) || since(o.now, gone) >= o.settings.recovery_wait,
+            "the entry of {name} on {disk} goes, which is gone only since {gone}"
+        );
     }
 
     /// With the copy on `added`, no more are made on its node than may be.

@@ -68,6 +68,8 @@ pub struct World {
     pub unused_since: BTreeMap<(String, String), Timestamp>,
     /// Since when a copy is unknown, by disk and image.
     pub unknown_since: BTreeMap<(String, String), Timestamp>,
+    /// Since when nobody has a disk with an entry, by disk and image.
+    pub gone_since: BTreeMap<(String, String), Timestamp>,
     /// Disks that were away when something of theirs should have been removed.
     pub left_behind: BTreeSet<String>,
 }
@@ -105,6 +107,7 @@ impl World {
             taken: BTreeSet::new(),
             unused_since: BTreeMap::new(),
             unknown_since: BTreeMap::new(),
+            gone_since: BTreeMap::new(),
             left_behind: BTreeSet::new(),
         };
         let has_zones = random.random_bool(0.7);
