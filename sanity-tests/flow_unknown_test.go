@@ -18,17 +18,9 @@ type moved struct{ received, sent, written float64 }
 
 func movedBy(t testing.TB, i *instance, disk string) moved {
 	t.Helper()
-	response, err := http.Get("http://" + managerOf(t, i, disk).Status.IP + ":8001/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	text, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := metricsOf(t, i, disk, "")
 	count := func(name string) float64 {
-		for line := range strings.Lines(string(text)) {
+		for line := range strings.Lines(text) {
 			if value, found := strings.CutPrefix(line, "backing_image_csi_"+name+"_bytes_total "); found {
 				number, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
 				if err != nil {
@@ -41,6 +33,22 @@ func movedBy(t testing.TB, i *instance, disk string) moved {
 		return 0
 	}
 	return moved{count("received"), count("sent"), count("written")}
+}
+
+// metricsOf is what the manager of a disk tells of itself, once it tells a line.
+func metricsOf(t testing.TB, i *instance, disk, line string) (text string) {
+	t.Helper()
+	eventually(t, 20*time.Second, "the manager of disk "+disk+" tells "+line, func() (bool, string) {
+		response, err := http.Get("http://" + managerOf(t, i, disk).Status.IP + ":8001/metrics")
+		if err != nil {
+			return false, err.Error()
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		text = string(body)
+		return err == nil && strings.Contains(text, line), text
+	})
+	return text
 }
 
 // silentCopy is an image with a copy on the disk of every node, of which one falls silent.
@@ -98,6 +106,8 @@ func (s *silentCopy) saysSo(t *testing.T, why string) {
 // isAdopted waits until the copy is ready, as the file that it was; returns what was moved since its manager began.
 func (s *silentCopy) isAdopted(t *testing.T, file string) moved {
 	t.Helper()
+	// The status may be that of a manager that is no more; this one says itself that it has the copy.
+	metricsOf(t, s.i, s.uuid, "backing_image_csi_copies{state=\"ready\"} 1\n")
 	untilCopies(t, s.i, s.name, s.i.nodes)
 	info, err := os.Stat(file)
 	if err != nil || !os.SameFile(info, s.info) || checksumOf(t, file) != s.image.checksum {

@@ -127,21 +127,18 @@ func TestAVolumeWaitsForItsImageAndIsItsContentThen(t *testing.T) {
 	case <-time.After(readyWithin):
 		t.Fatalf("the download did not begin: %s", i.why("backingimage", "coming"))
 	}
-	waits := func(status string) volumeObject {
+	waits := func(status, state string) volumeObject {
 		t.Helper()
-		return until(t, i, 30*time.Second, "volume", volume.VolumeId, "WaitForBackingImage is "+status, func(v volumeObject) bool {
-			return conditionOf(v.Status.Conditions, "WaitForBackingImage").Status == status
+		return until(t, i, 30*time.Second, "volume", volume.VolumeId, "is "+state+", WaitForBackingImage is "+status, func(v volumeObject) bool {
+			return conditionOf(v.Status.Conditions, "WaitForBackingImage").Status == status && v.Status.State == state
 		})
 	}
-	seen := waits("True")
+	seen := waits("True", "attaching")
 	mentions(t, "the condition", conditionOf(seen.Status.Conditions, "WaitForBackingImage").Message, "coming")
-	if seen.Status.State != "attaching" {
-		t.Errorf("the volume is %s", seen.Status.State)
-	}
 	release()
 	<-published
 	paths, withdraw := publishOnNode(t, i, volume, 1, blockCapability())
-	waits("False")
+	waits("False", "attached")
 	if object := get[imageObject](t, i, "backingimage", "coming"); len(readyCopies(object)) != 3 {
 		t.Errorf("want three ready copies: %+v", object.Status.DiskFileStatusMap)
 	}
