@@ -27,6 +27,7 @@ pub mod sha512;
 pub mod source_url;
 mod sparse;
 pub mod ssync;
+mod survey;
 pub mod sync;
 mod unfinished;
 mod verify;

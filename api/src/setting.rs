@@ -113,8 +113,11 @@ pub const DEFAULT_DISK_RESERVED: &str = "storage-reserved-percentage-for-default
 /// Ours: hours after which a copy that nobody verified is read in the background and compared with its manifest; 0: never.
 pub const SCRUB_INTERVAL: &str = "backing-image-scrub-interval";
 
+/// Ours: whether what lies in the directories of images and belongs to no image that exists is removed, or only told.
+pub const REMOVE_ORPHANS: &str = "orphan-backing-image-auto-deletion";
+
 /// Every setting that this version reads, with Longhorn's defaults.
-pub const KNOWN: [Known; 12] = [
+pub const KNOWN: [Known; 13] = [
     Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
@@ -137,6 +140,7 @@ pub const KNOWN: [Known; 12] = [
     Known { name: DEFAULT_DATA_PATH, default: "/var/lib/longhorn", rule: "an absolute path", check: absolute_path },
     Known { name: DEFAULT_DISK_RESERVED, default: "30", rule: "percent, 0 to 100", check: percent },
     Known { name: SCRUB_INTERVAL, default: "168", rule: "hours, a whole number, 0 or more", check: whole_number },
+    Known { name: REMOVE_ORPHANS, default: "true", rule: "true or false", check: boolean },
 ];
 
 /// The known setting of a name.

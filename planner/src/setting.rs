@@ -19,6 +19,8 @@ pub struct Settings {
     pub over_provisioning_percent: u32,
     /// How old the last verification of a copy may become; zero: no limit.
     pub scrub_interval: Duration,
+    /// Whether what belongs to no image that exists is removed from disks.
+    pub removes_orphans: bool,
 }
 
 impl Default for Settings {
@@ -42,6 +44,7 @@ impl Settings {
             allow_empty_disk_selector: text(name::ALLOW_EMPTY_DISK_SELECTOR) == "true",
             over_provisioning_percent: number(name::OVER_PROVISIONING),
             scrub_interval: Duration::from_secs(3600 * u64::from(number(name::SCRUB_INTERVAL))),
+            removes_orphans: text(name::REMOVE_ORPHANS) == "true",
         }
     }
 

@@ -123,7 +123,11 @@ impl World {
     fn change_setting(&mut self, random: &mut StdRng) {
         let settings = &mut self.settings;
         let seconds = |of: &[u64], random: &mut StdRng| Duration::from_secs(any(of, random).copied().unwrap_or(0));
-        let what = match random.random_range(0..9) {
+        let what = match random.random_range(0..10) {
+            9 => {
+                settings.removes_orphans ^= true;
+                "removal of orphans switched"
+            }
             0 => {
                 settings.min_copies = random.random_range(1..=4);
                 "default minimum changed"

@@ -72,7 +72,7 @@ mod tests {
             "color",
             "red",
             expect![[
-                "metadata.name is `color`: there is no such setting; known are default-replica-count, default-min-number-of-backing-image-copies, concurrent-backing-image-replenish-per-node-limit, backing-image-cleanup-wait-interval, backing-image-recovery-wait-interval, allow-empty-node-selector-volume, allow-empty-disk-selector-volume, storage-over-provisioning-percentage, create-default-disk-labeled-nodes, default-data-path, storage-reserved-percentage-for-default-disk, backing-image-scrub-interval"
+                "metadata.name is `color`: there is no such setting; known are default-replica-count, default-min-number-of-backing-image-copies, concurrent-backing-image-replenish-per-node-limit, backing-image-cleanup-wait-interval, backing-image-recovery-wait-interval, allow-empty-node-selector-volume, allow-empty-disk-selector-volume, storage-over-provisioning-percentage, create-default-disk-labeled-nodes, default-data-path, storage-reserved-percentage-for-default-disk, backing-image-scrub-interval, orphan-backing-image-auto-deletion"
             ]],
         );
     }

@@ -3,7 +3,7 @@
 use expect_test::{Expect, expect};
 
 use super::*;
-use crate::disk::Disk;
+use crate::disk::{Disk, ready_disk};
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
@@ -23,20 +23,7 @@ fn observed() -> Observed {
         },
     );
     source.metadata.finalizers = Some(vec![FINALIZER.into()]);
-    let disk = Disk {
-        id: "d".into(),
-        name: "disk".into(),
-        node: "n".into(),
-        path: "/d".into(),
-        node_tags: vec![],
-        tags: vec![],
-        health: Health::Ready,
-        unschedulable: None,
-        evicting: false,
-        maximum_bytes: 1,
-        available_bytes: 1,
-        reserved_bytes: 0,
-    };
+    let disk = Disk { name: "disk".into(), node: "n".into(), ..ready_disk("d", 1) };
     let disks = Disks { list: vec![disk], nodes: [("n".to_owned(), Health::Ready)].into(), ..Default::default() };
     Observed { now: now(), source, disks, workload: None, report: None, taken_over: None }
 }
