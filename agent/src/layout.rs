@@ -147,13 +147,11 @@ impl Disk {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
             Err(source) => return Err(AgentError::Io { doing: "list", path: dir, source }),
         };
-        let mut keys = vec![];
+        let mut keys: Vec<ImageKey> = vec![];
         for entry in entries {
             let entry = entry.map_err(AgentError::io("list", &dir))?;
-            match entry.file_name().to_string_lossy().parse() {
-                Ok(key) => keys.push(key),
-                Err(_) => tracing::warn!(entry = ?entry.file_name(), "not the directory of an image, left alone"),
-            }
+            // Others are told by `survey`.
+            keys.extend(entry.file_name().to_string_lossy().parse().ok());
         }
         keys.sort();
         Ok(keys)

@@ -28,6 +28,7 @@ mod source_guard;
 pub mod source_url;
 mod sparse;
 pub mod ssync;
+mod survey;
 pub mod sync;
 mod unfinished;
 mod verify;

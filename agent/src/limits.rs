@@ -92,6 +92,12 @@ pub const SSYNC_TRIES: u32 = 3;
 /// How often a manager looks whether a file was changed or removed behind its back. One `stat` a file.
 pub const RECHECK_INTERVAL: Duration = Duration::from_secs(10);
 
+/// Things of images that a manager tells of besides its copies: more would not fit into one message. The next ones follow these.
+pub const MAX_REMAINS: usize = 1000;
+
+/// Things that are nothing of ours of which a manager tells: whoever reads of these looks for the others.
+pub const MAX_FOREIGN: usize = 20;
+
 /// How long servers and tasks may take to end after a shutdown request, below the 30 s that a pod gets.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 

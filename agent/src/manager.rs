@@ -81,6 +81,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let registry =
         Arc::new(Registry::new(disk, disk_uuid.clone(), config.idle_timeout, config.security.clone(), tasks.clone()));
     registry.adopt_all().await?;
+    tell(&registry).await;
     registry.clone().spawn_background(config.recheck_interval, config.watch_files);
     tracing::info!(disk = %disk_uuid, address = %config.listen, "manager started");
 
@@ -103,6 +104,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     tasks.cancel();
     registry.close(DRAIN_TIMEOUT).await;
     served
+}
+
+/// Tells the log what lies on the disk besides the copies. Whether somebody needs it is for the controller to say.
+async fn tell(registry: &Registry) {
+    let survey = registry.survey().await.unwrap_or_default();
+    for found in survey.remains {
+        tracing::info!(image = %found.key, place = ?found.place, size_bytes = found.size_bytes, "files without a copy found");
+    }
+    for path in survey.foreign {
+        tracing::warn!(path, "not a file of an image, left alone");
+    }
 }
 
 async fn listen(security: &Security, address: SocketAddr, protocol: Protocol) -> Result<Listener, AgentError> {

@@ -70,10 +70,28 @@ pub struct BackingImageManagerStatus {
     pub storage_ip: String,
     pub api_min_version: i64,
     pub api_version: i64,
+    /// Ours: what lies in the directories of images and belongs to no image that exists, by its path below the disk.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub orphans: BTreeMap<String, Orphan>,
+    /// Ours: what lies there and is nothing of ours, by its path below the disk. It is never touched.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub foreign_files: Vec<String>,
     /// Ours.
     pub conditions: Vec<Condition>,
     #[serde(flatten)]
     pub other: Unknown,
+}
+
+/// What an image left on a disk.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Orphan {
+    /// What it takes on the disk.
+    pub size: u64,
+    /// Since when it was seen as it is, RFC 3339.
+    pub found_at: String,
+    /// Why it belongs to nobody, and what is done about it.
+    pub message: String,
 }
 
 /// One file as its agent reports it.

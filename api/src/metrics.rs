@@ -117,6 +117,10 @@ declare! {
         "Duration of passes over objects by kind";
     RECONCILE_QUEUE = "reconcile_queue_length", Gauge, Nothing, [], [Controller Standalone],
         "Objects that wait for a pass";
+    ORPHANS = "orphans", Gauge, Nothing, [], [Controller Standalone],
+        "Things on disks that belong to no image that exists";
+    ORPHANS_REMOVED = "orphans_removed", Counter, Nothing, [], [Controller Standalone],
+        "Things that belonged to no image that exists and were removed";
     WEBHOOK_REVIEWS = "webhook_reviews", Counter, Nothing, ["operation" "outcome"], [Controller],
         "Answers of the admission webhook by operation and outcome (allowed, refused)";
     CSI_CALLS = "calls", Counter, Nothing, ["method" "code"], [Controller Node Standalone],

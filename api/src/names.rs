@@ -71,6 +71,10 @@ pub mod condition {
     pub const EVICTED: &str = "Evicted";
     /// Node: while it is there and `True`, Kubernetes calls the node unschedulable.
     pub const CORDONED: &str = "Cordoned";
+    /// Manager: while it is `False`, something on its disk belongs to no image that exists.
+    pub const NO_ORPHANS: &str = "NoOrphans";
+    /// Manager: while it is `False`, something that is nothing of ours lies among the files of images.
+    pub const NO_FOREIGN_FILES: &str = "NoForeignFiles";
     /// Volume: its detachment or deletion waits for something.
     pub const DETACHED: &str = "Detached";
 
@@ -86,6 +90,24 @@ pub fn manager_name(disk: &DiskId) -> String {
 /// The workload name of the data source of an image (LF 1.6).
 pub fn data_source_workload_name(image: &ImageName) -> String {
     format!("backing-image-ds-{image}")
+}
+
+/// What may follow the name of an image file on a disk: of the whole file, nothing.
+pub const IMAGE_FILE_SUFFIXES: [&str; 5] = ["", ".tmp", ".cfg", ".chunks", ".resume"];
+/// What an interrupted replacement of a file leaves beside it, behind its name.
+const WRITING: &str = ".writing";
+
+/// The name of an image file without what may follow it.
+///
+/// ```
+/// use backing_image_api::names::without_image_suffix;
+/// assert_eq!(without_image_suffix("ubuntu-24.04-0a1b2c3d.cfg.writing"), "ubuntu-24.04-0a1b2c3d");
+/// assert_eq!(without_image_suffix("notes.txt"), "notes.txt");
+/// ```
+pub fn without_image_suffix(name: &str) -> &str {
+    let name = name.strip_suffix(WRITING).unwrap_or(name);
+    let mut suffixes = IMAGE_FILE_SUFFIXES.iter().filter(|suffix| !suffix.is_empty());
+    suffixes.find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name)
 }
 
 /// The file that an engine shows its volume as, in a directory that has the engine's name.

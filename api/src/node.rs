@@ -110,6 +110,12 @@ pub struct DiskStatus {
     pub r#type: String,
     #[serde(rename = "filesystemType")]
     pub fs_type: String,
+    /// Ours: files of images lie on it, whoever they belong to.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub holds_image_files: bool,
+    /// Ours: `<name>-<uuid>` of each image that a directory below `replicas/` lies over; absent: that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images_under_replicas: Option<Vec<String>>,
     #[serde(flatten)]
     pub other: Unknown,
 }

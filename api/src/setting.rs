@@ -131,8 +131,11 @@ pub const SCRUB_INTERVAL: &str = "backing-image-scrub-interval";
 /// Ours: special addresses from which images may be fetched all the same (see [`crate::source_address`]).
 pub const ALLOWED_SOURCE_ADDRESSES: &str = "backing-image-allowed-source-addresses";
 
+/// Ours: whether what lies in the directories of images and belongs to no image that exists is removed, or only told.
+pub const REMOVE_ORPHANS: &str = "orphan-backing-image-auto-deletion";
+
 /// Every setting that this version reads, with Longhorn's defaults.
-pub const KNOWN: [Known; 16] = [
+pub const KNOWN: [Known; 17] = [
     Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
@@ -164,6 +167,7 @@ pub const KNOWN: [Known; 16] = [
     },
     Known { name: DISABLE_SCHEDULING_ON_CORDONED_NODE, default: "true", rule: "true or false", check: boolean },
     Known { name: CORDONED_NODE_POLICY, default: "ignore", rule: "ignore or evict", check: cordon_policy },
+    Known { name: REMOVE_ORPHANS, default: "true", rule: "true or false", check: boolean },
 ];
 
 /// The known setting of a name.

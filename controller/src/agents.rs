@@ -9,9 +9,14 @@ use api::manager::FileInfo;
 use api::names::MANAGER_PORT;
 use futures::StreamExt;
 use planner::data_source::Report;
+use planner::manager::orphans::{Place, Remains};
 use planner::manager::{Agent, FileWish};
+use proto::bimrpc;
 use proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient;
-use proto::bimrpc::{BackingImageResponse, BackingImageSpec, DeleteRequest, FetchRequest, SyncRequest, VerifyRequest};
+use proto::bimrpc::{
+    BackingImageResponse, BackingImageSpec, DeleteRequest, FetchRequest, RemoveRemainsRequest, SyncRequest,
+    VerifyRequest,
+};
 use runtime::transport::Security;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
@@ -80,11 +85,13 @@ impl Agents {
         let mut client = self.client(ip).map_err(|e| e.chain())?;
         let ask = async {
             let version = client.version_get(()).await?.into_inner();
-            let files = client.list(()).await?.into_inner().backing_images;
+            let listed = client.list(()).await?.into_inner();
             Ok::<_, Status>(Agent {
                 api_version: version.backing_image_manager_api_version,
                 api_min_version: version.backing_image_manager_api_min_version,
-                files: files.into_values().map(file_info).collect(),
+                files: listed.backing_images.into_values().map(file_info).collect(),
+                remains: listed.surveyed.then(|| listed.remains.into_iter().map(remains).collect()),
+                foreign: listed.foreign,
             })
         };
         match tokio::time::timeout(READ_TIMEOUT, ask).await {
@@ -99,6 +106,12 @@ impl Agents {
         let request = DeleteRequest { name: image.into(), uuid: uuid.into() };
         let done = self.client(ip)?.delete(timed(request)).await;
         done.map(drop).map_err(failed("delete a copy", ip))
+    }
+
+    /// Removes what belongs to no image, if it still has that mark.
+    pub async fn remove_orphan(&self, ip: &str, request: RemoveRemainsRequest) -> Result<(), ReconcileError> {
+        let done = self.client(ip)?.remove_remains(timed(request)).await;
+        done.map(drop).map_err(failed("remove an orphan", ip))
     }
 
     /// Takes a file over from a data source, or adopts what is on the disk.
@@ -216,6 +229,17 @@ fn wire_spec(file: &FileWish) -> BackingImageSpec {
         size: i64::try_from(file.size).unwrap_or(i64::MAX),
         checksum: file.checksum.clone(),
         ..Default::default()
+    }
+}
+
+fn remains(found: bimrpc::Remains) -> Remains {
+    Remains {
+        place: if found.is_preparation { Place::Preparations } else { Place::Copies },
+        image: found.name,
+        uuid: found.uuid,
+        size: u64::try_from(found.size).unwrap_or(0),
+        mark: found.mark,
+        is_mixed: found.is_mixed,
     }
 }
 

@@ -209,6 +209,8 @@ fn essence(node: Node) -> String {
         // Whole GiB: more room may be what somebody waits for.
         disk.storage_available >>= 30;
         disk.conditions.iter_mut().for_each(|c| c.last_probe_time.clear());
+        // It matters to who removes something, and is read afresh then.
+        disk.images_under_replicas = None;
     }
     status.conditions.iter_mut().for_each(|c| c.last_probe_time.clear());
     let deleted = node.metadata.deletion_timestamp.is_some();
@@ -238,6 +240,9 @@ async fn everything(shared: &Shared, teller: Option<&mut Teller>) -> Result<(), 
     }
     managers.into_iter().for_each(|manager| queue.add(Kind::Manager, manager.metadata.name.unwrap_or_default()));
     sources.into_iter().for_each(|source| queue.add(Kind::DataSource, source.metadata.name.unwrap_or_default()));
+    // What an image left behind is looked after by the agent of its disk.
+    let disks = nodes.iter().filter_map(|node| node.status.as_ref()).flat_map(|status| status.disk_status.values());
+    disks.filter(|disk| disk.holds_image_files).for_each(|disk| add_manager(queue, &disk.disk_uuid));
     nodes.into_iter().for_each(|node| queue.add(Kind::Node, node.metadata.name.unwrap_or_default()));
     volumes.into_iter().for_each(|volume| queue.add(Kind::Volume, volume.metadata.name.unwrap_or_default()));
     // Workloads whose object is gone: their reconciler removes them.

@@ -6,11 +6,12 @@ use std::time::Duration;
 use api::image::CopyState;
 use api::manager::ManagerState;
 use api::names::{MANAGER_PORT, manager_name};
-use api::{BackingImage, BackingImageDataSource, BackingImageManager};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica};
 use jiff::Timestamp;
+use planner::manager::orphans::{Owner, Place, Remains, owner, refuse};
 use planner::manager::{Action, Decision, Memory, Observed, decide};
 use planner::workload::State;
-use proto::bimrpc::VerifyRequest;
+use proto::bimrpc::{RemoveRemainsRequest, VerifyRequest};
 
 use crate::error::{Doing, ReconcileError};
 use crate::queue::Kind;
@@ -47,7 +48,7 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
             shared.agents.follow(Kind::Manager, name, &workload.ip);
         }
     }
-    let scrub_interval = world::settings(store).await?.scrub_interval;
+    let settings = world::settings(store).await?;
     let memory = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner()).get(name).cloned();
     Ok(Observed {
         now: Timestamp::now(),
@@ -59,7 +60,8 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
         workload,
         agent,
         images,
-        scrub_interval,
+        scrub_interval: settings.scrub_interval,
+        removes_orphans: settings.removes_orphans,
         data_sources: sources.into_iter().filter_map(|s| Some((s.metadata.name.clone()?, s))).collect(),
         memory: memory.unwrap_or_default(),
     })
@@ -94,6 +96,7 @@ async fn act(
 ) -> Result<Option<Duration>, ReconcileError> {
     let store = &shared.store;
     let ip = observed.workload.as_ref().map(|w| w.ip.clone()).unwrap_or_default();
+    tell_orphans(name, observed, &decision);
     remember(name, shared, |memory| *memory = decision.memory.clone());
     let stored = observed.manager.as_ref();
     if stored.is_some_and(|m| m.status.as_ref() != Some(&decision.status)) {
@@ -174,6 +177,12 @@ async fn act(
                     tracing::warn!(image, manager = name, error = error.chain(), "copy cannot be verified");
                 }
             }
+            Action::RemoveOrphan { place, image, uuid, mark } => {
+                let found = Remains { place, image, uuid, size: 0, mark, is_mixed: false };
+                if is_orphan(&found, &observed.disk_id, store).await? {
+                    remove_orphan(name, &ip, found, observed.now, shared).await;
+                }
+            }
             Action::Remove => {
                 if let Some(manager) = stored {
                     if manager.metadata.deletion_timestamp.is_none() {
@@ -199,6 +208,53 @@ async fn is_wanted(image: &str, uuid: &str, disk: &str, store: &store::Store) ->
     }))
 }
 
+/// Whether something still belongs to nobody by the objects that are stored now, and nothing lies over it. They are read after the
+/// agent has seen it, and no file comes before its object.
+async fn is_orphan(found: &Remains, disk: &str, store: &store::Store) -> Result<bool, ReconcileError> {
+    let image: Option<BackingImage> = store.get(&found.image).await.doing("read the image")?;
+    let source: Option<BackingImageDataSource> = store.get(&found.image).await.doing("read the data source")?;
+    if owner(found, disk, image.as_ref(), source.as_ref()) == Owner::Somebody {
+        return Ok(false);
+    }
+    let replicas: Vec<Replica> = world::list(store, "list replicas").await?;
+    let lies_over = |r: &Replica| r.spec.backing_image == found.image && r.spec.disk_id == disk;
+    Ok(found.place == Place::Preparations || !replicas.iter().any(lies_over))
+}
+
+/// A refusal holds up nothing else; it is told, and the orphan is tried again later.
+async fn remove_orphan(name: &str, ip: &str, found: Remains, now: Timestamp, shared: &Shared) {
+    let path = found.path();
+    let Remains { place, image, uuid, mark, .. } = found;
+    let is_preparation = place == Place::Preparations;
+    match shared.agents.remove_orphan(ip, RemoveRemainsRequest { name: image, uuid, is_preparation, mark }).await {
+        Ok(()) => {
+            shared.metrics.count_removed_orphan();
+            tracing::info!(path, manager = name, "orphan removed");
+        }
+        Err(error) => {
+            let why = said(&error);
+            tracing::warn!(path, manager = name, error = why, "orphan cannot be removed");
+            remember(name, shared, |memory| refuse(&mut memory.orphans, &path, now, why));
+        }
+    }
+}
+
+/// The log hears of an orphan before it is removed.
+fn tell_orphans(name: &str, observed: &Observed, decision: &Decision) {
+    for (path, orphan) in &decision.status.orphans {
+        if !observed.memory.orphans.contains_key(path) {
+            tracing::warn!(path, manager = name, size_bytes = orphan.size, why = orphan.message, "orphan found");
+        }
+    }
+}
+
+fn said(error: &ReconcileError) -> String {
+    match error {
+        ReconcileError::Agent { source, .. } => source.message().to_owned(),
+        other => other.chain(),
+    }
+}
+
 fn remember(name: &str, shared: &Shared, change: impl FnOnce(&mut Memory)) {
     let mut all = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner());
     let memory = all.entry(name.to_owned()).or_default();
@@ -206,6 +262,7 @@ fn remember(name: &str, shared: &Shared, change: impl FnOnce(&mut Memory)) {
     if *memory == Memory::default() {
         all.remove(name);
     }
+    shared.metrics.observe_orphans(all.values().map(|memory| memory.orphans.len()).sum());
 }
 
 /// The agent refused a request: that is a failed attempt at this copy, shown and tried again after its own back-off.
@@ -216,10 +273,7 @@ fn refused(
     now: Timestamp,
     shared: &Shared,
 ) -> Result<Option<Duration>, ReconcileError> {
-    let why = match error {
-        ReconcileError::Agent { source, .. } => source.message().to_owned(),
-        other => other.chain(),
-    };
+    let why = said(error);
     tracing::warn!(image, manager = name, error = why, "copy refused");
     remember(name, shared, |memory| {
         let attempt = memory.copies.entry(image.to_owned()).or_default();

@@ -3,7 +3,9 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use api::metrics::{LEADER, RECONCILE_PASS_SECONDS, RECONCILE_PASSES, RECONCILE_QUEUE, WEBHOOK_REVIEWS};
+use api::metrics::{
+    LEADER, ORPHANS, ORPHANS_REMOVED, RECONCILE_PASS_SECONDS, RECONCILE_PASSES, RECONCILE_QUEUE, WEBHOOK_REVIEWS,
+};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -41,6 +43,8 @@ pub struct Metrics {
     passes: Family<PassLabels, Counter<u64, AtomicU64>>,
     durations: Family<KindLabel, Histogram>,
     waiting: Gauge,
+    orphans: Gauge,
+    orphans_removed: Counter<u64, AtomicU64>,
     reviews: Family<ReviewLabels, Counter<u64, AtomicU64>>,
 }
 
@@ -52,6 +56,8 @@ impl Default for Metrics {
             // 1 ms to 16 s: a pass is a few store calls, at worst a slow agent.
             durations: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 15))),
             waiting: Gauge::default(),
+            orphans: Gauge::default(),
+            orphans_removed: Counter::default(),
             reviews: Family::default(),
         }
     }
@@ -70,6 +76,8 @@ impl Metrics {
         add(registry, &RECONCILE_PASSES, self.passes.clone());
         add(registry, &RECONCILE_PASS_SECONDS, self.durations.clone());
         add(registry, &RECONCILE_QUEUE, self.waiting.clone());
+        add(registry, &ORPHANS, self.orphans.clone());
+        add(registry, &ORPHANS_REMOVED, self.orphans_removed.clone());
     }
 
     /// Adds those of the webhook to a registry.
@@ -103,6 +111,14 @@ impl Metrics {
         };
         let outcome = REVIEWS[usize::from(!allowed)];
         self.reviews.get_or_create(&ReviewLabels { operation, outcome }).inc();
+    }
+
+    pub(crate) fn observe_orphans(&self, count: usize) {
+        self.orphans.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    pub(crate) fn count_removed_orphan(&self) {
+        self.orphans_removed.inc();
     }
 
     pub(crate) fn observe_queue(&self, length: usize) {

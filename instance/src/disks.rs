@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk_calls::{DiskCalls, Silent};
 use crate::error::InstanceError;
 use crate::role::Config;
-use crate::{discovery, ownership};
+use crate::{discovery, image_files, ownership};
 
 /// Longhorn's file at the root of a disk (LF 1.7).
 pub const CONFIG_FILE: &str = "longhorn-disk.cfg";
@@ -40,6 +40,8 @@ struct Seen {
     fs_type: String,
     maximum: u64,
     available: u64,
+    holds_image_files: bool,
+    images_under_replicas: Option<Vec<String>>,
 }
 
 /// Why a disk cannot be used: reason, sentence, what to do.
@@ -160,6 +162,8 @@ fn disk_status(
             status.storage_available = seen.available;
             status.disk_uuid = seen.uuid;
             status.fs_type = seen.fs_type;
+            status.holds_image_files = seen.holds_image_files;
+            status.images_under_replicas = seen.images_under_replicas;
             (Condition::new(READY, ConditionStatus::True, "Ready", ""), schedulable(disk, node_allowed, seen.available))
         }
         // Unknown is not absent: its uuid and sizes stay as they were seen last.
@@ -247,7 +251,14 @@ fn look_at(name: &str, disk: &DiskSpec, known_uuid: &str, rules: Rules) -> Resul
         return Err(Unusable { reason: "ReadOnly", message, hint: "check the disk and mount it writable again" });
     }
     let unit = statistics.f_frsize;
-    Ok(Seen { uuid, fs_type, maximum: statistics.f_blocks * unit, available: statistics.f_bavail * unit })
+    Ok(Seen {
+        uuid,
+        fs_type,
+        maximum: statistics.f_blocks * unit,
+        available: statistics.f_bavail * unit,
+        holds_image_files: image_files::are_there(path),
+        images_under_replicas: image_files::under_replicas(path),
+    })
 }
 
 /// The disk's own UUID; made once, for a disk that never had one.

@@ -14,6 +14,7 @@ mod engine_upgrade;
 mod engines;
 mod error;
 mod first_pass;
+mod image_files;
 mod kernel;
 mod limits;
 mod metrics;

@@ -45,6 +45,10 @@ pub struct Disk {
     pub maximum_bytes: u64,
     pub available_bytes: u64,
     pub reserved_bytes: u64,
+    /// Files of images lie there, whoever they belong to.
+    pub holds_image_files: bool,
+    /// `<name>-<uuid>` of each image that something below `replicas/` lies over; `None`: that is not known.
+    pub under_replicas: Option<BTreeSet<String>>,
 }
 
 /// Why something shall leave its disk: a user's word.
@@ -148,6 +152,8 @@ impl Disks {
                     maximum_bytes: seen.storage_maximum,
                     available_bytes: seen.storage_available,
                     reserved_bytes: spec.storage_reserved,
+                    holds_image_files: seen.holds_image_files,
+                    under_replicas: seen.images_under_replicas.clone().map(|keys| keys.into_iter().collect()),
                 });
             }
             let in_service = condition::find(&status.conditions, IN_SERVICE);
@@ -230,5 +236,7 @@ pub(crate) fn ready_disk(id: &str, bytes: u64) -> Disk {
         maximum_bytes: bytes,
         available_bytes: bytes,
         reserved_bytes: 0,
+        holds_image_files: false,
+        under_replicas: Some(BTreeSet::new()),
     }
 }

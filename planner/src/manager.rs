@@ -4,6 +4,7 @@
 
 mod files;
 mod object;
+pub mod orphans;
 mod verification;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use jiff::Timestamp;
 
 use self::files::{files, wanted};
 use self::object::{object, wish};
+use self::orphans::{Place, Remains, Sighting};
 use crate::disk::{Disk, Disks, Health};
 use crate::image::difference;
 use crate::retry::{Retry, after, sooner};
@@ -35,6 +37,10 @@ pub struct Agent {
     pub api_min_version: i64,
     /// Two images of one name, one after the other, differ in their uuids.
     pub files: Vec<FileInfo>,
+    /// What else lies on the disk and could be of an image; `None`: it could not be looked through.
+    pub remains: Option<Vec<Remains>>,
+    /// What lies there and is not of an image, by its path below the disk.
+    pub foreign: Vec<String>,
 }
 
 impl Agent {
@@ -52,6 +58,10 @@ pub struct Memory {
     pub copies: BTreeMap<String, Attempt>,
     /// Since when the agent runs and does not answer.
     pub silent_since: Option<Timestamp>,
+    /// What belongs to no image, by its path below the disk.
+    pub orphans: BTreeMap<String, Sighting>,
+    /// When nothing of any image lay on the disk.
+    pub empty_since: Option<Timestamp>,
 }
 
 /// The attempts to get one copy.
@@ -83,6 +93,7 @@ pub struct Observed {
     pub peers: BTreeMap<String, Vec<String>>,
     /// How old the last verification of a copy may become; zero: no limit.
     pub scrub_interval: Duration,
+    pub removes_orphans: bool,
     pub memory: Memory,
 }
 
@@ -114,6 +125,13 @@ pub enum Action {
         uuid: String,
         requested_at: String,
         bytes_per_second: u64,
+    },
+    /// Remove what belongs to no image, if it still has that mark.
+    RemoveOrphan {
+        place: Place,
+        image: String,
+        uuid: String,
+        mark: String,
     },
     /// Nothing is left: delete the object and its finalizer.
     Remove,
@@ -147,23 +165,29 @@ pub fn decide(observed: &Observed) -> Decision {
     let mut decision = Decision { actions: vec![], status, memory, recheck_after: None };
     let wanted = wanted(o);
     let Some(manager) = &o.manager else {
-        if wanted.is_empty() {
-            if o.workload.is_some() {
-                decision.actions.push(Action::RemoveWorkload);
+        let disk = o.disks.get(&o.disk_id);
+        let look = disk.map_or(Err(None), |disk| orphans::must_look(o, disk));
+        match (disk, look) {
+            (Some(disk), look) if !wanted.is_empty() || look.is_ok() => {
+                decision.actions.push(Action::Create(Box::new(object(o, disk, wanted))));
             }
-        } else if let Some(disk) = o.disks.get(&o.disk_id) {
-            decision.actions.push(Action::Create(Box::new(object(o, disk, wanted))));
+            (_, look) => {
+                if wanted.is_empty() && o.workload.is_some() {
+                    decision.actions.push(Action::RemoveWorkload);
+                }
+                decision.recheck_after = look.err().flatten();
+            }
         }
         return decision;
     };
     let has_entries = !manager.spec.backing_images.is_empty();
-    if wanted.is_empty() && !has_entries || o.disks.is_gone(&o.disk_id) {
+    if wanted.is_empty() && !has_entries && !orphans::must_stay(o) || o.disks.is_gone(&o.disk_id) {
         // A disk that is gone for good takes its files along.
         if o.workload.is_some() {
             decision.actions.push(Action::RemoveWorkload);
         }
         decision.actions.push(Action::Remove);
-        decision.memory = Memory::default();
+        decision.memory = orphans::memory_of_empty(o);
         return decision;
     }
     let mut spec = manager.spec.clone();
@@ -192,6 +216,7 @@ pub fn decide(observed: &Observed) -> Decision {
     };
     if let Some(agent) = running(o, disk, &mut decision) {
         files(o, agent, &spec, &wanted, &mut decision);
+        orphans::plan(o, agent, disk, &mut decision);
     }
     decision
 }

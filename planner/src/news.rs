@@ -6,7 +6,8 @@
 use api::event::News;
 use api::image::{CopyState, DiskFileStatus};
 use api::names::condition::{
-    CLEANED_UP, DEFAULT_DISKS, ENGINE_REPLACEMENT, EVICTED, READY, SCHEDULABLE, SCHEDULED, UPGRADED,
+    CLEANED_UP, DEFAULT_DISKS, ENGINE_REPLACEMENT, EVICTED, NO_FOREIGN_FILES, NO_ORPHANS, READY, SCHEDULABLE,
+    SCHEDULED, UPGRADED,
 };
 use api::{
     BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Engine, ErrorKind, Node,
@@ -140,6 +141,14 @@ pub fn of_replica(replica: &Replica, disks: &Disks) -> Vec<Fact> {
 pub fn of_manager(manager: &BackingImageManager, disks: &Disks) -> Vec<Fact> {
     let conditions = manager.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
     let mut facts: Vec<Fact> = of_ready(conditions, "").into_iter().collect();
+    let found = manager.status.clone().unwrap_or_default();
+    let paths: [(_, Vec<String>); 2] =
+        [(NO_ORPHANS, found.orphans.into_keys().collect()), (NO_FOREIGN_FILES, found.foreign_files)];
+    for (r#type, paths) in paths {
+        // One more is news, another time of its removal is not.
+        let fact = of_problem(conditions, r#type);
+        facts.extend(fact.map(|fact| Fact { again: paths.join(", "), ..fact }));
+    }
     for news in facts.iter_mut().filter_map(|f| f.news.as_mut()) {
         news.message += &format!(" ({})", disks.label(&manager.spec.disk_uuid));
     }

@@ -28,6 +28,8 @@ pub struct Settings {
     pub scrub_interval: Duration,
     /// From which special addresses images may be fetched.
     pub allowed_sources: AllowedSources,
+    /// Whether what belongs to no image that exists is removed from disks.
+    pub removes_orphans: bool,
 }
 
 impl Default for Settings {
@@ -55,6 +57,7 @@ impl Settings {
             over_provisioning_percent: number(name::OVER_PROVISIONING),
             scrub_interval: Duration::from_secs(3600 * u64::from(number(name::SCRUB_INTERVAL))),
             allowed_sources: AllowedSources::of(settings),
+            removes_orphans: text(name::REMOVE_ORPHANS) == "true",
         }
     }
 

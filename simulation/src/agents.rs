@@ -5,6 +5,7 @@ use api::image::CopyState;
 use api::manager::FileInfo;
 use jiff::Timestamp;
 use planner::data_source::Report;
+use planner::manager::orphans::{Place, Remains};
 use planner::manager::{Agent, FileWish};
 use planner::retry::parse;
 use planner::workload::{State, Wish, Workload};
@@ -71,9 +72,13 @@ impl World {
         let is_running = workload.state == State::Running;
         let silence = || Err("no answer within 5 s".to_owned());
         is_running.then(|| match (self.lives(workload), self.disks.get(id)) {
-            (true, Some(disk)) => {
-                Ok(Agent { api_version: 3, api_min_version: 3, files: disk.known.values().cloned().collect() })
-            }
+            (true, Some(disk)) => Ok(Agent {
+                api_version: 3,
+                api_min_version: 3,
+                files: disk.known.values().cloned().collect(),
+                remains: self.is_here(id).then(|| disk.remains()),
+                foreign: vec![],
+            }),
             _ => silence(),
         })
     }
@@ -295,6 +300,33 @@ impl World {
         disk.syncs.insert(key.clone(), peers);
         let (name, uuid) = key.clone();
         disk.known.insert(key, FileInfo { name, uuid, state: CopyState::InProgress, ..Default::default() });
+    }
+
+    /// The agent removes an orphan; an error: it refuses. The scan must never touch anything of an image that exists.
+    pub fn remove_orphan(&mut self, id: &str, found: &Remains) -> Result<(), &'static str> {
+        if !self.is_here(id) {
+            return Err("the disk is away");
+        }
+        let key = (found.image.clone(), found.uuid.clone());
+        if !self.judge_orphan(id, &key, found) {
+            return Ok(());
+        }
+        let disk = self.disks.get_mut(id).expect("disks stay");
+        if !found.mark.is_empty() && !disk.remains().contains(&Remains { size: GIB, ..found.clone() }) {
+            return Err("it changed since it was looked at");
+        }
+        match found.place {
+            Place::Preparations => {
+                disk.made.remove(&key);
+                self.happens("orphans of preparations removed", format!("{} on {id}", found.path()));
+            }
+            Place::Copies => {
+                disk.known.remove(&key);
+                disk.files.remove(&key);
+                self.happens("orphans of copies removed", format!("{} on {id}", found.path()));
+            }
+        }
+        Ok(())
     }
 
     /// Whether the disk is where its agent looks for it.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use api::image::CopyState;
 use api::manager::ManagerState;
 use api::names::{FINALIZER, MANAGER_PORT, data_source_workload_name, manager_name};
+use planner::manager::orphans::Remains;
 use planner::retry::sooner;
 use planner::{data_source, image, manager, volume};
 use rand::Rng;
@@ -201,6 +202,7 @@ impl World {
             data_sources: self.sources.clone(),
             peers: self.peers(id),
             scrub_interval: self.settings.scrub_interval,
+            removes_orphans: self.settings.removes_orphans,
             memory: self.manager_memory.get(&name).cloned().unwrap_or_default(),
         };
         let decision = manager::decide(&observed);
@@ -259,6 +261,13 @@ impl World {
             }
             manager::Action::SyncFile { file, from } => self.sync_file(id, file, from),
             manager::Action::VerifyFile { .. } => {}
+            manager::Action::RemoveOrphan { place, image, uuid, mark } => {
+                let found = Remains { place, image, uuid, size: 0, mark, is_mixed: false };
+                if let Err(why) = self.remove_orphan(id, &found) {
+                    let memory = self.manager_memory.entry(name.to_owned()).or_default();
+                    manager::orphans::refuse(&mut memory.orphans, &found.path(), self.now, why.to_owned());
+                }
+            }
             manager::Action::Remove => {
                 self.tally.add("managers removed", 1);
                 if self.disks().get(id).is_none() {

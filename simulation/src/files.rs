@@ -7,6 +7,7 @@ use api::manager::FileInfo;
 use api::node::DiskStatus;
 use api::{Condition, ConditionStatus, condition};
 use planner::data_source::Report;
+use planner::manager::orphans::{Place, Remains};
 
 use crate::world::{GIB, World};
 
@@ -46,6 +47,27 @@ impl Disk {
         let made = self.made.values().filter(|report| report.state != CopyState::Ready).count();
         let files = self.files.len() + made;
         if self.is_full { 0 } else { self.capacity.saturating_sub(files as u64 * GIB) }
+    }
+
+    /// Whether something of an image lies there.
+    fn holds_image_files(&self) -> bool {
+        !self.files.is_empty() || self.made.values().any(|report| report.state != CopyState::Ready)
+    }
+
+    /// What lies there besides the copies that its agent knows.
+    pub fn remains(&self) -> Vec<Remains> {
+        let of = |place, key: &Key, mark| Remains {
+            place,
+            image: key.0.clone(),
+            uuid: key.1.clone(),
+            size: GIB,
+            mark,
+            is_mixed: false,
+        };
+        let unknown = self.files.iter().filter(|(key, _)| !self.known.contains_key(*key));
+        let copies = unknown.map(|(key, file)| of(Place::Copies, key, format!("{file:?}")));
+        let made = self.made.iter().filter(|(_, report)| report.state != CopyState::Ready);
+        copies.chain(made.map(|(key, report)| of(Place::Preparations, key, format!("{report:?}")))).collect()
     }
 
     pub fn is_good(&self, key: &Key) -> bool {
@@ -111,6 +133,8 @@ impl World {
             let (ready, schedulable) = match (problem, disk) {
                 (None, Some(disk)) => {
                     status.disk_uuid = mounted.clone().unwrap_or_default();
+                    status.holds_image_files = disk.holds_image_files();
+                    status.images_under_replicas = Some(vec![]);
                     (status.storage_available, status.storage_maximum) = (disk.free(), disk.capacity);
                     let pressure = Condition::new("Schedulable", ConditionStatus::False, "DiskPressure", "it is full");
                     let fine = Condition::new("Schedulable", ConditionStatus::True, "Schedulable", "");

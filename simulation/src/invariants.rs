@@ -8,6 +8,7 @@ use api::names::condition as types;
 use api::{Condition, ConditionStatus};
 use planner::disk::{Disk, Health};
 use planner::image::{Action, Decision, Observed};
+use planner::manager::orphans::{Owner, Place, Remains, owner};
 use planner::retry::since;
 use planner::setting::Settings;
 
@@ -346,6 +347,35 @@ impl World {
             self.taken.insert((id.to_owned(), key.clone()));
         }
         Ok(())
+    }
+
+    /// Whether something that was told is still an orphan when it is to be removed, as `controller/src/manager.rs` asks. Then no image of
+    /// that name and uuid may need it.
+    pub fn judge_orphan(&self, id: &str, key: &Key, found: &Remains) -> bool {
+        let (image, source) = (self.images.get(&key.0), self.sources.get(&key.0));
+        let lies_over = |r: &api::Replica| r.spec.backing_image == key.0 && r.spec.disk_id == id;
+        if owner(found, id, image, source) == Owner::Somebody
+            || found.place == Place::Copies && self.replicas.values().any(|r| lies_over(r))
+        {
+            return false;
+        }
+        let is_prepared =
+            source.is_some_and(|s| s.spec.uuid == key.1 && s.spec.disk_uuid == id && !s.spec.file_transferred);
+        let exists = image.is_some() && self.uuid_of(&key.0) == key.1;
+        assert!(
+            !is_prepared && !(exists && found.place == Place::Copies),
+            "{} on {id} is removed as an orphan, and it is none",
+            found.path()
+        );
+        // The only whole file that there is of an image: it is not left for nothing.
+        let is_whole = self.disks[id].made.get(key).is_some_and(|r| r.state == CopyState::ReadyForTransfer);
+        let is_elsewhere = self.disks.values().any(|disk| disk.files.contains_key(key)) || source.is_some();
+        assert!(
+            !(exists && is_whole) || is_elsewhere,
+            "the only file of image {} on {id} is removed as an orphan",
+            key.0
+        );
+        true
     }
 
     fn judge_removal(&self, id: &str, key: &Key) {

@@ -11,7 +11,6 @@ mod control;
 mod data;
 pub mod data_plane;
 mod files;
-pub mod gaps;
 mod invariants;
 mod operations;
 mod places;

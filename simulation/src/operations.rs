@@ -124,7 +124,11 @@ impl World {
     fn change_setting(&mut self, random: &mut StdRng) {
         let settings = &mut self.settings;
         let seconds = |of: &[u64], random: &mut StdRng| Duration::from_secs(any(of, random).copied().unwrap_or(0));
-        let what = match random.random_range(0..13) {
+        let what = match random.random_range(0..14) {
+            13 => {
+                settings.removes_orphans ^= true;
+                "removal of orphans switched"
+            }
             0 => {
                 settings.min_copies = random.random_range(1..=4);
                 "default minimum changed"
@@ -305,8 +309,8 @@ impl World {
             self.now = self.now.checked_sub(back).unwrap_or(self.now);
             // What happened before counts from now.
             let now = self.now;
-            let times = self.unused_since.values_mut().chain(self.unknown_since.values_mut());
-            times.for_each(|at| *at = now.min(*at));
+            let times = [&mut self.unused_since, &mut self.unknown_since, &mut self.gone_since];
+            times.into_iter().flat_map(|times| times.values_mut()).for_each(|at| *at = now.min(*at));
         }
     }
 

@@ -13,7 +13,6 @@ use planner::retry::{after, since};
 use rand::rngs::StdRng;
 
 use crate::files::node_of_path;
-use crate::gaps;
 use crate::invariants::ineligible;
 use crate::world::{GIB, World, mark};
 
@@ -92,6 +91,7 @@ impl World {
         self.silent.clear();
         self.stopped.clear();
         self.settings.scrub_interval = Duration::ZERO;
+        self.settings.removes_orphans = true;
         self.bring_disks_home();
         for disk in self.disks.values_mut() {
             (disk.is_full, disk.is_read_only, disk.capacity) = (false, false, 100 * GIB);
@@ -262,9 +262,6 @@ impl World {
             return Some(format!("data source {name} is left"));
         }
         for (id, disk) in self.disks.iter().filter(|(id, _)| disks.get(id).is_some()) {
-            if self.left_behind.contains(id) && !gaps::ORPHANS_ARE_REMOVED {
-                continue;
-            }
             let is_wanted = |key: &(String, String)| {
                 self.uuid_of(&key.0) == key.1 && self.images[&key.0].spec.disk_file_spec_map.contains_key(id)
             };
@@ -279,11 +276,7 @@ impl World {
                     .is_some_and(|s| prepares(&s) && s.spec.disk_uuid == *id && s.spec.uuid == key.1)
             };
             let made = disk.made.iter().find(|(key, report)| report.state != CopyState::Ready && !is_made(key));
-            let goes_with = |key: &(String, String)| {
-                let entry = manager.and_then(|m| m.spec.backing_images.get(&key.0));
-                entry == Some(&key.1) && !gaps::ABANDONED_PREPARATIONS_GO
-            };
-            if let Some((key, report)) = made.filter(|(key, _)| !goes_with(key)) {
+            if let Some((key, report)) = made {
                 return Some(format!("the temporary file of {key:?} is left on {id}: {report:?}"));
             }
         }

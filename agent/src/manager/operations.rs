@@ -17,8 +17,9 @@ use crate::limits::{DATA_SOURCE_TIMEOUT, MAX_SENDS_PER_COPY};
 use crate::manifest::Manifest;
 use crate::peer::Peer;
 use crate::seal::seal;
+use crate::survey::{Place, Survey};
 use crate::sync::{Pull, Step, pull};
-use crate::{durable, http_client, ssync};
+use crate::{durable, http_client, ssync, survey};
 
 /// What a request says about a copy, checked.
 pub(super) struct Wanted {
@@ -285,6 +286,34 @@ impl Registry {
         self.remove(&key);
         tracing::info!(image = %key, "copy deleted");
         Ok(())
+    }
+
+    /// Removes what an image left in one of the directories, and nothing else. Whoever asks has made sure that no image needs it.
+    pub async fn remove_remains(self: &Arc<Self>, key: ImageKey, place: Place, mark: &str) -> Result<(), AgentError> {
+        let _turn = self.lock(&key).await;
+        self.on_disk().await?;
+        let is_copy = place == Place::Copies;
+        if is_copy && (self.is_busy(&key) || self.get(&key).is_some_and(|copy| copy.sending > 0)) {
+            let message = format!("the copy of `{key}` is being received, verified or sent");
+            return Err(AgentError::NotReady { message });
+        }
+        let (disk, own, mark) = (self.disk.clone(), key.clone(), mark.to_owned());
+        blocking(move || survey::remove(&disk, place, &own, &mark)).await?;
+        if is_copy {
+            self.remove(&key);
+        }
+        tracing::info!(image = %key, is_copy, "orphan removed");
+        Ok(())
+    }
+
+    /// What lies on the disk besides the copies; `None`: the disk is not there, so nothing is known.
+    pub async fn survey(&self) -> Option<Survey> {
+        let (disk, known) = (self.disk.clone(), self.keys());
+        self.on_disk().await.ok()?;
+        let found = blocking(move || survey::survey(&disk, &|key| known.contains(key))).await;
+        // It may have gone in between, and an empty place would look like a disk on which nothing lies.
+        self.on_disk().await.ok()?;
+        found.inspect_err(|error| tracing::warn!(error = error.chain(), "the disk cannot be looked through")).ok()
     }
 
     /// A copy that this manager knows.

@@ -1,6 +1,6 @@
 //! What a manager knows of its copies, and who is told when it changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -184,6 +184,11 @@ impl Registry {
 
     pub fn all(&self) -> Vec<(ImageKey, Copy)> {
         self.entries().iter().map(|(key, entry)| (key.clone(), entry.copy.clone())).collect()
+    }
+
+    /// What each copy is of.
+    pub fn keys(&self) -> BTreeSet<ImageKey> {
+        self.entries().keys().cloned().collect()
     }
 
     /// The copies that can be used, in order.

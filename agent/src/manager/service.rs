@@ -9,8 +9,8 @@ use futures::stream::{Stream, StreamExt};
 use proto::bimrpc::backing_image_manager_service_server::BackingImageManagerService;
 use proto::bimrpc::{
     BackingImageResponse, BackupCreateRequest, BackupStatusRequest, BackupStatusResponse, DeleteRequest, FetchRequest,
-    GetRequest, ListResponse, PrepareDownloadRequest, PrepareDownloadResponse, SendRequest, SyncRequest, VerifyRequest,
-    VersionResponse,
+    GetRequest, ListResponse, PrepareDownloadRequest, PrepareDownloadResponse, RemoveRemainsRequest, SendRequest,
+    SyncRequest, VerifyRequest, VersionResponse,
 };
 use tokio_stream::wrappers::WatchStream;
 use tonic::metadata::MetadataValue;
@@ -22,6 +22,7 @@ use super::registry::Registry;
 use super::verification::Verification;
 use crate::error::AgentError;
 use crate::layout::ImageKey;
+use crate::survey::{Place, Remains, Survey};
 
 /// Longhorn's API version of the manager, both the newest and the oldest that is spoken.
 pub const API_VERSION: i64 = 3;
@@ -57,6 +58,17 @@ fn status(error: AgentError) -> Status {
     status
 }
 
+fn wire(found: Remains) -> proto::bimrpc::Remains {
+    proto::bimrpc::Remains {
+        name: found.key.name.to_string(),
+        uuid: found.key.uuid.to_string(),
+        is_preparation: found.place == Place::Preparations,
+        size: i64::try_from(found.size_bytes).unwrap_or(i64::MAX),
+        mark: found.mark,
+        is_mixed: found.is_mixed,
+    }
+}
+
 fn unsupported<T>(what: &str, instead: &str) -> Result<Response<T>, Status> {
     Err(status(AgentError::Unsupported { message: format!("{what} is not supported yet: {instead}") }))
 }
@@ -90,7 +102,11 @@ impl BackingImageManagerService for Service {
             }
             backing_images.insert(name, copy.response(&key));
         }
-        Ok(Response::new(ListResponse { backing_images }))
+        let survey = self.registry.survey().await;
+        let surveyed = survey.is_some();
+        let Survey { remains, foreign } = survey.unwrap_or_default();
+        let remains = remains.into_iter().map(wire).collect();
+        Ok(Response::new(ListResponse { backing_images, remains, foreign, surveyed }))
     }
 
     async fn version_get(&self, _: Request<()>) -> Result<Response<VersionResponse>, Status> {
@@ -136,6 +152,15 @@ impl BackingImageManagerService for Service {
         let wish = Verification::parse(&request.requested_at, request.bytes_per_second).map_err(status)?;
         let copy = self.registry.verify(key.clone(), wish).await.map_err(status)?;
         Ok(Response::new(copy.response(&key)))
+    }
+
+    #[instrument(name = "rpc", skip_all, fields(call = "remove_remains", image = %request.get_ref().name))]
+    async fn remove_remains(&self, request: Request<RemoveRemainsRequest>) -> Result<Response<()>, Status> {
+        let request = request.into_inner();
+        let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
+        let place = if request.is_preparation { Place::Preparations } else { Place::Copies };
+        self.registry.remove_remains(key, place, &request.mark).await.map_err(status)?;
+        Ok(Response::new(()))
     }
 
     async fn prepare_download(

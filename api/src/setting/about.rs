@@ -52,6 +52,10 @@ pub fn about(name: &str) -> Option<About> {
             "choice",
             "What becomes of the copies on a node that Kubernetes calls unschedulable: they stay, or move as under an eviction",
         ),
+        REMOVE_ORPHANS => about(
+            "boolean",
+            "Whether what lies in the directories of images and belongs to no image that exists is removed, or only told",
+        ),
         _ => None,
     }
 }

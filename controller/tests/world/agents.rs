@@ -242,7 +242,7 @@ impl BackingImageManagerService for FakeAgent {
 
     async fn list(&self, _: Request<()>) -> Result<Response<ListResponse>, Status> {
         let backing_images = self.known.lock().unwrap().clone().into_iter().collect();
-        Ok(Response::new(ListResponse { backing_images }))
+        Ok(Response::new(ListResponse { backing_images, ..Default::default() }))
     }
 
     async fn version_get(&self, _: Request<()>) -> Result<Response<VersionResponse>, Status> {
@@ -293,6 +293,10 @@ impl BackingImageManagerService for FakeAgent {
         let file = file.clone();
         let _ = self.news.send(());
         Ok(Response::new(file))
+    }
+
+    async fn remove_remains(&self, _: Request<RemoveRemainsRequest>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
     }
 
     async fn prepare_download(

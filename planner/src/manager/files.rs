@@ -6,6 +6,7 @@ use api::BackingImage;
 use api::manager::{BackingImageManagerSpec, FileInfo};
 
 use super::{Action, Agent, Decision, Observed, one_file, verification};
+use crate::image::ready_disks;
 use crate::retry::sooner;
 
 /// Image name → uuid of the copies that this disk shall hold: those that are wished, and those that their image has not let go yet
@@ -39,11 +40,18 @@ pub(super) fn files(
             left.remove(image);
         }
     }
-    // Files that nobody recorded here, such as one whose entry was edited away. Of an image that nobody knows it stays: objects may
-    // have been lost, and replicas may lie over it (invariant 6).
-    let is_known = |image: &String| o.images.iter().any(|i| i.metadata.name.as_ref() == Some(image));
+    // Files that nobody recorded here, such as one whose entry was edited away. Those of an image that nobody knows: see `orphans`.
+    // The copy of an image without a ready one may be its last: it is adopted when its disk is chosen.
+    let may_go = |file: &FileInfo, image: &BackingImage| {
+        let status = image.status.clone().unwrap_or_default();
+        status.uuid != file.uuid || ready_disks(&status).next().is_some()
+    };
+    let is_known = |file: &FileInfo| {
+        let image = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(&file.name));
+        image.is_some_and(|image| may_go(file, image))
+    };
     let is_stray = |image: &String, uuid: &String| spec.backing_images.get(image).is_none_or(|known| known != uuid);
-    for file in agent.files.iter().filter(|f| is_stray(&f.name, &f.uuid) && is_known(&f.name)) {
+    for file in agent.files.iter().filter(|f| is_stray(&f.name, &f.uuid) && is_known(f)) {
         decision.actions.push(Action::DeleteFile { image: file.name.clone(), uuid: file.uuid.clone() });
     }
     if left != spec.backing_images {

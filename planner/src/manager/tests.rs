@@ -1,6 +1,6 @@
 //! Decision tables.
 
-use api::image::{BackingImageSpec, DiskFileSpec};
+use api::image::{BackingImageSpec, DiskFileSpec, DiskFileStatus};
 use expect_test::{Expect, expect};
 
 use super::*;
@@ -32,6 +32,7 @@ fn world(text: &str) -> Observed {
         data_sources: BTreeMap::new(),
         peers: BTreeMap::new(),
         scrub_interval: Duration::ZERO,
+        removes_orphans: true,
         memory: Memory::default(),
     };
     let mut files: Vec<FileInfo> = vec![];
@@ -543,4 +544,21 @@ fn a_data_source_that_has_done_its_part_is_not_asked_again() {
     let mut o = world("wanted; held; process=running; peers; source=ready-for-transfer");
     o.data_sources.get_mut("ubuntu").unwrap().spec.file_transferred = true;
     assert!(matches!(decide(&o).actions[..], [Action::SyncFile { .. }]));
+}
+
+#[test]
+fn a_stray_copy_of_an_image_without_a_ready_one_is_kept() {
+    let strays = |is_ready: bool| {
+        let mut o = world("wanted; object; process=running; file=ready");
+        o.images[0].spec.disk_file_spec_map.clear();
+        if is_ready {
+            let copy = DiskFileStatus { state: CopyState::Ready, ..Default::default() };
+            o.images[0].status.as_mut().unwrap().disk_file_status_map.insert("e".into(), copy);
+        }
+        let Some(Ok(agent)) = &mut o.agent else { unreachable!() };
+        agent.remains = Some(vec![]);
+        decide(&o).actions
+    };
+    assert_eq!(strays(false), []);
+    assert_eq!(strays(true), [Action::DeleteFile { image: "ubuntu".into(), uuid: "12345678".into() }]);
 }

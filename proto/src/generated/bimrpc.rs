@@ -84,6 +84,47 @@ pub struct ListResponse {
         ::prost::alloc::string::String,
         BackingImageResponse,
     >,
+    /// Ours: what lies on the disk besides these, and could be of an image.
+    #[prost(message, repeated, tag = "100")]
+    pub remains: ::prost::alloc::vec::Vec<Remains>,
+    /// Ours: what lies there and is not of an image, by its path below the disk.
+    #[prost(string, repeated, tag = "101")]
+    pub foreign: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Ours: the disk is there and was looked through; otherwise the two above say nothing.
+    #[prost(bool, tag = "102")]
+    pub surveyed: bool,
+}
+/// Something of an image in one of the two directories of a disk.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Remains {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub uuid: ::prost::alloc::string::String,
+    /// What a data source works on (`tmp/`), or a copy (`backing-images/`).
+    #[prost(bool, tag = "3")]
+    pub is_preparation: bool,
+    /// What it takes on the disk.
+    #[prost(int64, tag = "4")]
+    pub size: i64,
+    /// Changes whenever one of its files does.
+    #[prost(string, tag = "5")]
+    pub mark: ::prost::alloc::string::String,
+    /// It holds something that is not of an image, so it cannot be removed.
+    #[prost(bool, tag = "6")]
+    pub is_mixed: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveRemainsRequest {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub uuid: ::prost::alloc::string::String,
+    #[prost(bool, tag = "3")]
+    pub is_preparation: bool,
+    /// Of the `Remains`; empty: those of a copy that `backing_images` told of.
+    #[prost(string, tag = "4")]
+    pub mark: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VersionResponse {
@@ -542,6 +583,31 @@ pub mod backing_image_manager_service_client {
                 .insert(GrpcMethod::new("bimrpc.BackingImageManagerService", "Verify"));
             self.inner.unary(req, path, codec).await
         }
+        /// Ours: removes what `ListResponse.remains` told of, and nothing else. Refused when it is not as it was told, or holds anything that
+        /// is not of an image. Succeeds when there is nothing.
+        pub async fn remove_remains(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RemoveRemainsRequest>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/bimrpc.BackingImageManagerService/RemoveRemains",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("bimrpc.BackingImageManagerService", "RemoveRemains"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
         /// A message whenever anything changed.
         pub async fn watch(
             &mut self,
@@ -652,6 +718,12 @@ pub mod backing_image_manager_service_server {
             tonic::Response<super::BackingImageResponse>,
             tonic::Status,
         >;
+        /// Ours: removes what `ListResponse.remains` told of, and nothing else. Refused when it is not as it was told, or holds anything that
+        /// is not of an image. Succeeds when there is nothing.
+        async fn remove_remains(
+            &self,
+            request: tonic::Request<super::RemoveRemainsRequest>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status>;
         /// Server streaming response type for the Watch method.
         type WatchStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<(), tonic::Status>,
@@ -1230,6 +1302,55 @@ pub mod backing_image_manager_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = VerifySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/bimrpc.BackingImageManagerService/RemoveRemains" => {
+                    #[allow(non_camel_case_types)]
+                    struct RemoveRemainsSvc<T: BackingImageManagerService>(pub Arc<T>);
+                    impl<
+                        T: BackingImageManagerService,
+                    > tonic::server::UnaryService<super::RemoveRemainsRequest>
+                    for RemoveRemainsSvc<T> {
+                        type Response = ();
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RemoveRemainsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BackingImageManagerService>::remove_remains(
+                                        &inner,
+                                        request,
+                                    )
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RemoveRemainsSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
