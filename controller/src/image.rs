@@ -1,45 +1,99 @@
 //! Brings the copies of one image in line with its spec.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
-use api::names::manager_name;
+use api::manager::{BackingImageManagerSpec, BackingImageManagerStatus};
+use api::names::{label, manager_name};
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica, Volume};
 use jiff::Timestamp;
+use kube::ResourceExt;
 use planner::image::{Action, Decision, Observed, decide};
+use planner::setting::Settings;
 use store::{Selector, StoreError};
 
+use crate::cache::Facet;
 use crate::error::{Doing, ReconcileError};
 use crate::queue::Kind;
 use crate::{Shared, world};
 
 pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
-    let Some(observed) = observe(name, shared).await? else { return Ok(None) };
-    let decision = decide(&observed);
+    let Some(mut observed) = observe(name, shared) else { return Ok(None) };
+    let mut decision = decide(&observed);
+    if decision.takes_away(&observed) {
+        let Some(anew) = observe_anew(observed, shared).await? else { return Ok(None) };
+        observed = anew;
+        decision = decide(&observed);
+    }
     act(name, &observed, decision, shared).await
 }
 
-async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, ReconcileError> {
-    let store = &shared.store;
-    let images: Vec<BackingImage> = world::list(store, "list images").await?;
-    let Some(image) = images.iter().find(|i| i.metadata.name.as_deref() == Some(name)).cloned() else {
-        return Ok(None);
-    };
-    let replicas: Vec<Replica> = world::list(store, "list replicas").await?;
-    let volumes: Vec<Volume> = world::list(store, "list volumes").await?;
-    let managers: Vec<BackingImageManager> = store.list(&Selector::default()).await.doing("list managers")?;
-    Ok(Some(Observed {
+/// From what is known.
+fn observe(name: &str, shared: &Shared) -> Option<Observed> {
+    let cache = &shared.cache;
+    let image = BackingImage::clone(&*cache.get(name)?);
+    let of_image = Facet::Image(name.to_owned());
+    Some(Observed {
         now: Timestamp::now(),
         random: rand::random(),
-        data_source: store.get::<BackingImageDataSource>(name).await.doing("read the data source")?,
-        managers,
-        loads: planner::disk::loads(&replicas, &images),
-        replicas: replicas.into_iter().filter(|r| r.spec.backing_image == name).collect(),
+        data_source: cache.get(name).map(|source| BackingImageDataSource::clone(&source)),
+        managers: cache.all().iter().map(|manager| about(name, manager)).collect(),
+        loads: cache.loads(),
+        replicas: cache.of(&of_image).iter().map(|replica| Replica::clone(replica)).collect(),
+        volumes: cache.of(&of_image).iter().map(|volume: &Arc<Volume>| volume.name_any()).collect(),
+        disks: cache.nodes().disks.clone(),
+        settings: Settings::clone(&cache.settings()),
+        image,
+    })
+}
+
+/// The same as the store says it now, in all that keeps a copy. Managers, whom only this controller writes, are known.
+async fn observe_anew(known: Observed, shared: &Shared) -> Result<Option<Observed>, ReconcileError> {
+    let store = &shared.store;
+    let name = known.image.name_any();
+    let Some(image) = store.get::<BackingImage>(&name).await.doing("read the image")? else { return Ok(None) };
+    let labeled = Selector::label(label::BACKING_IMAGE, &name);
+    let mut replicas: Vec<Replica> = store.list(&labeled).await.doing("list replicas")?;
+    replicas.retain(|replica| replica.spec.backing_image == name);
+    // One without the label, which somebody took off, still lies over its copy.
+    let is_new = |known: &Replica| replicas.iter().all(|r| r.metadata.name != known.metadata.name);
+    let others: Vec<Replica> = known.replicas.into_iter().filter(is_new).collect();
+    replicas.extend(others);
+    let volumes: Vec<Volume> = world::list(store, "list volumes").await?;
+    Ok(Some(Observed {
+        now: Timestamp::now(),
+        data_source: store.get(&name).await.doing("read the data source")?,
+        replicas,
         volumes: volumes.into_iter().filter(|v| v.spec.backing_image == name).filter_map(|v| v.metadata.name).collect(),
         disks: world::nodes(store).await?.disks,
         settings: world::settings(store).await?,
         image,
+        ..known
     }))
+}
+
+/// A manager without what it says of other images.
+fn about(image: &str, manager: &BackingImageManager) -> BackingImageManager {
+    let only = |map: &BTreeMap<String, String>| {
+        map.get_key_value(image).map(|(k, v)| (k.clone(), v.clone())).into_iter().collect()
+    };
+    let spec = BackingImageManagerSpec {
+        disk_uuid: manager.spec.disk_uuid.clone(),
+        backing_images: only(&manager.spec.backing_images),
+        ..Default::default()
+    };
+    let status = manager.status.as_ref().map(|status| BackingImageManagerStatus {
+        current_state: status.current_state,
+        backing_image_file_map: status
+            .backing_image_file_map
+            .get(image)
+            .map(|file| (image.to_owned(), file.clone()))
+            .into_iter()
+            .collect(),
+        ..Default::default()
+    });
+    BackingImageManager { metadata: manager.metadata.clone(), spec, status }
 }
 
 /// Returns when to look again: at once when somebody else was faster, since then something else was decided on.

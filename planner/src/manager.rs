@@ -138,6 +138,14 @@ pub struct Decision {
     pub recheck_after: Option<Duration>,
 }
 
+impl Decision {
+    /// Whether the agent ends, or what lies on its disk is forgotten. That is decided on a sure reading only; whoever removes a file
+    /// asks for its image right before.
+    pub fn takes_away(&self) -> bool {
+        self.actions.iter().any(|action| matches!(action, Action::RemoveWorkload | Action::Remove))
+    }
+}
+
 /// Decides about the agent of one disk.
 pub fn decide(observed: &Observed) -> Decision {
     let o = observed;

@@ -30,6 +30,8 @@ pub struct Script {
     pub sync_failures: Vec<String>,
     /// The image whose copies cannot be removed.
     pub undeletable: String,
+    /// An agent that starts knows what lies on its disk, as if it had never ended.
+    pub remembers: bool,
     /// How often each kind of request came.
     pub counts: BTreeMap<String, u32>,
 }
@@ -39,6 +41,8 @@ type Disk = Arc<Mutex<BTreeMap<String, BackingImageResponse>>>;
 struct Running {
     workload: Workload,
     stop: CancellationToken,
+    /// Data sources are none.
+    agent: Option<FakeAgent>,
 }
 
 #[derive(Clone)]
@@ -65,6 +69,20 @@ impl FakeWorkloads {
             script: Arc::default(),
             changed: broadcast::channel(100).0,
         }
+    }
+
+    /// A file lies on a disk.
+    pub fn put(&self, disk: &str, spec: BackingImageSpec) {
+        let mut disks = self.disks.lock().unwrap();
+        disks.entry(disk.to_owned()).or_default().lock().unwrap().insert(spec.name.clone(), file(spec, None));
+    }
+
+    /// An agent finds that one of its copies failed.
+    pub fn fail(&self, manager: &str, image: &str) {
+        let running = self.running.lock().unwrap();
+        let agent = running[manager].agent.clone().unwrap();
+        let spec = agent.known.lock().unwrap()[image].spec.clone().unwrap();
+        agent.put(spec, Some("its bytes are not those of the image".into()));
     }
 
     pub fn names(&self) -> Vec<String> {
@@ -106,6 +124,7 @@ impl Workloads for FakeWorkloads {
         }
         let ip = next_ip();
         let stop = CancellationToken::new();
+        let mut known_agent = None;
         let listener = tokio::net::TcpListener::bind(SocketAddr::from((ip, 8000))).await.unwrap();
         if spec.args[0] == "data-source" {
             let failure = {
@@ -117,8 +136,12 @@ impl Workloads for FakeWorkloads {
         } else {
             let at = spec.args.iter().position(|a| a == "--disk-uuid").unwrap();
             let disk = self.disks.lock().unwrap().entry(spec.args[at + 1].clone()).or_default().clone();
-            let agent =
-                FakeAgent { disk, known: Arc::default(), script: self.script.clone(), news: broadcast::channel(100).0 };
+            let known: Disk = Arc::default();
+            if self.script.lock().unwrap().remembers {
+                known.lock().unwrap().clone_from(&disk.lock().unwrap());
+            }
+            let agent = FakeAgent { disk, known, script: self.script.clone(), news: broadcast::channel(100).0 };
+            known_agent = Some(agent.clone());
             let stopped = stop.clone();
             tokio::spawn(
                 tonic::transport::Server::builder()
@@ -134,7 +157,8 @@ impl Workloads for FakeWorkloads {
             ip: Some(IpAddr::V4(ip)),
             is_outdated: false,
         };
-        self.running.lock().unwrap().insert(spec.name.clone(), Running { workload: workload.clone(), stop });
+        let running = Running { workload: workload.clone(), stop, agent: known_agent };
+        self.running.lock().unwrap().insert(spec.name.clone(), running);
         let _ = self.changed.send(spec.name.clone());
         Ok(workload)
     }
@@ -186,6 +210,21 @@ async fn serve_source(
     axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await.unwrap();
 }
 
+fn file(spec: BackingImageSpec, failure: Option<String>) -> BackingImageResponse {
+    BackingImageResponse {
+        status: Some(BackingImageStatus {
+            state: if failure.is_some() { "failed" } else { "ready" }.into(),
+            progress: 100,
+            checksum: if failure.is_some() { String::new() } else { "c0ffee".into() },
+            error_msg: failure.unwrap_or_default(),
+            ..Default::default()
+        }),
+        spec: Some(BackingImageSpec { size: 1048576, virtual_size: 1048576, real_size: 1048576, ..spec }),
+        format: "raw".into(),
+        ..Default::default()
+    }
+}
+
 #[derive(Clone)]
 struct FakeAgent {
     disk: Disk,
@@ -201,18 +240,7 @@ impl FakeAgent {
     }
 
     fn put(&self, spec: BackingImageSpec, failure: Option<String>) -> BackingImageResponse {
-        let file = BackingImageResponse {
-            status: Some(BackingImageStatus {
-                state: if failure.is_some() { "failed" } else { "ready" }.into(),
-                error_msg: failure.clone().unwrap_or_default(),
-                progress: 100,
-                checksum: if failure.is_some() { String::new() } else { "c0ffee".into() },
-                ..Default::default()
-            }),
-            spec: Some(BackingImageSpec { size: 1048576, virtual_size: 1048576, real_size: 1048576, ..spec.clone() }),
-            format: "raw".into(),
-            ..Default::default()
-        };
+        let file = file(spec.clone(), failure.clone());
         self.known.lock().unwrap().insert(spec.name.clone(), file.clone());
         if failure.is_none() {
             self.disk.lock().unwrap().insert(spec.name, file.clone());
