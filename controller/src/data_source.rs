@@ -17,7 +17,14 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     let (store, workloads) = (&shared.store, &shared.workloads);
     let Ok(image) = name.parse::<ImageName>() else { return Ok(None) };
     let workload = workloads.get(&data_source_workload_name(&image)).await.doing("look for the data source process")?;
-    let Some(source) = store.get::<BackingImageDataSource>(name).await.doing("read the data source")? else {
+    let known = shared.cache.get::<BackingImageDataSource>(name);
+    let source = match known {
+        Some(source) => Some(BackingImageDataSource::clone(&source)),
+        // That it is not known is not enough to end its process.
+        None if workload.is_some() => store.get(name).await.doing("read the data source")?,
+        None => None,
+    };
+    let Some(source) = source else {
         if let Some(workload) = workload {
             // Its object went without it.
             shared.agents.forget(Kind::DataSource, name);
@@ -33,15 +40,16 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
             shared.agents.follow(Kind::DataSource, name, &workload.ip);
         }
     }
-    let observed = Observed {
-        now: Timestamp::now(),
-        disks: world::nodes(store).await?.disks,
-        workload,
-        report,
-        taken_over: taken_over(name, &source, shared).await?,
-        allowed_sources: world::settings(store).await?.allowed_sources,
-        source,
-    };
+    let taken_over = taken_over(name, &source, shared);
+    let disks = shared.cache.nodes().disks.clone();
+    let allowed_sources = shared.cache.settings().allowed_sources.clone();
+    let mut observed = Observed { now: Timestamp::now(), disks, workload, report, taken_over, allowed_sources, source };
+    if decide(&observed).takes_away() {
+        let Some(source) = store.get(name).await.doing("read the data source")? else {
+            return Ok(Some(Duration::ZERO));
+        };
+        observed = Observed { disks: world::nodes(store).await?.disks, source, ..observed };
+    }
     let decision = decide(&observed);
     if observed.source.status.as_ref() != Some(&decision.status) {
         let status = decision.status;
@@ -69,14 +77,9 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
 }
 
 /// What the manager of its disk knows of the file.
-async fn taken_over(
-    name: &str,
-    source: &BackingImageDataSource,
-    shared: &Shared,
-) -> Result<Option<api::image::CopyState>, ReconcileError> {
-    let Ok(disk) = source.spec.disk_uuid.parse() else { return Ok(None) };
-    let manager = shared.store.get::<BackingImageManager>(&api::names::manager_name(&disk)).await;
-    let files = manager.doing("read the manager of the disk")?.and_then(|m| m.status).unwrap_or_default();
-    let file = files.backing_image_file_map.get(name).filter(|f| f.uuid == source.spec.uuid);
-    Ok(file.map(|f| f.state))
+fn taken_over(name: &str, source: &BackingImageDataSource, shared: &Shared) -> Option<api::image::CopyState> {
+    let disk = source.spec.disk_uuid.parse().ok()?;
+    let manager = shared.cache.get::<BackingImageManager>(&api::names::manager_name(&disk))?;
+    let file = manager.status.as_ref()?.backing_image_file_map.get(name).filter(|f| f.uuid == source.spec.uuid)?;
+    Some(file.state)
 }

@@ -18,6 +18,8 @@ pub enum ReconcileError {
     Name { what: &'static str, text: String },
     #[error("the pass took too long and was given up; it begins anew")]
     Timeout,
+    #[error("the store has not told yet what was written to it last, so nothing is decided; this is tried again")]
+    Behind,
 }
 
 impl ReconcileError {
@@ -30,7 +32,7 @@ impl ReconcileError {
                 let named = source.metadata().get(proto::ERROR_KIND_KEY).and_then(|name| name.to_str().ok());
                 named.and_then(ErrorKind::from_name).unwrap_or(ErrorKind::Unavailable)
             }
-            ReconcileError::Timeout => ErrorKind::Unavailable,
+            ReconcileError::Timeout | ReconcileError::Behind => ErrorKind::Unavailable,
             ReconcileError::Name { .. } => ErrorKind::Invalid,
         }
     }

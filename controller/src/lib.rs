@@ -5,6 +5,8 @@
 
 mod admission;
 mod agents;
+mod cache;
+mod concern;
 mod data_source;
 mod error;
 mod events;
@@ -38,6 +40,7 @@ use tracing::Instrument;
 use workloads::Workloads;
 
 use crate::agents::Agents;
+use crate::cache::Cache;
 pub use crate::error::{ControllerError, ReconcileError};
 pub use crate::metrics::Metrics;
 use crate::queue::{Key, Kind, Queue};
@@ -66,6 +69,8 @@ pub struct Context {
 /// What reconcilers share beside the [`Context`].
 pub(crate) struct Shared {
     store: Store,
+    /// What is known of the store. Whoever takes something away asks the store itself.
+    cache: Arc<Cache>,
     workloads: Arc<dyn Workloads>,
     metrics: Metrics,
     queue: Arc<Queue>,
@@ -104,8 +109,10 @@ pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), Co
     let tracker = TaskTracker::new();
     let queue = Arc::new(Queue::default());
     let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
+    let (cache, store) = Cache::new(&context.store);
     let shared = Arc::new(Shared {
-        store: context.store,
+        store,
+        cache,
         workloads: context.workloads,
         metrics: context.metrics,
         queue,
@@ -173,6 +180,7 @@ async fn pass(shared: &Shared, key: &Key) {
 }
 
 async fn reconcile(shared: &Shared, key: &Key) -> Result<Option<Duration>, ReconcileError> {
+    shared.cache.settled().await?;
     match key.kind {
         Kind::Image => image::reconcile(&key.name, shared).await,
         Kind::Manager => manager::reconcile(&key.name, shared).await,

@@ -8,6 +8,12 @@ pub const CONCURRENT_PASSES: usize = 16;
 /// Everything is looked at again this often, in case an event was lost. No happy path depends on it.
 pub const RESYNC: Duration = Duration::from_secs(30);
 
+/// When it is tried again to read everything: passes may wait for that.
+pub const RELIST_RETRY: Duration = Duration::from_secs(1);
+
+/// How long a pass waits until the watches have told what this controller wrote; they take milliseconds. It is tried again later then.
+pub const CATCH_UP: Duration = Duration::from_secs(10);
+
 /// Longer than the slowest single step (a workload that does not end by SIGTERM), shorter than a user's patience.
 pub const PASS_TIMEOUT: Duration = Duration::from_secs(60);
 

@@ -1,6 +1,7 @@
 //! Keeps the agent of one disk running while there is work, and tells it what to do with each file.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::image::CopyState;
@@ -8,36 +9,40 @@ use api::manager::ManagerState;
 use api::names::{MANAGER_PORT, manager_name};
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica};
 use jiff::Timestamp;
+use kube::ResourceExt;
+use planner::concern;
 use planner::manager::orphans::{Owner, Place, Remains, owner, refuse};
-use planner::manager::{Action, Decision, Memory, Observed, decide};
+use planner::manager::{Action, Agent, Decision, Memory, Observed, decide};
 use planner::workload::State;
 use proto::bimrpc::{RemoveRemainsRequest, VerifyRequest};
 
+use crate::cache::{Cache, Facet};
 use crate::error::{Doing, ReconcileError};
 use crate::queue::Kind;
 use crate::{Shared, world};
 
 pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
-    let observed = observe(name, shared).await?;
-    let decision = decide(&observed);
+    let mut observed = observe(name, shared).await?;
+    let mut decision = decide(&observed);
+    if decision.takes_away() {
+        // That an object or a disk is not known is not enough to end an agent or to forget what lies there.
+        observed.manager = shared.store.get(name).await.doing("read the manager")?;
+        observed.disks = world::nodes(&shared.store).await?.disks;
+        decision = decide(&observed);
+    }
     act(name, &observed, decision, shared).await
 }
 
 async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError> {
-    let store = &shared.store;
-    let managers: Vec<BackingImageManager> = world::list(store, "list managers").await?;
-    let images: Vec<BackingImage> = world::list(store, "list images").await?;
-    let sources: Vec<BackingImageDataSource> = world::list(store, "list data sources").await?;
-    let disks = world::nodes(store).await?.disks;
-    let manager = managers.iter().find(|m| m.metadata.name.as_deref() == Some(name)).cloned();
-    let is_ours = |id: &str| id.parse().is_ok_and(|id| manager_name(&id) == name);
-    let named_by_images =
-        || images.iter().flat_map(|i| i.spec.disk_file_spec_map.keys()).find(|id| is_ours(id)).cloned();
+    let cache = &shared.cache;
+    let disks = cache.nodes().disks.clone();
+    let manager: Option<Arc<BackingImageManager>> = cache.get(name);
+    let is_ours = |id: &String| id.parse().is_ok_and(|id| manager_name(&id) == name);
     let disk_id = manager
         .as_ref()
         .map(|m| m.spec.disk_uuid.clone())
-        .or_else(|| disks.list.iter().map(|d| d.id.clone()).find(|id| is_ours(id)))
-        .or_else(named_by_images)
+        .or_else(|| disks.list.iter().map(|d| d.id.clone()).find(is_ours))
+        .or_else(|| cache.disks_of_images().into_iter().find(is_ours))
         .unwrap_or_default();
     let workload = shared.workloads.get(name).await.doing("look for the agent of the disk")?;
     let workload = workload.as_ref().map(world::observed);
@@ -48,34 +53,52 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
             shared.agents.follow(Kind::Manager, name, &workload.ip);
         }
     }
-    let settings = world::settings(store).await?;
+    let names = images(&disk_id, manager.as_deref(), agent.as_ref().and_then(|agent| agent.as_ref().ok()), cache);
+    let images = names.iter().filter_map(|name| Some((name.clone(), cache.get::<BackingImage>(name)?))).collect();
+    let sources = names.iter().filter_map(|name| cache.get::<BackingImageDataSource>(name));
+    let settings = cache.settings();
     let memory = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner()).get(name).cloned();
     Ok(Observed {
         now: Timestamp::now(),
         name: name.to_owned(),
-        peers: peers(name, &managers, &images),
+        peers: peers(name, &cache.all(), &images),
         disk_id,
         disks,
-        manager,
+        manager: manager.map(|manager| BackingImageManager::clone(&manager)),
         workload,
         agent,
-        images,
         scrub_interval: settings.scrub_interval,
         removes_orphans: settings.removes_orphans,
-        data_sources: sources.into_iter().filter_map(|s| Some((s.metadata.name.clone()?, s))).collect(),
+        data_sources: sources.map(|source| (source.name_any(), BackingImageDataSource::clone(&source))).collect(),
+        images: images.values().map(|image| BackingImage::clone(image)).collect(),
         memory: memory.unwrap_or_default(),
     })
 }
 
+/// The names of the images that this disk is about: those that have a place here, those that it holds, and those of which something was
+/// found.
+fn images(disk: &str, manager: Option<&BackingImageManager>, agent: Option<&Agent>, cache: &Cache) -> BTreeSet<String> {
+    let placed = cache.of::<BackingImage>(&Facet::Disk(disk.to_owned()));
+    let held = manager.into_iter().flat_map(concern::held);
+    let files = agent.into_iter().flat_map(|agent| agent.files.iter().map(|file| &file.name));
+    let remains = agent.into_iter().flat_map(|agent| agent.remains.iter().flatten().map(|found| &found.image));
+    let placed = placed.iter().map(|image| image.name_any());
+    placed.chain(held.chain(files).chain(remains).cloned()).collect()
+}
+
 /// Image name → addresses of the other agents that have a ready copy of it.
-fn peers(name: &str, managers: &[BackingImageManager], images: &[BackingImage]) -> BTreeMap<String, Vec<String>> {
+fn peers(
+    name: &str,
+    managers: &[Arc<BackingImageManager>],
+    images: &BTreeMap<String, Arc<BackingImage>>,
+) -> BTreeMap<String, Vec<String>> {
     let mut peers: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for manager in managers.iter().filter(|m| m.metadata.name.as_deref() != Some(name)) {
         let Some(status) = manager.status.as_ref().filter(|s| s.current_state == ManagerState::Running) else {
             continue;
         };
-        for image in images {
-            let (Some(image_name), Some(known)) = (&image.metadata.name, &image.status) else { continue };
+        for (image_name, image) in images {
+            let Some(known) = &image.status else { continue };
             // The image's own verdict counts too: a copy that differs is no source.
             let is_good =
                 known.disk_file_status_map.get(&manager.spec.disk_uuid).is_none_or(|f| f.state == CopyState::Ready);
@@ -140,7 +163,11 @@ async fn act(
             }
             Action::DeleteFile { image, uuid } => {
                 // The status, which no longer tells of this copy, was written before: who wants it again from here on makes it anew.
-                let removed = if is_wanted(&image, &uuid, &observed.disk_id, store).await? {
+                let stored: Option<BackingImage> = store.get(&image).await.doing("read the image")?;
+                // Nobody recorded it, and nobody knows its image: objects may have been lost.
+                let is_strange = stored.is_none() && !is_entry(&image, &uuid);
+                let is_wanted = stored.is_some_and(|stored| is_wanted(stored, &uuid, &observed.disk_id));
+                let removed = if is_strange || is_wanted {
                     shared.queue.add(Kind::Manager, name);
                     false
                 } else if let Err(error) = shared.agents.delete_file(&ip, &image, &uuid).await {
@@ -154,6 +181,10 @@ async fn act(
                 if !removed && is_entry(&image, &uuid) {
                     kept.insert(image, uuid);
                 }
+            }
+            Action::ReplaceFile { image, uuid } => {
+                shared.agents.delete_file(&ip, &image, &uuid).await?;
+                tracing::info!(image, manager = name, "copy that is none of its image removed");
             }
             Action::FetchFile { file, from } => {
                 tracing::info!(image = file.image, manager = name, from, "copy fetched");
@@ -197,15 +228,11 @@ async fn act(
     undeleted.map_or(Ok(decision.recheck_after), Err)
 }
 
-/// Whether a copy on a disk is wanted, as it is stored now.
-async fn is_wanted(image: &str, uuid: &str, disk: &str, store: &store::Store) -> Result<bool, ReconcileError> {
-    let image: Option<BackingImage> = store.get(image).await.doing("read the image")?;
-    Ok(image.filter(|i| i.metadata.deletion_timestamp.is_none()).is_some_and(|image| {
-        let status = image.status.unwrap_or_default();
-        let has_place =
-            image.spec.disk_file_spec_map.contains_key(disk) || status.disk_file_status_map.contains_key(disk);
-        status.uuid == uuid && has_place
-    }))
+/// Whether a copy on a disk is wanted.
+fn is_wanted(image: BackingImage, uuid: &str, disk: &str) -> bool {
+    let status = image.status.unwrap_or_default();
+    let has_place = image.spec.disk_file_spec_map.contains_key(disk) || status.disk_file_status_map.contains_key(disk);
+    image.metadata.deletion_timestamp.is_none() && status.uuid == uuid && has_place
 }
 
 /// Whether something still belongs to nobody by the objects that are stored now, and nothing lies over it. They are read after the

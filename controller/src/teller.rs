@@ -36,11 +36,9 @@ struct Told {
 }
 
 impl Teller {
-    /// One that has not looked at anything, but knows the disks of these nodes.
-    pub fn new(recorder: Recorder, nodes: Vec<Node>) -> Teller {
-        let disks = Disks::of(&nodes);
-        let nodes = nodes.into_iter().map(|node| (node.metadata.name.clone().unwrap_or_default(), node)).collect();
-        Teller { recorder, nodes, disks, told: HashMap::new() }
+    /// One that has not looked at anything.
+    pub fn new(recorder: Recorder) -> Teller {
+        Teller { recorder, nodes: BTreeMap::new(), disks: Disks::default(), told: HashMap::new() }
     }
 
     pub fn image(&mut self, image: &BackingImage, is_gone: bool) {

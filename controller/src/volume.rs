@@ -5,44 +5,85 @@ use std::time::Duration;
 use api::names::{engine_name, label};
 use api::{BackingImage, Engine, Replica, Volume};
 use jiff::Timestamp;
+use kube::ResourceExt;
+use planner::setting::Settings;
 use planner::volume::{Action, Decision, Observed, decide};
 use store::{Selector, StoreError};
 
+use crate::cache::Facet;
 use crate::error::{Doing, ReconcileError};
 use crate::{Shared, world};
 
 pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, ReconcileError> {
-    let Some(observed) = observe(name, shared).await? else {
+    let Some(known) = observe(name, shared) else {
         shared.volume_restarts.lock().unwrap_or_else(|e| e.into_inner()).remove(name);
         return Ok(None);
     };
+    let decision = decide(&known);
+    if decision.is_nothing(&known) {
+        return Ok(decision.recheck_after);
+    }
+    // Which replicas are current decides about data: whatever is done is decided on what the store says now.
+    let Some(observed) = observe_anew(known, shared).await? else { return Ok(None) };
     let decision = decide(&observed);
     let recheck_after = decision.recheck_after;
     act(name, &observed, decision, shared).await?;
     Ok(recheck_after)
 }
 
-async fn observe(name: &str, shared: &Shared) -> Result<Option<Observed>, ReconcileError> {
-    let store = &shared.store;
-    let Some(volume) = store.get::<Volume>(name).await.doing("read the volume")? else { return Ok(None) };
-    let replicas: Vec<Replica> = world::list(store, "list replicas").await?;
-    let images: Vec<BackingImage> = world::list(store, "list images").await?;
-    let nodes = world::nodes(store).await?;
-    let own = Selector::label(label::LONGHORN_VOLUME, name);
-    let engines: Vec<Engine> = store.list(&own).await.doing("list engines")?;
+/// From what is known.
+fn observe(name: &str, shared: &Shared) -> Option<Observed> {
+    let cache = &shared.cache;
+    let volume = Volume::clone(&*cache.get(name)?);
+    let own = Facet::Volume(name.to_owned());
+    let nodes = cache.nodes();
     let restart = shared.volume_restarts.lock().unwrap_or_else(|e| e.into_inner()).get(name).cloned();
-    Ok(Some(Observed {
+    Some(Observed {
         now: Timestamp::now(),
         random: rand::random(),
-        engine: engines.into_iter().next(),
-        image: images.iter().find(|i| i.metadata.name.as_deref() == Some(&volume.spec.backing_image)).cloned(),
-        loads: planner::disk::loads(&replicas, &images),
-        replicas: replicas.into_iter().filter(|r| r.spec.volume_name == name).collect(),
-        disks: nodes.disks,
-        silent_since: nodes.silent_since,
-        settings: world::settings(store).await?,
+        engine: cache.of(&own).first().map(|engine| Engine::clone(engine)),
+        image: cache.get(&volume.spec.backing_image).map(|image| BackingImage::clone(&image)),
+        loads: cache.loads(),
+        replicas: cache.of(&own).iter().map(|replica| Replica::clone(replica)).collect(),
+        disks: nodes.disks.clone(),
+        silent_since: nodes.silent_since.clone(),
+        settings: Settings::clone(&cache.settings()),
         restart: restart.unwrap_or_default(),
         volume,
+    })
+}
+
+/// The same as the store says it now.
+async fn observe_anew(known: Observed, shared: &Shared) -> Result<Option<Observed>, ReconcileError> {
+    let store = &shared.store;
+    let name = known.volume.name_any();
+    let Some(volume) = store.get::<Volume>(&name).await.doing("read the volume")? else { return Ok(None) };
+    let own = Selector::label(label::LONGHORN_VOLUME, &name);
+    let engines: Vec<Engine> = store.list(&own).await.doing("list engines")?;
+    let mut replicas: Vec<Replica> = store.list(&own).await.doing("list replicas")?;
+    replicas.retain(|replica| replica.spec.volume_name == name);
+    // Those without the label, which somebody took off, are its own all the same.
+    for known in &known.replicas {
+        let known = known.name_any();
+        if replicas.iter().all(|replica| replica.name_any() != known) {
+            replicas.extend(store.get::<Replica>(&known).await.doing("read a replica")?);
+        }
+    }
+    replicas.sort_by_key(|replica| replica.name_any());
+    let image = match volume.spec.backing_image.as_str() {
+        "" => None,
+        image => store.get(image).await.doing("read the image")?,
+    };
+    let nodes = world::nodes(store).await?;
+    Ok(Some(Observed {
+        now: Timestamp::now(),
+        engine: engines.into_iter().next(),
+        image,
+        replicas,
+        disks: nodes.disks,
+        silent_since: nodes.silent_since,
+        volume,
+        ..known
     }))
 }
 

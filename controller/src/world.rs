@@ -17,27 +17,34 @@ use workloads::{Workload, WorkloadSpec, WorkloadState};
 use crate::error::{Doing, ReconcileError};
 
 /// The nodes, as disks and as times since when one is silent.
+#[derive(Default)]
 pub struct Nodes {
     pub disks: Disks,
     pub silent_since: BTreeMap<String, Timestamp>,
 }
 
-/// All nodes.
-pub async fn nodes(store: &Store) -> Result<Nodes, ReconcileError> {
-    let nodes: Vec<Node> = list(store, "list nodes").await?;
-    let silent = nodes.iter().filter_map(|node| {
-        let ready = condition::find(&node.status.as_ref()?.conditions, READY).filter(|c| !c.is_true())?;
-        Some((node.metadata.name.clone()?, planner::retry::parse(&ready.last_transition_time)?))
-    });
-    Ok(Nodes { silent_since: silent.collect(), disks: Disks::of(&nodes) })
+impl Nodes {
+    /// What nodes report.
+    pub fn of(nodes: &[Node]) -> Nodes {
+        let silent = nodes.iter().filter_map(|node| {
+            let ready = condition::find(&node.status.as_ref()?.conditions, READY).filter(|c| !c.is_true())?;
+            Some((node.metadata.name.clone()?, planner::retry::parse(&ready.last_transition_time)?))
+        });
+        Nodes { silent_since: silent.collect(), disks: Disks::of(nodes) }
+    }
 }
 
-/// All settings.
+/// All nodes, as the store has them now.
+pub async fn nodes(store: &Store) -> Result<Nodes, ReconcileError> {
+    Ok(Nodes::of(&list(store, "list nodes").await?))
+}
+
+/// All settings, as the store has them now.
 pub async fn settings(store: &Store) -> Result<Settings, ReconcileError> {
     Ok(Settings::of(&list(store, "list settings").await?))
 }
 
-/// All objects of a kind.
+/// All objects of a kind, as the store has them now.
 pub async fn list<T>(store: &Store, doing: &'static str) -> Result<Vec<T>, ReconcileError>
 where
     T: kube::Resource<DynamicType = ()> + DeserializeOwned,

@@ -6,6 +6,7 @@ mod world;
 use api::engine::{InstanceState, ReplicaMode};
 use api::image::CopyState;
 use api::names::condition::READY;
+use api::names::manager_name;
 use api::volume::{Robustness, VolumeState};
 use api::{
     BackingImage, BackingImageDataSource, BackingImageManager, Engine, ErrorKind, Replica, Setting, Volume, condition,
@@ -149,6 +150,19 @@ async fn a_failed_copy_is_synced_again() {
     })
     .await;
     eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+}
+
+#[tokio::test]
+async fn what_an_agent_takes_for_a_copy_and_is_none_is_replaced() {
+    let world = world().await;
+    world.create_image("ubuntu").await;
+    eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+    let count = |what: &str| world.workloads.script.lock().unwrap().counts.get(what).copied().unwrap_or(0);
+    let (syncs, source) = (count("sync"), count("source"));
+    world.workloads.mistake(&manager_name(&"uuid-2".parse().unwrap()), "ubuntu");
+    eventually("it is got anew", async || count("sync") > syncs).await;
+    eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
+    assert_eq!((count("delete"), count("source")), (1, source));
 }
 
 #[tokio::test]

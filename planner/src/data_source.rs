@@ -70,6 +70,13 @@ pub struct Decision {
     pub recheck_after: Option<Duration>,
 }
 
+impl Decision {
+    /// Whether the process or the object ends. That is decided on a sure reading only.
+    pub fn takes_away(&self) -> bool {
+        self.actions.iter().any(|action| matches!(action, Action::RemoveWorkload(_) | Action::RemoveFinalizer))
+    }
+}
+
 /// Decides about the data source of one image.
 pub fn decide(observed: &Observed) -> Decision {
     let mut status = observed.source.status.clone().unwrap_or_default();

@@ -197,24 +197,74 @@ fn unschedulable(allowed: bool, conditions: &[Condition]) -> Option<String> {
 
 /// What replicas and copies take on each disk, by UUID.
 pub fn loads(replicas: &[Replica], images: &[BackingImage]) -> BTreeMap<String, Load> {
-    let mut loads: BTreeMap<String, Load> = BTreeMap::new();
-    for replica in replicas.iter().filter(|r| !r.spec.disk_id.is_empty()) {
-        let load = loads.entry(replica.spec.disk_id.clone()).or_default();
-        load.replica_bytes = load.replica_bytes.saturating_add(replica.spec.volume_size.0);
+    let mut loads = Loads::default();
+    replicas.iter().for_each(|replica| loads.add(of_replica(replica)));
+    images.iter().for_each(|image| loads.add(of_image(image)));
+    loads.all()
+}
+
+/// The same, kept up to date: what an object took goes, what it takes comes.
+#[derive(Clone, Debug, Default)]
+pub struct Loads(BTreeMap<String, Sums>);
+
+/// What [`Load`] says, wide enough that nothing is lost at the upper end, so that what was added can be taken away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sums([u128; 3]);
+
+impl Loads {
+    /// Adds what an object takes.
+    pub fn add(&mut self, takes: impl IntoIterator<Item = (String, Load)>) {
+        self.change(takes, u128::checked_add);
     }
-    for image in images {
-        let status = image.status.clone().unwrap_or_default();
-        let bytes = if status.real_size > 0 { status.real_size } else { status.size };
-        for disk in image.spec.disk_file_spec_map.keys() {
-            let load = loads.entry(disk.clone()).or_default();
-            load.copy_bytes = load.copy_bytes.saturating_add(bytes);
-            let state = status.disk_file_status_map.get(disk).map_or(CopyState::NotStarted, |f| f.state);
-            if !matches!(state, CopyState::Ready | CopyState::ReadyForTransfer | CopyState::Unknown) {
-                load.incoming_bytes = load.incoming_bytes.saturating_add(bytes);
+
+    /// Takes away what was added before.
+    ///
+    /// # Panics
+    /// When it was not: the sums would be wrong from here on.
+    pub fn take(&mut self, took: impl IntoIterator<Item = (String, Load)>) {
+        self.change(took, u128::checked_sub);
+    }
+
+    fn change(&mut self, takes: impl IntoIterator<Item = (String, Load)>, change: fn(u128, u128) -> Option<u128>) {
+        for (disk, load) in takes {
+            let sums = self.0.entry(disk.clone()).or_default();
+            let parts = [load.replica_bytes, load.copy_bytes, load.incoming_bytes];
+            for (sum, part) in sums.0.iter_mut().zip(parts) {
+                *sum = change(*sum, part.into()).expect("what is taken away was added before");
+            }
+            if *sums == Sums::default() {
+                self.0.remove(&disk);
             }
         }
     }
-    loads
+
+    /// The load of each disk.
+    pub fn all(&self) -> BTreeMap<String, Load> {
+        let load = |Sums(sums): &Sums| {
+            let [replica_bytes, copy_bytes, incoming_bytes] = sums.map(|sum| u64::try_from(sum).unwrap_or(u64::MAX));
+            Load { replica_bytes, copy_bytes, incoming_bytes }
+        };
+        self.0.iter().map(|(disk, sums)| (disk.clone(), load(sums))).collect()
+    }
+}
+
+/// What a replica takes on its disk.
+pub fn of_replica(replica: &Replica) -> Option<(String, Load)> {
+    let Replica { spec, .. } = replica;
+    let load = Load { replica_bytes: spec.volume_size.0, ..Load::default() };
+    (!spec.disk_id.is_empty()).then(|| (spec.disk_id.clone(), load))
+}
+
+/// What the copies of an image take on their disks.
+pub fn of_image(image: &BackingImage) -> Vec<(String, Load)> {
+    let known = image.status.as_ref();
+    let bytes = known.map_or(0, |s| if s.real_size > 0 { s.real_size } else { s.size });
+    let load = |disk: &String| {
+        let state = known.and_then(|s| s.disk_file_status_map.get(disk)).map_or(CopyState::NotStarted, |f| f.state);
+        let is_written = matches!(state, CopyState::Ready | CopyState::ReadyForTransfer | CopyState::Unknown);
+        Load { copy_bytes: bytes, incoming_bytes: if is_written { 0 } else { bytes }, ..Load::default() }
+    };
+    image.spec.disk_file_spec_map.keys().map(|disk| (disk.clone(), load(disk))).collect()
 }
 
 /// A disk for tests: ready, empty, without tags.
@@ -238,5 +288,57 @@ pub(crate) fn ready_disk(id: &str, bytes: u64) -> Disk {
         reserved_bytes: 0,
         holds_image_files: false,
         under_replicas: Some(BTreeSet::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::image::{BackingImageStatus, DiskFileStatus};
+    use api::quantity::SizeBytes;
+
+    use super::*;
+
+    fn image(bytes: u64, copies: &[(&str, CopyState)]) -> BackingImage {
+        let mut image = BackingImage::new("image", Default::default());
+        let mut status = BackingImageStatus { size: bytes, ..Default::default() };
+        for (disk, state) in copies {
+            image.spec.disk_file_spec_map.insert((*disk).into(), Default::default());
+            let file = DiskFileStatus { state: *state, ..Default::default() };
+            status.disk_file_status_map.insert((*disk).into(), file);
+        }
+        image.status = Some(status);
+        image
+    }
+
+    fn replica(bytes: u64, disk: &str) -> Replica {
+        let mut replica = Replica::new("replica", Default::default());
+        (replica.spec.volume_size, replica.spec.disk_id) = (SizeBytes(bytes), disk.into());
+        replica
+    }
+
+    fn load(replica_bytes: u64, copy_bytes: u64, incoming_bytes: u64) -> Load {
+        Load { replica_bytes, copy_bytes, incoming_bytes }
+    }
+
+    #[test]
+    fn loads_that_are_kept_are_those_that_are_counted_anew() {
+        let first = image(10, &[("a", CopyState::Ready), ("b", CopyState::InProgress)]);
+        let second = image(5, &[("b", CopyState::Unknown)]);
+        let replicas = [replica(100, "a"), replica(7, ""), replica(u64::MAX, "b"), replica(1, "b")];
+        let mut kept = Loads::default();
+        replicas.iter().for_each(|r| kept.add(of_replica(r)));
+        [&first, &second].into_iter().for_each(|i| kept.add(of_image(i)));
+        let all = [("a".to_owned(), load(100, 10, 0)), ("b".to_owned(), load(u64::MAX, 15, 10))].into();
+        assert_eq!(kept.all(), all);
+        assert_eq!(loads(&replicas, &[first.clone(), second.clone()]), all);
+
+        let whole = image(10, &[("a", CopyState::Ready), ("b", CopyState::Ready)]);
+        kept.take(of_image(&first));
+        kept.add(of_image(&whole));
+        kept.take(of_replica(&replicas[2]));
+        assert_eq!(kept.all(), loads(&[replicas[0].clone(), replicas[3].clone()], &[whole.clone(), second.clone()]));
+        [&whole, &second].into_iter().for_each(|i| kept.take(of_image(i)));
+        [0, 3].into_iter().for_each(|n: usize| kept.take(of_replica(&replicas[n])));
+        assert_eq!(kept.all(), BTreeMap::new(), "nothing is left of what is gone");
     }
 }

@@ -82,6 +82,22 @@ pub struct Decision {
     pub recheck_after: Option<Duration>,
 }
 
+impl Decision {
+    /// Whether something goes that was there: a copy, a wish for one, the data source, the image. That is decided on a sure reading only.
+    pub fn takes_away(&self, observed: &Observed) -> bool {
+        let held = observed.image.status.iter().flat_map(|s| s.disk_file_status_map.keys());
+        let lets_go = held.into_iter().any(|disk| !self.status.disk_file_status_map.contains_key(disk));
+        lets_go
+            || self.actions.iter().any(|action| match action {
+                Action::SetCopies(map) => {
+                    observed.image.spec.disk_file_spec_map.keys().any(|disk| !map.contains_key(disk))
+                }
+                Action::DeleteDataSource | Action::RemoveFinalizer => true,
+                Action::AddFinalizer | Action::CreateDataSource(_) | Action::SetDataSourceSpec(_) => false,
+            })
+    }
+}
+
 /// Decides about one image.
 pub fn decide(observed: &Observed) -> Decision {
     let o = observed;

@@ -109,6 +109,11 @@ pub enum Action {
         image: String,
         uuid: String,
     },
+    /// The same with one that its agent takes for good and that is no copy of the image: it is wanted, and got anew.
+    ReplaceFile {
+        image: String,
+        uuid: String,
+    },
     /// Take the file over from the data source at this address; without one, adopt what is on the disk.
     FetchFile {
         file: FileWish,
@@ -154,6 +159,16 @@ pub struct Decision {
     pub status: BackingImageManagerStatus,
     pub memory: Memory,
     pub recheck_after: Option<Duration>,
+}
+
+impl Decision {
+    /// Whether the agent ends, what lies on its disk is forgotten, or an orphan goes. That is decided on a sure reading only; whoever
+    /// removes a file asks for its image right before.
+    pub fn takes_away(&self) -> bool {
+        let takes_away =
+            |a: &Action| matches!(a, Action::RemoveWorkload | Action::Remove | Action::RemoveOrphan { .. });
+        self.actions.iter().any(takes_away)
+    }
 }
 
 /// Decides about the agent of one disk.
@@ -379,7 +394,7 @@ fn one_file(
         Some(step) => {
             let is_got_anew = matches!(step, Action::SyncFile { .. } | Action::FetchFile { from: Some(_), .. });
             if failed.is_some() && is_got_anew && verification::must_go_first(reported.as_ref()) {
-                decision.actions.push(Action::DeleteFile { image: name.clone(), uuid: known.uuid.clone() });
+                decision.actions.push(Action::ReplaceFile { image: name.clone(), uuid: known.uuid.clone() });
             }
             decision.actions.push(step);
             attempt.is_running = true;

@@ -77,6 +77,14 @@ pub struct Decision {
     pub recheck_after: Option<Duration>,
 }
 
+impl Decision {
+    /// Whether everything is as it shall be.
+    pub fn is_nothing(&self, observed: &Observed) -> bool {
+        let is_told = observed.volume.status.as_ref() == Some(&self.status);
+        self.actions.is_empty() && is_told && self.restart == observed.restart
+    }
+}
+
 /// The pass as it goes: wishes are collected here and become actions where they differ from what is stored.
 struct Pass<'a> {
     o: &'a Observed,

@@ -253,7 +253,7 @@ impl World {
             manager::Action::SetSpec(spec) => self.managers.get_mut(name).expect("it is there").spec = *spec,
             manager::Action::EnsureWorkload(wish) => self.ensure_workload(&wish),
             manager::Action::RemoveWorkload => drop(self.workloads.remove(name)),
-            manager::Action::DeleteFile { image, uuid } => {
+            manager::Action::DeleteFile { image, uuid } | manager::Action::ReplaceFile { image, uuid } => {
                 self.delete_file(id, &(image, uuid)).map_err(|why| (None, why))?;
             }
             manager::Action::FetchFile { file, from } => {

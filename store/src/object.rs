@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use kube::Resource;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+
+use crate::StoreError;
 
 /// A whole object: `apiVersion`, `kind`, `metadata`, and the rest.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +44,13 @@ impl Object {
     /// `metadata.uid`, or the empty string.
     pub fn uid(&self) -> &str {
         self.text("uid")
+    }
+
+    /// The object as a value of its type.
+    pub fn decode<T: DeserializeOwned>(self) -> Result<T, StoreError> {
+        let resource = self.0.get("kind").and_then(Value::as_str).unwrap_or("object").to_owned();
+        let name = self.name().to_owned();
+        serde_json::from_value(Value::Object(self.0)).map_err(|source| StoreError::Corrupt { resource, name, source })
     }
 
     /// The labels.

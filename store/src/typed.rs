@@ -252,7 +252,5 @@ async fn give_way(failures: u32) {
 }
 
 fn decode<T: DeserializeOwned>(object: Object) -> Result<T, StoreError> {
-    let (resource, name) =
-        (object.0.get("kind").and_then(Value::as_str).unwrap_or("object").to_owned(), object.name().to_owned());
-    serde_json::from_value(Value::Object(object.0)).map_err(|source| StoreError::Corrupt { resource, name, source })
+    object.decode()
 }

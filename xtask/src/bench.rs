@@ -9,6 +9,7 @@ mod images;
 mod kills;
 mod kubernetes;
 mod reaction;
+mod scale;
 mod server;
 mod table;
 mod volume;
@@ -20,6 +21,8 @@ use std::path::{Path, PathBuf};
 use anyhow::bail;
 use clap::Args;
 use table::Table;
+
+const PARTS: [&str; 7] = ["images", "volumes", "csi", "idle", "reaction", "scale", "kubernetes"];
 
 /// Options of `cargo xtask bench`.
 #[derive(Args, Debug)]
@@ -33,7 +36,8 @@ pub struct Bench {
     /// Seconds of each fio job.
     #[arg(long, default_value_t = 4)]
     seconds: u32,
-    /// Parts to measure: images, volumes, csi, idle, reaction, kubernetes. When none is named, all but kubernetes, which builds a cluster first.
+    /// Parts to measure: images, volumes, csi, idle, reaction, scale, kubernetes. When none is named, all but kubernetes, which builds a
+    /// cluster first.
     parts: Vec<String>,
     /// The program to measure; the released one when absent.
     #[arg(long, env = "BACKING_IMAGE_CSI_BINARY")]
@@ -43,13 +47,13 @@ pub struct Bench {
 /// Measures and prints.
 pub fn run(root: &Path, bench: Bench) -> anyhow::Result<()> {
     let Bench { runs, size_mib, seconds, parts, binary } = bench;
-    if let Some(part) =
-        parts.iter().find(|p| !["images", "volumes", "csi", "idle", "reaction", "kubernetes"].contains(&p.as_str()))
-    {
-        bail!("there is no part `{part}`; there are images, volumes, csi, idle, reaction and kubernetes");
+    if let Some(part) = parts.iter().find(|p| !PARTS.contains(&p.as_str())) {
+        bail!("there is no part `{part}`; there are {}", PARTS.join(", "));
     }
+    // It counts what the controller does in a world of its own.
+    let needs_binary = parts.is_empty() || parts.iter().any(|p| p != "scale");
     let binary = std::path::absolute(binary.unwrap_or_else(|| crate::release_binary(root)))?;
-    if !binary.exists() {
+    if needs_binary && !binary.exists() {
         bail!("{} does not exist: build it with `cargo build --release`", binary.display());
     }
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
@@ -70,6 +74,9 @@ pub fn run(root: &Path, bench: Bench) -> anyhow::Result<()> {
         }
         if wanted("reaction") {
             reaction::measure(&binary, &mut table)?;
+        }
+        if wanted("scale") {
+            scale::measure(root, &mut table)?;
         }
         if parts.iter().any(|p| p == "kubernetes") {
             kubernetes::measure(root, &binary, &mut table)?;

@@ -30,6 +30,8 @@ pub struct Script {
     pub sync_failures: Vec<String>,
     /// The image whose copies cannot be removed.
     pub undeletable: String,
+    /// An agent that starts knows what lies on its disk, as if it had never ended.
+    pub remembers: bool,
     /// How often each kind of request came.
     pub counts: BTreeMap<String, u32>,
 }
@@ -39,6 +41,8 @@ type Disk = Arc<Mutex<BTreeMap<String, BackingImageResponse>>>;
 struct Running {
     workload: Workload,
     stop: CancellationToken,
+    /// Data sources are none.
+    agent: Option<FakeAgent>,
 }
 
 #[derive(Clone)]
@@ -65,6 +69,29 @@ impl FakeWorkloads {
             script: Arc::default(),
             changed: broadcast::channel(100).0,
         }
+    }
+
+    /// A file lies on a disk.
+    pub fn put(&self, disk: &str, spec: BackingImageSpec) {
+        let mut disks = self.disks.lock().unwrap();
+        disks.entry(disk.to_owned()).or_default().lock().unwrap().insert(spec.name.clone(), file(spec, None));
+    }
+
+    /// An agent finds that one of its copies failed.
+    pub fn fail(&self, manager: &str, image: &str) {
+        let running = self.running.lock().unwrap();
+        let agent = running[manager].agent.clone().unwrap();
+        let spec = agent.known.lock().unwrap()[image].spec.clone().unwrap();
+        agent.put(spec, Some("its bytes are not those of the image".into()));
+    }
+
+    /// An agent takes something else for a copy of the image.
+    pub fn mistake(&self, manager: &str, image: &str) {
+        let running = self.running.lock().unwrap();
+        let agent = running[manager].agent.clone().unwrap();
+        let mut known = agent.known.lock().unwrap();
+        known.get_mut(image).unwrap().status.as_mut().unwrap().checksum = "another".into();
+        let _ = agent.news.send(());
     }
 
     pub fn names(&self) -> Vec<String> {
@@ -106,6 +133,7 @@ impl Workloads for FakeWorkloads {
         }
         let ip = next_ip();
         let stop = CancellationToken::new();
+        let mut known_agent = None;
         let listener = tokio::net::TcpListener::bind(SocketAddr::from((ip, 8000))).await.unwrap();
         if spec.args[0] == "data-source" {
             let failure = {
@@ -117,8 +145,12 @@ impl Workloads for FakeWorkloads {
         } else {
             let at = spec.args.iter().position(|a| a == "--disk-uuid").unwrap();
             let disk = self.disks.lock().unwrap().entry(spec.args[at + 1].clone()).or_default().clone();
-            let agent =
-                FakeAgent { disk, known: Arc::default(), script: self.script.clone(), news: broadcast::channel(100).0 };
+            let known: Disk = Arc::default();
+            if self.script.lock().unwrap().remembers {
+                known.lock().unwrap().clone_from(&disk.lock().unwrap());
+            }
+            let agent = FakeAgent { disk, known, script: self.script.clone(), news: broadcast::channel(100).0 };
+            known_agent = Some(agent.clone());
             let stopped = stop.clone();
             tokio::spawn(
                 tonic::transport::Server::builder()
@@ -134,7 +166,8 @@ impl Workloads for FakeWorkloads {
             ip: Some(IpAddr::V4(ip)),
             is_outdated: false,
         };
-        self.running.lock().unwrap().insert(spec.name.clone(), Running { workload: workload.clone(), stop });
+        let running = Running { workload: workload.clone(), stop, agent: known_agent };
+        self.running.lock().unwrap().insert(spec.name.clone(), running);
         let _ = self.changed.send(spec.name.clone());
         Ok(workload)
     }
@@ -186,6 +219,25 @@ async fn serve_source(
     axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await.unwrap();
 }
 
+fn file(spec: BackingImageSpec, failure: Option<String>) -> BackingImageResponse {
+    BackingImageResponse {
+        status: Some(BackingImageStatus {
+            state: if failure.is_some() { "failed" } else { "ready" }.into(),
+            progress: 100,
+            checksum: if failure.is_some() { String::new() } else { "c0ffee".into() },
+            error_msg: failure.unwrap_or_default(),
+            ..Default::default()
+        }),
+        spec: Some(BackingImageSpec { size: 1048576, virtual_size: 1048576, real_size: 1048576, ..spec }),
+        format: "raw".into(),
+        ..Default::default()
+    }
+}
+
+fn is_ready(file: &BackingImageResponse) -> bool {
+    file.status.as_ref().is_some_and(|status| status.state == "ready")
+}
+
 #[derive(Clone)]
 struct FakeAgent {
     disk: Disk,
@@ -201,18 +253,7 @@ impl FakeAgent {
     }
 
     fn put(&self, spec: BackingImageSpec, failure: Option<String>) -> BackingImageResponse {
-        let file = BackingImageResponse {
-            status: Some(BackingImageStatus {
-                state: if failure.is_some() { "failed" } else { "ready" }.into(),
-                error_msg: failure.clone().unwrap_or_default(),
-                progress: 100,
-                checksum: if failure.is_some() { String::new() } else { "c0ffee".into() },
-                ..Default::default()
-            }),
-            spec: Some(BackingImageSpec { size: 1048576, virtual_size: 1048576, real_size: 1048576, ..spec.clone() }),
-            format: "raw".into(),
-            ..Default::default()
-        };
+        let file = file(spec.clone(), failure.clone());
         self.known.lock().unwrap().insert(spec.name.clone(), file.clone());
         if failure.is_none() {
             self.disk.lock().unwrap().insert(spec.name, file.clone());
@@ -260,11 +301,17 @@ impl BackingImageManagerService for FakeAgent {
         if request.from_address.is_empty() {
             return Err(Status::invalid_argument("no peer"));
         }
+        // What it takes for good it does not get anew.
+        let spec = request.spec.unwrap();
+        let good = self.known.lock().unwrap().get(&spec.name).filter(|file| is_ready(file)).cloned();
+        if let Some(file) = good {
+            return Ok(Response::new(file));
+        }
         let failure = {
             let mut script = self.script.lock().unwrap();
             if script.sync_failures.is_empty() { None } else { Some(script.sync_failures.remove(0)) }
         };
-        Ok(Response::new(self.put(request.spec.unwrap(), failure)))
+        Ok(Response::new(self.put(spec, failure)))
     }
 
     async fn send(&self, _: Request<SendRequest>) -> Result<Response<()>, Status> {

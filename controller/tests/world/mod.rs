@@ -54,7 +54,8 @@ pub async fn world_of(kubernetes: bool) -> World {
     World { store, workloads, stop: stop.drop_guard() }
 }
 
-async fn create_node(store: &Store, n: u32) {
+/// A node with one disk, which has nothing to do yet.
+pub async fn create_node(store: &Store, n: u32) {
     let name = format!("node-{n}");
     let disk = DiskSpec { path: format!("/disks/{n}"), ..Default::default() };
     let mut node = Node::new(

@@ -166,6 +166,7 @@ fn check(text: &str, expected: Expect) {
             Action::EnsureWorkload(wish) => format!("start {}", wish.args.join(" ")),
             Action::DeleteFile { image, uuid } if uuid != "12345678" => format!("delete {image}-{uuid}"),
             Action::DeleteFile { image, .. } => format!("delete {image}"),
+            Action::ReplaceFile { image, .. } => format!("replace {image}"),
             Action::VerifyFile { image, requested_at, bytes_per_second, .. } => {
                 format!("verify {image} `{requested_at}` {bytes_per_second}")
             }

@@ -15,16 +15,16 @@ use crate::placement::Making;
 type Apart<'a> = BTreeSet<(&'a str, &'a str)>;
 
 /// The copies of all images but one that are being made without a replica.
-pub fn making_of_others(
+pub fn making_of_others<'a>(
     but: &str,
-    images: &[BackingImage],
-    sources: &[BackingImageDataSource],
-    replicas: &[Replica],
+    images: impl IntoIterator<Item = &'a BackingImage>,
+    sources: impl IntoIterator<Item = &'a BackingImageDataSource>,
+    replicas: impl IntoIterator<Item = &'a Replica>,
     disks: &Disks,
 ) -> Making {
     let mut making = Making::new();
     let apart = apart(sources, replicas);
-    for image in images.iter().filter(|i| name_of(i) != but) {
+    for image in images.into_iter().filter(|i| name_of(i) != but) {
         let none = BTreeMap::new();
         let known = image.status.as_ref().map_or(&none, |s| &s.disk_file_status_map);
         for node in being_made(name_of(image), &image.spec.disk_file_spec_map, known, &apart, disks) {
@@ -45,8 +45,11 @@ pub(in crate::image) fn being_made_of(
     nodes.into_iter().map(str::to_owned).collect()
 }
 
-fn apart<'a>(sources: impl IntoIterator<Item = &'a BackingImageDataSource>, replicas: &'a [Replica]) -> Apart<'a> {
-    let used = replicas.iter().map(|r| (r.spec.disk_id.as_str(), r.spec.backing_image.as_str()));
+fn apart<'a>(
+    sources: impl IntoIterator<Item = &'a BackingImageDataSource>,
+    replicas: impl IntoIterator<Item = &'a Replica>,
+) -> Apart<'a> {
+    let used = replicas.into_iter().map(|r| (r.spec.disk_id.as_str(), r.spec.backing_image.as_str()));
     let prepared = sources.into_iter().filter(|s| !s.spec.file_transferred);
     let prepared = prepared.map(|s| (s.spec.disk_uuid.as_str(), s.metadata.name.as_deref().unwrap_or_default()));
     used.chain(prepared).collect()
