@@ -355,7 +355,7 @@ impl World {
         let (image, source) = (self.images.get(&key.0), self.sources.get(&key.0));
         let lies_over = |r: &api::Replica| r.spec.backing_image == key.0 && r.spec.disk_id == id;
         if owner(found, id, image, source) == Owner::Somebody
-            || found.place == Place::Copies && self.replicas.values().any(|r| lies_over(r))
+            || found.place == Place::Copies && self.replicas.values().any(lies_over)
         {
             return false;
         }
@@ -363,7 +363,7 @@ impl World {
             source.is_some_and(|s| s.spec.uuid == key.1 && s.spec.disk_uuid == id && !s.spec.file_transferred);
         let exists = image.is_some() && self.uuid_of(&key.0) == key.1;
         assert!(
-            !is_prepared && !(exists && found.place == Place::Copies),
+            !(is_prepared || exists && found.place == Place::Copies),
             "{} on {id} is removed as an orphan, and it is none",
             found.path()
         );
