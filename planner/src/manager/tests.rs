@@ -335,7 +335,9 @@ fn tries_a_failed_copy_again_after_its_back_off() {
     // What its agent takes for good would not be got anew otherwise.
     check(
         "wanted; held=failed; process=running; other; peers; due",
-        expect!["replace ubuntu; sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed the copy differs from the image: its checksum is other, that of the image is c 2026-01-01T00:00:00Z"],
+        expect![
+            "replace ubuntu; sync from 2.2.2.2:8000,3.3.3.3:8000 | Running failed the copy differs from the image: its checksum is other, that of the image is c 2026-01-01T00:00:00Z"
+        ],
     );
     // Without a ready peer nothing is deleted: what lies there may be the last.
     check(
