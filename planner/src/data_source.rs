@@ -172,6 +172,8 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         status.running_parameters = attempt;
         status.current_state = CopyState::Pending;
         status.progress = 0;
+        // What it was says something of the old disk; the new one is not known to be full.
+        status.error_kind = None;
     }
     let wish = wish(&o.source, &image, &o.allowed_sources);
     match o.disks.get(&spec.disk_uuid).map(|d| &d.health) {

@@ -356,6 +356,7 @@ async fn an_engine_upgrade_ends_with_the_answer_to_this_request_only() {
             "GET persistentvolumes/pv-1" => ok(json!({ "spec": { "csi": { "volumeHandle": "v-1" } } })),
             "PUT volumes/v-1" if nth == 1 => refused(409),
             "GET volumes/v-1" | "PUT volumes/v-1" => ok(volume("attached")),
+            "GET engines/v-1-e-0" => ok(json!({})),
             "WATCH engines" if nth == 1 => {
                 // Of a former request, by the other outcome; then none of this one yet; then changes are missed.
                 let former = engine(&json!("2020-01-01T00:00:00Z"), UPGRADED, !is_true, reason, "former");
@@ -403,6 +404,7 @@ async fn an_engine_upgrade_that_cannot_be_says_why() {
     {
         let instance = Instance::new(move |what, _, _| match what {
             "GET volumes/v-1" | "PUT volumes/v-1" => ok(volume("attached")),
+            "GET engines/v-1-e-0" => ok(json!({})),
             "WATCH engines" => watch(&[(kind, &engine(&json!(""), READY, false, "X", "the node is gone"))]),
             _ => refused(404),
         });

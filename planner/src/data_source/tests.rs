@@ -343,13 +343,23 @@ fn a_process_that_is_not_wanted_any_more_is_removed() {
 #[test]
 fn another_disk_keeps_the_back_off() {
     let mut o = observed();
-    running(&mut o, State::Failed("killed".into()), None);
-    o.source.status = Some(decide(&o).status);
+    let full = Report {
+        state: CopyState::Failed,
+        message: "no room".into(),
+        kind: Some(ErrorKind::Exhausted),
+        ..Default::default()
+    };
+    running(&mut o, State::Running, Some(full));
+    let status = decide(&o).status;
+    assert_eq!(status.error_kind, Some(ErrorKind::Exhausted));
+    o.source.status = Some(status);
     o.workload = None;
     o.source.spec.disk_uuid = "e".into();
     o.disks.list[0].id = "e".into();
     let decision = decide(&o);
     assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(crate::retry::INITIAL)));
+    // Else it would be moved once more before it is tried, and so on in turns.
+    assert_eq!((decision.status.current_state, decision.status.error_kind), (CopyState::Failed, None));
 }
 
 #[test]
