@@ -51,7 +51,7 @@ const STEPS: [Step; 13] = [
     Step { name: "release", what: Work::Run(&["cargo", "build", "--release", "--locked"], "") },
     Step {
         name: "sanity",
-        what: Work::Run(&["go", "test", "-count=1", "-timeout=15m", "-v", "./..."], "sanity-tests"),
+        what: Work::Run(&["go", "test", "-count=1", "-timeout=25m", "-v", "./..."], "sanity-tests"),
     },
     Step { name: "e2e", what: Work::IfTimeIsLeft(crate::e2e::run) },
 ];
