@@ -1,23 +1,22 @@
 //! Detached processes of one node, found again after a restart of the role.
 //!
 //! Each has a directory with its configuration, its log and a record. The record is written after the start; a crash in
-//! between is healed at the next start of the role, because every process carries its directory in its environment.
+//! between is healed at the next start of the role, because every process writes itself down before it runs its program.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use runtime::files;
-use runtime::process::{Launch, ProcessIdentity};
+use runtime::process::{Launch, ProcessIdentity, started};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::LOG_TAIL_BYTES;
 
-/// Environment variable that carries the directory of a process.
-const MARKER: &str = "BACKING_IMAGE_PROCESS";
 const RECORD: &str = "process.json";
 const LOG: &str = "log";
+/// Into which a process writes itself.
+const STARTED: &str = "started";
 
 /// What runs, or ran.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,12 +40,11 @@ impl Processes {
         fs::create_dir_all(&root)?;
         let root = root.canonicalize()?;
         let processes = Processes { root };
-        for (directory, identity) in marked(&processes.root)? {
-            let Some(name) = directory.file_name().and_then(|n| n.to_str()) else { continue };
-            let known = processes.record(name)?.is_some_and(|record| record.identity == identity);
-            if !known && directory.is_dir() {
-                let port = processes.port(name)?;
-                processes.write(name, &ProcessRecord { identity, port })?;
+        for name in processes.names()? {
+            let Some(identity) = started(&processes.directory(&name).join(STARTED))? else { continue };
+            if processes.record(&name)?.is_none_or(|record| record.identity != identity) {
+                let port = processes.port(&name)?;
+                processes.write(&name, &ProcessRecord { identity, port })?;
             }
         }
         Ok(processes)
@@ -108,8 +106,8 @@ impl Processes {
     /// Starts a process detached; its directory exists already.
     pub fn start(&self, name: &str, mut launch: Launch, port: Option<u16>) -> io::Result<ProcessRecord> {
         let directory = self.directory(name);
-        launch.env.insert(MARKER.into(), directory.display().to_string());
         launch.log_file = Some(directory.join(LOG));
+        launch.started_file = Some(directory.join(STARTED));
         files::remove_if_present(&directory.join(LOG))?;
         let identity = launch.spawn_detached()?;
         let record = ProcessRecord { identity, port };
@@ -140,28 +138,6 @@ fn tail(path: &Path) -> io::Result<String> {
     Ok(runtime::words::last(&String::from_utf8_lossy(&bytes)))
 }
 
-/// Session leaders whose marker names a directory below `root`.
-fn marked(root: &Path) -> io::Result<BTreeMap<PathBuf, ProcessIdentity>> {
-    let prefix = format!("{MARKER}={}/", root.display());
-    let mut found = BTreeMap::new();
-    for entry in fs::read_dir("/proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        // Processes come and go, and some belong to others.
-        let Ok(environment) = fs::read(format!("/proc/{pid}/environ")) else { continue };
-        let mut variables = environment.split(|byte| *byte == 0).filter_map(|v| std::str::from_utf8(v).ok());
-        let Some(name) = variables.find_map(|v| v.strip_prefix(&prefix)) else { continue };
-        let raw = rustix::process::Pid::from_raw(pid as i32);
-        if raw.is_some()
-            && rustix::process::getsid(raw).ok() == raw
-            && let Ok(identity) = ProcessIdentity::of(pid)
-            && identity.is_alive()
-        {
-            found.insert(root.join(name), identity);
-        }
-    }
-    Ok(found)
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -173,27 +149,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let processes = Processes::open(folder.path().join("replicas")).unwrap();
         let port = processes.allocate_port("r-1", 10_000, 10_010).unwrap();
-        // Its child carries the same environment.
-        let child = folder.path().join("child");
-        let script = format!("sleep 60 & echo $! > {0}.new; mv {0}.new {0}; wait", child.display());
-        let launch = Launch::new("/bin/sh").arg("-c").arg(&script);
+        let launch = Launch::new("/bin/sleep").arg("60");
         let record = processes.start("r-1", launch, port).unwrap();
-        let deadline = std::time::Instant::now() + Duration::from_secs(20);
-        while !child.exists() {
-            assert!(std::time::Instant::now() < deadline, "the process has no child");
-            tokio::time::sleep(Duration::from_millis(5)).await; // poll
-        }
         fs::remove_file(processes.directory("r-1").join(RECORD)).unwrap();
         let again = Processes::open(folder.path().join("replicas")).unwrap();
         assert_eq!(again.record("r-1").unwrap(), Some(record.clone()));
         // Unknown is not absent: it may be of a process that runs.
         fs::write(processes.directory("r-1").join(RECORD), "{").unwrap();
         assert!(again.record("r-1").is_err());
-        let child: i32 = fs::read_to_string(&child).unwrap().trim().parse().unwrap();
-        let _ = rustix::process::kill_process(
-            rustix::process::Pid::from_raw(child).unwrap(),
-            rustix::process::Signal::KILL,
-        );
         record.identity.terminate(Duration::from_secs(5)).await.unwrap();
         again.forget("r-1").unwrap();
         assert_eq!(again.names().unwrap(), Vec::<String>::new());

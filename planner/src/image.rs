@@ -131,7 +131,7 @@ pub fn decide(observed: &Observed) -> Decision {
     copies.replenish.being_made = copies::limit::being_made_of(o, &status, &map);
     recheck_after = sooner(sooner(recheck_after, copies.recheck_after), told_until);
     assert_keeps_last_ready_copy(o, &was_ready, &map);
-    let evicted = copies::eviction::condition(&o.scene(&status), &map, copies.shortage.is_some());
+    let evicted = copies::eviction::condition(&o.scene(&status), &map, copies.shortage.as_deref());
     match evicted {
         Some(condition) => report(&mut status, o, condition),
         None => status.conditions.retain(|c| c.r#type != EVICTED),

@@ -2,6 +2,8 @@
 //!
 //! A process is known by pid, start time and boot: a pid alone may belong to somebody else by the time it is used.
 
+mod birth;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
@@ -14,6 +16,9 @@ use std::time::Duration;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
+
+use birth::Birth;
+pub use birth::started;
 
 /// A process, for good: never mistaken for another one that got its pid.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -86,14 +91,16 @@ impl ProcessIdentity {
 /// State letter and start time of a process.
 fn read_stat(pid: u32) -> io::Result<(char, u64)> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The second field is the command in parentheses and may hold anything, so begin after the last one.
-    let rest = text.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
-    let mut fields = rest.split_whitespace();
-    let state = fields.next().and_then(|s| s.chars().next());
-    let start = fields.nth(18).and_then(|s| s.parse().ok());
-    state
-        .zip(start)
+    parse_stat(&text)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not understood")))
+}
+
+fn parse_stat(text: &str) -> Option<(char, u64)> {
+    // The second field is the command in parentheses and may hold anything, so begin after the last one.
+    let (_, rest) = text.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.nth(18)?.parse().ok()?))
 }
 
 fn boot_id() -> io::Result<String> {
@@ -110,12 +117,21 @@ pub struct Launch {
     pub current_dir: Option<PathBuf>,
     /// Gets standard output and error, appended; without one they go nowhere.
     pub log_file: Option<PathBuf>,
+    /// Made by the start; [`started`] finds the process there, whatever becomes of us meanwhile.
+    pub started_file: Option<PathBuf>,
 }
 
 impl Launch {
     /// A launch without arguments.
     pub fn new(program: impl Into<PathBuf>) -> Launch {
-        Launch { program: program.into(), args: vec![], env: BTreeMap::new(), current_dir: None, log_file: None }
+        Launch {
+            program: program.into(),
+            args: vec![],
+            env: BTreeMap::new(),
+            current_dir: None,
+            log_file: None,
+            started_file: None,
+        }
     }
 
     /// Adds an argument.
@@ -151,7 +167,8 @@ impl Launch {
         if let Some(directory) = &self.current_dir {
             command.current_dir(directory);
         }
-        detach(&mut command);
+        let birth = self.started_file.as_deref().map(Birth::prepare).transpose()?;
+        detach(&mut command, birth);
         let child = command.spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("the process ended at once"))?;
         // Not yet reaped, so its stat file exists even if it has ended already.
@@ -165,13 +182,13 @@ fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE) }.map_err(io::Error::from)
 }
 
-#[allow(unsafe_code, reason = "pre_exec is unsafe; setsid is async-signal-safe")]
-fn detach(command: &mut tokio::process::Command) {
-    // SAFETY: the closure only calls setsid(2), which is async-signal-safe, between fork and exec.
+#[allow(unsafe_code, reason = "pre_exec is unsafe; setsid and the note of a birth are async-signal-safe")]
+fn detach(command: &mut tokio::process::Command, birth: Option<Birth>) {
+    // SAFETY: between fork and exec the closure only calls setsid(2), open(2), read(2), write(2) and close(2).
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
             rustix::process::setsid()?;
-            Ok(())
+            birth.as_ref().map_or(Ok(()), Birth::write)
         });
     }
 }

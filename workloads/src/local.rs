@@ -1,8 +1,8 @@
 //! Local processes as workloads.
 //!
 //! Each workload is a detached process of our binary with a loopback address of its own. It outlives us: a new [`Local`] over the same
-//! directory finds it by its record, or, after a crash in the middle of a start, by a marker in its environment.
-//! What a workload has started itself ends with it, as in a pod.
+//! directory finds it by its record, or, after a crash in the middle of a start, by the file into which it wrote itself.
+//! What a workload has started itself is known by a marker in its environment and ends with it, as in a pod.
 
 mod limits;
 mod log;
@@ -117,12 +117,11 @@ impl Drop for Local {
 
 /// Matches records with processes: what to adopt, and the tokens of processes that no record asks for.
 fn match_processes(records: &Records) -> io::Result<(Vec<Record>, Vec<String>)> {
-    let marked = Marked::scan(records)?;
     let mut adopted = vec![];
     let mut alive = BTreeSet::new();
     for mut record in records.load()? {
         if record.process.is_none() {
-            let Some(process) = marked.first(&record.token) else {
+            let Some(process) = runtime::process::started(&records.started(&record.spec.name))? else {
                 // A start that nobody was told of and that left nothing.
                 records.remove(&record.spec.name)?;
                 continue;
@@ -135,6 +134,7 @@ fn match_processes(records: &Records) -> io::Result<(Vec<Record>, Vec<String>)> 
         }
         adopted.push(record);
     }
+    let marked = Marked::scan(records)?;
     let strangers = marked.tokens().filter(|token| !alive.contains(*token)).map(str::to_owned).collect();
     Ok((adopted, strangers))
 }
@@ -242,6 +242,7 @@ impl Inner {
         launch.env.insert("POD_IP".into(), ip);
         launch.env.extend([self.records.marker(&record.token)]);
         launch.log_file = Some(self.records.log(&record.spec.name));
+        launch.started_file = Some(self.records.started(&record.spec.name));
         launch
     }
 

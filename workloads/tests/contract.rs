@@ -281,8 +281,10 @@ async fn loses_no_process_through_kill_9() {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
+        // Kept until the kill: a child that cannot print would end by itself.
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        lines.map(Result::unwrap).filter(|line| line.starts_with("step")).nth(round * 2).unwrap();
+        let mut steps = lines.map(Result::unwrap).filter(|line| line.starts_with("step"));
+        steps.nth(round * 2).unwrap();
         // Not a wait for anything: it puts the kill somewhere in the next start or removal, a little later in each round.
         tokio::time::sleep(Duration::from_micros(700 * round as u64)).await;
         child.kill().unwrap();

@@ -1,11 +1,11 @@
-//! Processes found by the marker in their environment: those that a crash left without a record, and children of those that ended.
+//! Processes found by the marker in their environment: what workloads started themselves and left behind.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
 use runtime::process::ProcessIdentity;
-use rustix::process::{Pid, Signal, getsid};
+use rustix::process::Signal;
 use tokio::time::timeout;
 
 use super::record::{MARKER, Records};
@@ -13,14 +13,7 @@ use super::{blocking, limits};
 
 /// Our marked processes, by the token of their start.
 #[derive(Debug, Default)]
-pub struct Marked(BTreeMap<String, Vec<Found>>);
-
-#[derive(Debug)]
-struct Found {
-    process: ProcessIdentity,
-    /// The one that was started; the others came from it.
-    first: bool,
-}
+pub struct Marked(BTreeMap<String, Vec<ProcessIdentity>>);
 
 impl Marked {
     /// Looks at every process of the machine that we may look at.
@@ -37,17 +30,9 @@ impl Marked {
                 .find_map(|variable| std::str::from_utf8(variable).ok()?.strip_prefix(&prefix));
             let Some(token) = token.filter(|token| uuid::Uuid::try_parse(token).is_ok()) else { continue };
             let Ok(process) = ProcessIdentity::of(pid) else { continue };
-            let raw = Pid::from_raw(pid as i32);
-            let first = raw.is_some() && getsid(raw).ok() == raw;
-            found.0.entry(token.to_owned()).or_default().push(Found { process, first });
+            found.0.entry(token.to_owned()).or_default().push(process);
         }
         Ok(found)
-    }
-
-    /// The process that was started with this token, if it runs.
-    pub fn first(&self, token: &str) -> Option<ProcessIdentity> {
-        let found = self.0.get(token)?.iter().find(|found| found.first && found.process.is_alive())?;
-        Some(found.process.clone())
     }
 
     /// All tokens.
@@ -61,15 +46,14 @@ pub async fn end(records: &Records, token: &str) -> io::Result<()> {
     loop {
         let records = records.clone();
         let marked = blocking(move || Marked::scan(&records)).await?;
-        let found: Vec<_> =
-            marked.0.get(token).into_iter().flatten().filter(|found| found.process.is_alive()).collect();
+        let found: Vec<_> = marked.0.get(token).into_iter().flatten().filter(|process| process.is_alive()).collect();
         if found.is_empty() {
             return Ok(());
         }
-        for found in &found {
-            found.process.signal(Signal::KILL)?;
+        for process in &found {
+            process.signal(Signal::KILL)?;
         }
-        for Found { process, .. } in found {
+        for process in found {
             let pid = process.pid;
             let unkillable =
                 |_| io::Error::other(format!("process {pid} does not end after SIGKILL; it may wait for a disk"));

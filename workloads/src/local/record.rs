@@ -1,7 +1,7 @@
 //! The record of a workload on disk: `<directory>/<name>/workload.json`, beside its log.
 //!
-//! It is written before the process is started (without process) and again after it. A crash in between leaves a record whose token
-//! stands in the environment of at most one session, so that the process is found again.
+//! It is written before the process is started (without process) and again after it. After a crash in between the process is found
+//! by the file `started`, into which it wrote itself; its token stands in its environment and in that of what it starts.
 
 use std::fs;
 use std::io;
@@ -60,6 +60,11 @@ impl Records {
     /// The log of a workload.
     pub fn log(&self, name: &str) -> PathBuf {
         self.directory(name).join("log")
+    }
+
+    /// Where the process of a workload writes itself down.
+    pub fn started(&self, name: &str) -> PathBuf {
+        self.directory(name).join("started")
     }
 
     /// Writes a record durably.

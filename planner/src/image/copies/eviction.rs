@@ -8,22 +8,24 @@ use api::{Condition, ConditionStatus};
 
 use crate::image::guard::{Guard, Scene};
 
-/// The condition; nothing when no copy of `map` shall leave. `is_short`: no further ones are to be had.
+/// The condition; nothing when no copy of `map` shall leave. `shortage`: why no further ones are to be had.
 pub(in crate::image) fn condition(
     scene: &Scene<'_>,
     map: &BTreeMap<String, DiskFileSpec>,
-    is_short: bool,
+    shortage: Option<&str>,
 ) -> Option<Condition> {
     let staying = map.keys().filter_map(|disk| Some((disk, scene.evicting(disk)?, keeps(scene, map, disk))));
     let staying: Vec<(&String, &str, Guard)> = staying.collect();
     let (_, _, first) = staying.first()?;
     // What is being made elsewhere is only waited for.
-    let is_moving = !is_short && staying.iter().all(|(_, _, guard)| matches!(guard, Guard::TooFew { .. }));
+    let is_counted = |guard: &Guard| matches!(guard, Guard::TooFew { .. });
+    let is_moving = shortage.is_none() && staying.iter().all(|(_, _, guard)| is_counted(guard));
     let reason = if is_moving { "EvictionWaits" } else { "EvictionBlocked" };
     let sentence = |(disk, cause, guard): &(&String, &str, Guard)| {
         format!("the copy on {} stays, although {cause}: {}", scene.disks.label(disk), guard.sentence())
     };
-    let message = staying.iter().map(sentence).collect::<Vec<_>>().join("; ");
+    let shortage = shortage.filter(|_| staying.iter().any(|(_, _, guard)| is_counted(guard))).map(str::to_owned);
+    let message = staying.iter().map(sentence).chain(shortage).collect::<Vec<_>>().join("; ");
     let condition = Condition::new(EVICTED, ConditionStatus::False, reason, message);
     Some(if is_moving { condition } else { condition.with_hint(first.hint()) })
 }

@@ -221,7 +221,8 @@ fn an_eviction_that_waits_says_why() {
     let used = said("EvictionBlocked", &format!("{stays}replica v-r-0 of volume v uses it"));
     assert_eq!(evicted("wanted=1; a=ready! b=ready; used=a", nothing), used, "also while there are enough elsewhere");
     let few = "0 ready copies would be left, fewer than minNumberOfCopies asks for (1)";
-    assert_eq!(evicted("wanted=1; a=ready!", nothing), said("EvictionBlocked", &format!("{stays}{few}")));
+    let nowhere = "1 more wanted, but no further disk is eligible: there is no other disk";
+    assert_eq!(evicted("wanted=1; a=ready!", nothing), said("EvictionBlocked", &format!("{stays}{few}; {nowhere}")));
     assert_eq!(evicted("wanted=1; a=ready! b=-", nothing), said("EvictionWaits", &format!("{stays}{few}")));
     let silent = evicted("wanted=1; a=unknown!:silent b=ready", nothing).unwrap().1;
     assert!(silent.contains("it cannot be asked"), "{silent}");
