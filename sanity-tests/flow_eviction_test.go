@@ -106,7 +106,7 @@ func TestACopyThatCannotBeEvictedStaysAndSaysWhy(t *testing.T) {
 	evict(t, i, "node-1", "", true)
 	parts := []string{"disk-1 of node-1 stays, although eviction is requested", "lacks the tag `node-1`"}
 	object := until(t, i, 20*time.Second, "backingimage", "staying", "says why its copy stays", func(o imageObject) bool {
-		return says(conditionOf(o.Status.Conditions, "Ready").Message, parts)
+		return says(conditionOf(o.Status.Conditions, "Evicted").Message, parts)
 	})
 	if len(readyCopies(object)) != 1 || len(object.Status.DiskFileStatusMap) != 1 {
 		t.Errorf("want the copy as it was: %+v", object.Status.DiskFileStatusMap)
