@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::disk::{Disks, Health};
-use crate::retry::{MAX, Retry, after, delay, parse, pending, until};
+use crate::retry::{MAX, Retry, after, begun, delay, parse, pending, until};
 use crate::workload::{State, Wish, Workload};
 
 /// Keys of `runningParameters` that say what an attempt was made with, beside the source's own parameters.
@@ -24,6 +24,10 @@ const ATTEMPT_ALLOWED: &str = "allowed-source-addresses";
 
 /// The process, to users.
 const PROCESS: &str = "the data source process";
+
+/// How long the agent of the disk must say that it does not have what was handed over. Its word may be older than the transfer: it takes
+/// a pass over its disk until it tells of that. Shorter than the ten seconds within which a fault is told.
+const LOST_AFTER: Duration = Duration::from_secs(5);
 
 /// What a data source process says of its file (`GET /v1/file`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,6 +84,8 @@ impl Decision {
 /// Decides about the data source of one image.
 pub fn decide(observed: &Observed) -> Decision {
     let mut status = observed.source.status.clone().unwrap_or_default();
+    // It counts anew after each look that did not meet it.
+    status.lost_since.clear();
     let (actions, recheck_after) = plan(observed, &mut status);
     let condition = match status.current_state {
         CopyState::Ready | CopyState::ReadyForTransfer => {
@@ -250,9 +256,9 @@ fn follow(
                 status.size = report.size.max(status.size);
                 return (remove, Some(fail(o, status, report.kind, report.message.clone())));
             }
-            // On second sight, since the agent's report may be older than the transfer.
             let was_let_go = report.state == CopyState::Ready && status.current_state == CopyState::Ready;
-            if was_let_go && matches!(o.taken_over, Some(CopyState::Failed | CopyState::FailedAndCleanup)) {
+            let lost_in = if was_let_go { missed(o, status) } else { None };
+            if lost_in == Some(Duration::ZERO) {
                 let why = "the file was handed over, and the agent of the disk does not have it";
                 return (remove, Some(fail(o, status, None, why.into())));
             }
@@ -268,7 +274,7 @@ fn follow(
                 status.failures = 0;
                 status.progress = 100;
             }
-            (vec![], None)
+            (vec![], lost_in)
         }
     }
 }
@@ -284,6 +290,16 @@ fn was_handed_over(o: &Observed, status: &mut BackingImageDataSourceStatus) -> b
         status.current_state = CopyState::Ready;
     }
     is_whole && is_held
+}
+
+/// How long until what was handed over counts as lost, when the agent says that it does not have it.
+fn missed(o: &Observed, status: &mut BackingImageDataSourceStatus) -> Option<Duration> {
+    if !matches!(o.taken_over, Some(CopyState::Failed | CopyState::FailedAndCleanup)) {
+        return None;
+    }
+    let since = begun(o.now, o.source.status.as_ref().map_or("", |before| &before.lost_since));
+    status.lost_since = since.to_string();
+    Some(until(o.now, after(since, LOST_AFTER)))
 }
 
 fn finish(status: &mut BackingImageDataSourceStatus) {

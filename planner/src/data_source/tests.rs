@@ -399,24 +399,58 @@ fn a_whole_file_is_prepared_again_only_when_no_agent_has_it() {
     assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
 }
 
-#[test]
-fn a_file_that_was_handed_over_and_is_lost_is_prepared_again_although_its_process_lives() {
+/// The process has let its file go; then the agent's status, which may be older than that, says that it does not have it.
+fn let_go() -> Observed {
     let mut o = observed();
     running(&mut o, State::Running, Some(Report { state: CopyState::Ready, ..Default::default() }));
+    o.source.status = Some(decide(&o).status);
     o.taken_over = Some(CopyState::Failed);
-    let first = decide(&o);
-    assert_eq!(
-        (first.actions, first.status.current_state),
-        (vec![], CopyState::Ready),
-        "the agent may not have told yet"
-    );
-    o.source.status = Some(first.status);
+    o
+}
+
+#[test]
+fn a_file_that_was_handed_over_counts_as_lost_on_second_sight_only() {
+    let mut o = let_go();
+    for at in [Duration::ZERO, LOST_AFTER / 2, LOST_AFTER - Duration::from_millis(1)] {
+        o.now = after(now(), at);
+        let decision = decide(&o);
+        assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(LOST_AFTER - at)), "after {at:?}");
+        let status = decision.status;
+        assert_eq!((status.current_state, status.failures, status.message.as_str()), (CopyState::Ready, 0, ""));
+        assert!(condition::find(&status.conditions, READY).unwrap().is_true());
+        o.source.status = Some(status);
+    }
+    o.now = after(now(), LOST_AFTER);
     let second = decide(&o);
-    assert_eq!(second.actions, [Action::RemoveWorkload("backing-image-ds-ubuntu".into())]);
+    assert_eq!(second.actions, [Action::RemoveWorkload(REMOVE.into())]);
     assert_eq!((second.status.current_state, second.status.failures), (CopyState::Failed, 1));
+    assert!(second.status.message.contains("does not have it"), "{}", second.status.message);
     (o.source.status, o.workload, o.report) = (Some(second.status), None, None);
     o.now = after(o.now, Duration::from_secs(1));
     assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
+}
+
+#[test]
+fn a_sight_in_between_that_does_not_say_lost_begins_the_wait_anew() {
+    for between in [Some(CopyState::InProgress), Some(CopyState::Unknown), None] {
+        let mut o = let_go();
+        o.source.status = Some(decide(&o).status);
+        o.taken_over = between;
+        o.now = after(now(), LOST_AFTER / 2);
+        let decision = decide(&o);
+        assert_eq!(decision.status.lost_since, "", "{between:?}");
+        o.source.status = Some(decision.status);
+        o.taken_over = Some(CopyState::Failed);
+        o.now = after(now(), LOST_AFTER);
+        assert_eq!(decide(&o).recheck_after, Some(LOST_AFTER), "{between:?}");
+    }
+    let mut o = let_go();
+    o.source.status = Some(decide(&o).status);
+    // The clock was set back: what was seen lies ahead.
+    o.now = now().checked_sub(jiff::SignedDuration::from_hours(1)).unwrap();
+    let decision = decide(&o);
+    assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(LOST_AFTER)));
+    assert_eq!(decision.status.lost_since, o.now.to_string());
 }
 
 #[test]
