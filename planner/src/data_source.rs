@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::disk::{Disks, Health};
 use crate::retry::{MAX, Retry, after, begun, delay, parse, pending, until};
-use crate::workload::{State, Wish, Workload};
+use crate::workload::{SILENCE_LIMIT, State, Wish, Workload};
 
 /// Keys of `runningParameters` that say what an attempt was made with, beside the source's own parameters.
 const ATTEMPT_CHECKSUM: &str = "expected-checksum";
@@ -24,6 +24,9 @@ const ATTEMPT_ALLOWED: &str = "allowed-source-addresses";
 
 /// The process, to users.
 const PROCESS: &str = "the data source process";
+
+/// When a process that did not answer is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long the agent of the disk must say that it does not have what was handed over. Its word may be older than the transfer: it takes
 /// a pass over its disk until it tells of that. Shorter than the ten seconds within which a fault is told.
@@ -84,13 +87,11 @@ impl Decision {
 /// Decides about the data source of one image.
 pub fn decide(observed: &Observed) -> Decision {
     let mut status = observed.source.status.clone().unwrap_or_default();
-    // It counts anew after each look that did not meet it.
+    // These count anew after each look that did not meet them.
     status.lost_since.clear();
+    status.silent_since.clear();
     let (actions, recheck_after) = plan(observed, &mut status);
     let condition = match status.current_state {
-        CopyState::Ready | CopyState::ReadyForTransfer => {
-            Condition::new(READY, ConditionStatus::True, "Ready", "the file is whole")
-        }
         CopyState::Failed | CopyState::FailedAndCleanup => {
             let mut c = Condition::new(
                 READY,
@@ -102,6 +103,12 @@ pub fn decide(observed: &Observed) -> Decision {
             c.with_hint(hint(status.error_kind))
         }
         CopyState::Unknown => Condition::new(READY, ConditionStatus::Unknown, "Unknown", status.message.clone()),
+        _ if !status.silent_since.is_empty() => {
+            Condition::new(READY, ConditionStatus::Unknown, "NotAnswering", status.message.clone())
+        }
+        CopyState::Ready | CopyState::ReadyForTransfer => {
+            Condition::new(READY, ConditionStatus::True, "Ready", "the file is whole")
+        }
         // The process itself waits for its next attempt.
         CopyState::NotStarted | CopyState::Pending | CopyState::Starting | CopyState::InProgress
             if !status.next_retry_time.is_empty() && !status.message.is_empty() =>
@@ -247,9 +254,25 @@ fn follow(
             (vec![], None)
         }
         (State::Running, Some(Err(why))) => {
+            let since = begun(o.now, o.source.status.as_ref().map_or("", |before| &before.silent_since));
+            let limit = after(since, SILENCE_LIMIT);
+            let said = format!("{PROCESS} does not answer, since {since}: {why}");
+            let comes_again = comes_again(o.source.spec.source_type);
+            if limit <= o.now && comes_again {
+                return if was_handed_over(o, status) {
+                    (remove, None)
+                } else {
+                    (remove, Some(fail(o, status, Some(ErrorKind::Unavailable), said)))
+                };
+            }
             // It may be busy: what was known stays, and it is asked again.
-            status.message = format!("the data source process does not answer: {why}");
-            (vec![], Some(Duration::from_secs(1)))
+            status.silent_since = since.to_string();
+            status.message = if comes_again {
+                format!("{said}; it is ended and started again at {limit}")
+            } else {
+                format!("{said}; it is left as it is, since bytes may still come that nobody else has")
+            };
+            (vec![], Some(ASK_AGAIN))
         }
         (State::Running, Some(Ok(report))) => {
             if matches!(report.state, CopyState::Failed | CopyState::FailedAndCleanup) {
@@ -290,6 +313,16 @@ fn was_handed_over(o: &Observed, status: &mut BackingImageDataSourceStatus) -> b
         status.current_state = CopyState::Ready;
     }
     is_whole && is_held
+}
+
+/// Whether an ended preparation can be made again. What a user uploads comes once.
+fn comes_again(source_type: Option<SourceType>) -> bool {
+    match source_type {
+        // Longhorn's default.
+        None => true,
+        Some(SourceType::Download | SourceType::ExportFromVolume | SourceType::Restore | SourceType::Clone) => true,
+        Some(SourceType::Upload) => false,
+    }
 }
 
 /// How long until what was handed over counts as lost, when the agent says that it does not have it.
