@@ -95,7 +95,7 @@ impl Pass<'_> {
             .map(|(d, _)| d.clone())
             .collect();
         let held = o.image.as_ref().map(copies_held).unwrap_or_default();
-        let bytes = if status.real_size > 0 { status.real_size } else { status.size };
+        let bytes = status.copy_bytes();
         let request = Request {
             disks: &o.disks,
             loads: &o.loads,
