@@ -203,7 +203,10 @@ fn choose(request: &Request<'_>, count: usize, limit: Option<Limit<'_>>, base: O
         if is_busy(&disk.node) {
             choice.waiting.push(disk.node.clone());
         } else {
-            let why = why(disk, free, of, (zones.count(&disk.zone), nodes.count(&disk.node)));
+            let mut why = why(disk, free, of, (zones.count(&disk.zone), nodes.count(&disk.node)));
+            if base.is_some_and(|b| b.preferred.contains(&disk.id)) {
+                why += ", a copy of the image is there";
+            }
             choice.chosen.push(Chosen { disk: disk.clone(), why });
             making.add(&disk.node);
         }
