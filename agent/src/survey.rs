@@ -37,6 +37,8 @@ pub(crate) struct Remains {
     pub mark: String,
     /// It holds something that is not of an image.
     pub is_mixed: bool,
+    /// A copy without its file.
+    pub is_partial: bool,
 }
 
 /// One of the directories.
@@ -120,6 +122,7 @@ fn copy(disk: &Disk, key: &ImageKey) -> Option<Remains> {
         remains.is_mixed = true;
         return Some(remains);
     };
+    remains.is_partial = entries.iter().all(|(name, _)| name != COPY);
     for (name, metadata) in entries {
         let is_ours = without_image_suffix(&name) == COPY && metadata.is_file();
         remains.is_mixed |= !is_ours;
@@ -141,7 +144,7 @@ fn preparation(disk: &Disk, key: &ImageKey) -> Option<Remains> {
 
 impl Remains {
     fn new(place: Place, key: &ImageKey) -> Remains {
-        Remains { place, key: key.clone(), size_bytes: 0, mark: String::new(), is_mixed: false }
+        Remains { place, key: key.clone(), size_bytes: 0, mark: String::new(), is_mixed: false, is_partial: false }
     }
 
     /// Adds a file. Of its times the kernel's own one counts, which nobody can put back.
@@ -219,7 +222,8 @@ mod tests {
         let survey = survey(&disk, &|_| false).unwrap();
         let remains = survey.remains.iter().map(|r| {
             let place = if r.place == Place::Copies { "copy" } else { "preparation" };
-            format!("{}{place} {}", if r.is_mixed { "mixed " } else { "" }, r.key)
+            let part = if r.is_partial { "part of a " } else { "" };
+            format!("{}{part}{place} {}", if r.is_mixed { "mixed " } else { "" }, r.key)
         });
         remains.chain(survey.foreign).collect::<Vec<_>>().join("; ")
     }
@@ -229,10 +233,14 @@ mod tests {
         assert_eq!(found(&[]), "");
         for suffix in IMAGE_FILE_SUFFIXES.into_iter().chain([".cfg.writing"]) {
             assert_eq!(found(&[&format!("tmp/{KEY}{suffix}")]), format!("preparation {KEY}"), "{suffix}");
-            assert_eq!(found(&[&format!("backing-images/{KEY}/backing{suffix}")]), format!("copy {KEY}"), "{suffix}");
+            let part = if suffix.is_empty() { "" } else { "part of a " };
+            let copy = format!("{part}copy {KEY}");
+            assert_eq!(found(&[&format!("backing-images/{KEY}/backing{suffix}")]), copy, "{suffix}");
         }
-        assert_eq!(found(&[&format!("backing-images/{KEY}/")]), format!("copy {KEY}"));
-        assert_eq!(found(&[&format!("backing-images/{KEY}/notes")]), format!("mixed copy {KEY}"));
+        let whole = [".tmp", ".cfg", ""].map(|suffix| format!("backing-images/{KEY}/backing{suffix}"));
+        assert_eq!(found(&whole.each_ref().map(String::as_str)), format!("copy {KEY}"));
+        assert_eq!(found(&[&format!("backing-images/{KEY}/")]), format!("part of a copy {KEY}"));
+        assert_eq!(found(&[&format!("backing-images/{KEY}/notes")]), format!("mixed part of a copy {KEY}"));
         assert_eq!(found(&[&format!("backing-images/{KEY}/backing@")]), format!("mixed copy {KEY}"));
         for (path, told) in [
             ("backing-images/my-own-thing/", "my-own-thing"),

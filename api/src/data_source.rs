@@ -71,6 +71,12 @@ pub struct BackingImageDataSourceStatus {
     /// Ours: what kind of failure `message` tells of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_kind: Option<ErrorKind>,
+    /// Ours: since when the agent of the disk says that it does not have the file that was handed over to it; empty when it does not say so.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub lost_since: String,
+    /// Ours: since when the process runs and does not answer; empty when it answers.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub silent_since: String,
     /// Ours.
     pub conditions: Vec<Condition>,
     #[serde(flatten)]

@@ -191,6 +191,13 @@ pub struct BackingImageStatus {
     pub other: Unknown,
 }
 
+impl BackingImageStatus {
+    /// Bytes that a copy takes on its disk; 0 when not known yet.
+    pub fn copy_bytes(&self) -> u64 {
+        if self.real_size > 0 { self.real_size } else { self.size }
+    }
+}
+
 /// One observed copy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]

@@ -41,6 +41,9 @@ pub struct ReplicaSpec {
     pub failed_at: String,
     /// Ours: why it failed, a sentence.
     pub failed_reason: String,
+    /// Ours: why it was placed on its disk, a sentence; written once, when it is made.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub place_reason: String,
     /// UUID of its disk.
     #[serde(rename = "diskID")]
     pub disk_id: String,

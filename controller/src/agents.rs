@@ -234,7 +234,11 @@ fn wire_spec(file: &FileWish) -> BackingImageSpec {
 
 fn remains(found: bimrpc::Remains) -> Remains {
     Remains {
-        place: if found.is_preparation { Place::Preparations } else { Place::Copies },
+        place: match found {
+            bimrpc::Remains { is_preparation: true, .. } => Place::Preparations,
+            bimrpc::Remains { is_partial: true, .. } => Place::Parts,
+            _ => Place::Copies,
+        },
         image: found.name,
         uuid: found.uuid,
         size: u64::try_from(found.size).unwrap_or(0),

@@ -1,9 +1,12 @@
 //! Starts, follows and ends the process that prepares an image's first file.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::ids::ImageName;
-use api::names::data_source_workload_name;
+use api::image::CopyState;
+use api::manager::ManagerState;
+use api::names::{data_source_workload_name, manager_name};
 use api::{BackingImageDataSource, BackingImageManager};
 use jiff::Timestamp;
 use planner::data_source::{Action, Observed, decide};
@@ -48,7 +51,12 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         let Some(source) = store.get(name).await.doing("read the data source")? else {
             return Ok(Some(Duration::ZERO));
         };
-        observed = Observed { disks: world::nodes(store).await?.disks, source, ..observed };
+        let taken_over = match observed.taken_over {
+            // That the file is missed is the agent's own word of now, not what was told of it before the transfer.
+            Some(CopyState::Failed | CopyState::FailedAndCleanup) => asked(name, &source, shared).await,
+            known => known,
+        };
+        observed = Observed { disks: world::nodes(store).await?.disks, source, taken_over, ..observed };
     }
     let decision = decide(&observed);
     if observed.source.status.as_ref() != Some(&decision.status) {
@@ -76,10 +84,25 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     Ok(decision.recheck_after)
 }
 
-/// What the manager of its disk knows of the file.
-fn taken_over(name: &str, source: &BackingImageDataSource, shared: &Shared) -> Option<api::image::CopyState> {
-    let disk = source.spec.disk_uuid.parse().ok()?;
-    let manager = shared.cache.get::<BackingImageManager>(&api::names::manager_name(&disk))?;
+/// What the status of the manager of its disk says of the file.
+fn taken_over(name: &str, source: &BackingImageDataSource, shared: &Shared) -> Option<CopyState> {
+    let manager = manager_of(source, shared)?;
     let file = manager.status.as_ref()?.backing_image_file_map.get(name).filter(|f| f.uuid == source.spec.uuid)?;
     Some(file.state)
+}
+
+/// What the agent of its disk says of the file when it is asked; `None`: it does not answer, which says nothing.
+async fn asked(name: &str, source: &BackingImageDataSource, shared: &Shared) -> Option<CopyState> {
+    let status = manager_of(source, shared)?.status.clone()?;
+    if status.current_state != ManagerState::Running {
+        return None;
+    }
+    let agent = shared.agents.list(&status.ip).await.ok()?;
+    let file = agent.files.iter().find(|f| f.name == name && f.uuid == source.spec.uuid);
+    Some(file.map_or(CopyState::Failed, |f| f.state))
+}
+
+fn manager_of(source: &BackingImageDataSource, shared: &Shared) -> Option<Arc<BackingImageManager>> {
+    let disk = source.spec.disk_uuid.parse().ok()?;
+    shared.cache.get::<BackingImageManager>(&manager_name(&disk))
 }

@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::disk::{Disks, Health};
-use crate::retry::{MAX, Retry, after, delay, parse, pending, until};
-use crate::workload::{State, Wish, Workload};
+use crate::retry::{MAX, Retry, after, begun, delay, parse, pending, until};
+use crate::workload::{SILENCE_LIMIT, State, Wish, Workload};
 
 /// Keys of `runningParameters` that say what an attempt was made with, beside the source's own parameters.
 const ATTEMPT_CHECKSUM: &str = "expected-checksum";
@@ -24,6 +24,13 @@ const ATTEMPT_ALLOWED: &str = "allowed-source-addresses";
 
 /// The process, to users.
 const PROCESS: &str = "the data source process";
+
+/// When a process that did not answer is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long the agent of the disk must say that it does not have what was handed over. Its word may be older than the transfer: it takes
+/// a pass over its disk until it tells of that. Shorter than the ten seconds within which a fault is told.
+const LOST_AFTER: Duration = Duration::from_secs(5);
 
 /// What a data source process says of its file (`GET /v1/file`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,11 +87,11 @@ impl Decision {
 /// Decides about the data source of one image.
 pub fn decide(observed: &Observed) -> Decision {
     let mut status = observed.source.status.clone().unwrap_or_default();
+    // These count anew after each look that did not meet them.
+    status.lost_since.clear();
+    status.silent_since.clear();
     let (actions, recheck_after) = plan(observed, &mut status);
     let condition = match status.current_state {
-        CopyState::Ready | CopyState::ReadyForTransfer => {
-            Condition::new(READY, ConditionStatus::True, "Ready", "the file is whole")
-        }
         CopyState::Failed | CopyState::FailedAndCleanup => {
             let mut c = Condition::new(
                 READY,
@@ -96,6 +103,12 @@ pub fn decide(observed: &Observed) -> Decision {
             c.with_hint(hint(status.error_kind))
         }
         CopyState::Unknown => Condition::new(READY, ConditionStatus::Unknown, "Unknown", status.message.clone()),
+        _ if !status.silent_since.is_empty() => {
+            Condition::new(READY, ConditionStatus::Unknown, "NotAnswering", status.message.clone())
+        }
+        CopyState::Ready | CopyState::ReadyForTransfer => {
+            Condition::new(READY, ConditionStatus::True, "Ready", "the file is whole")
+        }
         // The process itself waits for its next attempt.
         CopyState::NotStarted | CopyState::Pending | CopyState::Starting | CopyState::InProgress
             if !status.next_retry_time.is_empty() && !status.message.is_empty() =>
@@ -241,18 +254,34 @@ fn follow(
             (vec![], None)
         }
         (State::Running, Some(Err(why))) => {
+            let since = begun(o.now, o.source.status.as_ref().map_or("", |before| &before.silent_since));
+            let limit = after(since, SILENCE_LIMIT);
+            let said = format!("{PROCESS} does not answer, since {since}: {why}");
+            let comes_again = comes_again(o.source.spec.source_type);
+            if limit <= o.now && comes_again {
+                return if was_handed_over(o, status) {
+                    (remove, None)
+                } else {
+                    (remove, Some(fail(o, status, Some(ErrorKind::Unavailable), said)))
+                };
+            }
             // It may be busy: what was known stays, and it is asked again.
-            status.message = format!("the data source process does not answer: {why}");
-            (vec![], Some(Duration::from_secs(1)))
+            status.silent_since = since.to_string();
+            status.message = if comes_again {
+                format!("{said}; it is ended and started again at {limit}")
+            } else {
+                format!("{said}; it is left as it is, since bytes may still come that nobody else has")
+            };
+            (vec![], Some(ASK_AGAIN))
         }
         (State::Running, Some(Ok(report))) => {
             if matches!(report.state, CopyState::Failed | CopyState::FailedAndCleanup) {
                 status.size = report.size.max(status.size);
                 return (remove, Some(fail(o, status, report.kind, report.message.clone())));
             }
-            // On second sight, since the agent's report may be older than the transfer.
             let was_let_go = report.state == CopyState::Ready && status.current_state == CopyState::Ready;
-            if was_let_go && matches!(o.taken_over, Some(CopyState::Failed | CopyState::FailedAndCleanup)) {
+            let lost_in = if was_let_go { missed(o, status) } else { None };
+            if lost_in == Some(Duration::ZERO) {
                 let why = "the file was handed over, and the agent of the disk does not have it";
                 return (remove, Some(fail(o, status, None, why.into())));
             }
@@ -268,7 +297,7 @@ fn follow(
                 status.failures = 0;
                 status.progress = 100;
             }
-            (vec![], None)
+            (vec![], lost_in)
         }
     }
 }
@@ -284,6 +313,26 @@ fn was_handed_over(o: &Observed, status: &mut BackingImageDataSourceStatus) -> b
         status.current_state = CopyState::Ready;
     }
     is_whole && is_held
+}
+
+/// Whether an ended preparation can be made again. What a user uploads comes once.
+fn comes_again(source_type: Option<SourceType>) -> bool {
+    match source_type {
+        // Longhorn's default.
+        None => true,
+        Some(SourceType::Download | SourceType::ExportFromVolume | SourceType::Restore | SourceType::Clone) => true,
+        Some(SourceType::Upload) => false,
+    }
+}
+
+/// How long until what was handed over counts as lost, when the agent says that it does not have it.
+fn missed(o: &Observed, status: &mut BackingImageDataSourceStatus) -> Option<Duration> {
+    if !matches!(o.taken_over, Some(CopyState::Failed | CopyState::FailedAndCleanup)) {
+        return None;
+    }
+    let since = begun(o.now, o.source.status.as_ref().map_or("", |before| &before.lost_since));
+    status.lost_since = since.to_string();
+    Some(until(o.now, after(since, LOST_AFTER)))
 }
 
 fn finish(status: &mut BackingImageDataSourceStatus) {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::condition;
-use api::image::CopyState;
+use api::image::{BackingImageStatus, CopyState};
 use api::names::condition::{CORDONED, IN_SERVICE, READY, SCHEDULABLE};
 use api::{BackingImage, Condition, ConditionStatus, Node, Replica};
 use jiff::Timestamp;
@@ -258,7 +258,7 @@ pub fn of_replica(replica: &Replica) -> Option<(String, Load)> {
 /// What the copies of an image take on their disks.
 pub fn of_image(image: &BackingImage) -> Vec<(String, Load)> {
     let known = image.status.as_ref();
-    let bytes = known.map_or(0, |s| if s.real_size > 0 { s.real_size } else { s.size });
+    let bytes = known.map_or(0, BackingImageStatus::copy_bytes);
     let load = |disk: &String| {
         let state = known.and_then(|s| s.disk_file_status_map.get(disk)).map_or(CopyState::NotStarted, |f| f.state);
         let is_written = matches!(state, CopyState::Ready | CopyState::ReadyForTransfer | CopyState::Unknown);
@@ -293,7 +293,7 @@ pub(crate) fn ready_disk(id: &str, bytes: u64) -> Disk {
 
 #[cfg(test)]
 mod tests {
-    use api::image::{BackingImageStatus, DiskFileStatus};
+    use api::image::DiskFileStatus;
     use api::quantity::SizeBytes;
 
     use super::*;

@@ -25,10 +25,7 @@ use self::orphans::{Place, Remains, Sighting};
 use crate::disk::{Disk, Disks, Health};
 use crate::image::difference;
 use crate::retry::{Retry, after, sooner};
-use crate::workload::{State, Wish, Workload};
-
-/// How long an agent of another version may run without an answer: longer than one that is busy, or whose network is set up anew, takes.
-const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+use crate::workload::{SILENCE_LIMIT, State, Wish, Workload};
 
 /// What an agent says, when it is asked.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -102,6 +102,12 @@ pub fn choose_for_replicas(request: &Request<'_>, count: usize, base: Base<'_>) 
     choose(request, count, None, Some(base))
 }
 
+/// The disks that could take a replica now, and the bytes that may still be promised on each: those that
+/// [`choose_for_replicas`] would choose among.
+pub fn room_for_replicas<'a>(request: &Request<'a>, base: Base<'_>) -> Vec<(&'a Disk, u64)> {
+    eligible(request, Some(base), &mut vec![])
+}
+
 /// Why a disk cannot take anything of these selectors, whatever its room.
 pub fn refusal(disk: &Disk, selectors: &[Selectors<'_>], settings: &Settings) -> Option<String> {
     match &disk.health {
@@ -197,7 +203,10 @@ fn choose(request: &Request<'_>, count: usize, limit: Option<Limit<'_>>, base: O
         if is_busy(&disk.node) {
             choice.waiting.push(disk.node.clone());
         } else {
-            let why = why(disk, free, of, (zones.count(&disk.zone), nodes.count(&disk.node)));
+            let mut why = why(disk, free, of, (zones.count(&disk.zone), nodes.count(&disk.node)));
+            if base.is_some_and(|b| b.preferred.contains(&disk.id)) {
+                why += ", a copy of the image is there";
+            }
             choice.chosen.push(Chosen { disk: disk.clone(), why });
             making.add(&disk.node);
         }

@@ -52,6 +52,11 @@ pub fn is_past(now: Timestamp, text: &str) -> bool {
     parse(text).is_some_and(|at| at <= now)
 }
 
+/// When something began that an object has kept: now, when it kept nothing, or a time that is yet to come (see [`is_past`]).
+pub fn begun(now: Timestamp, text: &str) -> Timestamp {
+    parse(text).filter(|at| *at <= now).unwrap_or(now)
+}
+
 /// The sooner of two waits, where `None` means not at all.
 pub fn sooner(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
     match (a, b) {

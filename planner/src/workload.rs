@@ -1,8 +1,13 @@
 //! Role processes as decisions see them.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use api::{Owner, Secrets};
+
+/// How long a process may run without an answer until another one may take its place: longer than one that is busy, or whose network is
+/// set up anew, takes.
+pub const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 
 /// What shall run; the adapter turns it into a specification of the `workloads` room.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -320,7 +320,7 @@ impl World {
                 disk.made.remove(&key);
                 self.happens("orphans of preparations removed", format!("{} on {id}", found.path()));
             }
-            Place::Copies => {
+            Place::Copies | Place::Parts => {
                 disk.known.remove(&key);
                 disk.files.remove(&key);
                 self.happens("orphans of copies removed", format!("{} on {id}", found.path()));

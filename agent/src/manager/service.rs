@@ -66,6 +66,7 @@ fn wire(found: Remains) -> proto::bimrpc::Remains {
         size: i64::try_from(found.size_bytes).unwrap_or(i64::MAX),
         mark: found.mark,
         is_mixed: found.is_mixed,
+        is_partial: found.is_partial,
     }
 }
 

@@ -1,15 +1,17 @@
-//! GetCapacity: how much more can be promised, by the same sums as Longhorn (LF 2.6).
+//! GetCapacity: how much more can be promised, on the disks among which places are chosen and by the same sums (LF 2.6).
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use api::condition::{self, ConditionStatus};
-use api::names::condition::{READY, SCHEDULABLE};
-use api::{BackingImage, Condition, Node, Replica, setting};
-use kube::ResourceExt;
+use api::image::BackingImageStatus;
+use api::{BackingImage, Node, Replica, Setting};
+use planner::disk::{Disks, Load, loads};
+use planner::image::copies_held;
+use planner::placement::{Base, Request, Selectors, room_for_replicas};
+use planner::setting::Settings;
 use proto::csi;
 use store::Selector;
 
-use super::{Context, settings};
+use super::Context;
 use crate::CsiError;
 use crate::capability::Usage;
 use crate::deadline::Deadline;
@@ -22,12 +24,9 @@ pub const TOPOLOGY_KEY: &str = "kubernetes.io/hostname";
 /// What the sums are made of: one reading of the world.
 #[derive(Debug, Default)]
 struct World {
-    nodes: Vec<Node>,
-    replicas: Vec<Replica>,
-    images: Vec<BackingImage>,
-    over_provisioning_percent: u32,
-    allow_untagged_nodes: bool,
-    allow_untagged_disks: bool,
+    disks: Disks,
+    loads: BTreeMap<String, Load>,
+    settings: Settings,
 }
 
 /// Where a volume may be placed.
@@ -35,9 +34,13 @@ struct World {
 struct Demand {
     node: Option<String>,
     replicas: usize,
-    /// Each of these must be met: the volume's, the image's.
-    node_selectors: Vec<Vec<String>>,
-    disk_selectors: Vec<Vec<String>>,
+    /// Tags of nodes and of disks that the volume asks for.
+    volume: (Vec<String>, Vec<String>),
+    /// The same of its image, if it has one.
+    image: Option<(Vec<String>, Vec<String>)>,
+    /// Bytes of a copy of the image, and the disks that have one.
+    copy_bytes: u64,
+    held: BTreeSet<String>,
 }
 
 /// Room on the disks that a volume with these parameters may use.
@@ -62,33 +65,27 @@ pub async fn get_capacity(
         _ => None,
     };
     let store = &context.store;
-    let replicas = match parameters.number_of_replicas {
-        Some(count) => count,
-        None => settings::number(store, setting::DEFAULT_REPLICA_COUNT).await?,
-    };
+    let nodes: Vec<Node> = store.list(&Selector::default()).await?;
+    let replicas: Vec<Replica> = store.list(&Selector::default()).await?;
+    let images: Vec<BackingImage> = store.list(&Selector::default()).await?;
+    let settings: Vec<Setting> = store.list(&Selector::default()).await?;
+    let settings = Settings::of(&settings);
     let mut demand = Demand {
         node,
-        replicas: replicas as usize,
-        node_selectors: vec![parameters.node_selector],
-        disk_selectors: vec![parameters.disk_selector],
+        replicas: parameters.number_of_replicas.unwrap_or(settings.replica_count) as usize,
+        volume: (parameters.node_selector, parameters.disk_selector),
+        ..Default::default()
     };
     if let Some(wish) = parameters.image {
-        let existing = store.get::<BackingImage>(wish.name.as_str()).await?.map(|i| i.spec);
-        let (nodes, disks) = match existing {
-            Some(spec) => (spec.node_selector, spec.disk_selector),
+        let existing = images.iter().find(|i| i.metadata.name.as_deref() == Some(wish.name.as_str()));
+        demand.image = Some(match existing {
+            Some(image) => (image.spec.node_selector.clone(), image.spec.disk_selector.clone()),
             None => (wish.node_selector.unwrap_or_default(), wish.disk_selector.unwrap_or_default()),
-        };
-        demand.node_selectors.push(nodes);
-        demand.disk_selectors.push(disks);
+        });
+        demand.copy_bytes = existing.and_then(|i| i.status.as_ref()).map_or(0, BackingImageStatus::copy_bytes);
+        demand.held = existing.map(copies_held).unwrap_or_default();
     }
-    let world = World {
-        nodes: store.list(&Selector::default()).await?,
-        replicas: store.list(&Selector::default()).await?,
-        images: store.list(&Selector::default()).await?,
-        over_provisioning_percent: settings::number(store, setting::OVER_PROVISIONING).await?,
-        allow_untagged_nodes: settings::switch(store, setting::ALLOW_EMPTY_NODE_SELECTOR).await?,
-        allow_untagged_disks: settings::switch(store, setting::ALLOW_EMPTY_DISK_SELECTOR).await?,
-    };
+    let world = World { disks: Disks::of(&nodes), loads: loads(&replicas, &images), settings };
     let (available, largest) = room(&world, &demand);
     let bytes = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     Ok(csi::GetCapacityResponse {
@@ -100,8 +97,24 @@ pub async fn get_capacity(
 
 /// Bytes that can be promised in all, and for one volume. Of one node: its disks' room. Of all: room for volumes with all their replicas.
 fn room(world: &World, demand: &Demand) -> (u64, u64) {
-    let nodes = world.nodes.iter().filter(|node| demand.node.as_ref().is_none_or(|wanted| *wanted == node.name_any()));
-    let mut rooms: Vec<u64> = nodes.flat_map(|node| disk_rooms(world, demand, node)).filter(|room| *room > 0).collect();
+    let asked = [("the volume", Some(&demand.volume)), ("the image", demand.image.as_ref())];
+    let selectors = asked.into_iter().filter_map(|(who, tags)| tags.map(|(node, disk)| Selectors { who, node, disk }));
+    let selectors: Vec<Selectors<'_>> = selectors.collect();
+    let none = BTreeSet::new();
+    let request = Request {
+        disks: &world.disks,
+        loads: &world.loads,
+        settings: &world.settings,
+        selectors: &selectors,
+        taken: &none,
+        beside: &none,
+        bytes: 0,
+        random: 0,
+    };
+    let base = Base { bytes: demand.copy_bytes, held: &demand.held, preferred: &none };
+    let is_wanted = |node: &str| demand.node.as_ref().is_none_or(|wanted| wanted == node);
+    let rooms = room_for_replicas(&request, base).into_iter().filter(|(disk, _)| is_wanted(&disk.node));
+    let mut rooms: Vec<u64> = rooms.map(|(_, room)| room).collect();
     rooms.sort_unstable_by(|a, b| b.cmp(a));
     let replicas = if demand.node.is_some() { 1 } else { demand.replicas.max(1) };
     let available = rooms.iter().copied().fold(0, u64::saturating_add) / replicas as u64;
@@ -109,64 +122,15 @@ fn room(world: &World, demand: &Demand) -> (u64, u64) {
     (available, rooms.get(replicas - 1).copied().unwrap_or(0))
 }
 
-fn disk_rooms(world: &World, demand: &Demand, node: &Node) -> Vec<u64> {
-    let Some(status) = &node.status else { return vec![] };
-    let usable = node.spec.allow_scheduling
-        && !node.spec.eviction_requested
-        && holds(&status.conditions)
-        && fits(&node.spec.tags, &demand.node_selectors, world.allow_untagged_nodes);
-    if !usable {
-        return vec![];
-    }
-    let disks = node.spec.disks.iter().filter_map(|(name, spec)| Some((spec, status.disk_status.get(name)?)));
-    disks
-        .filter(|(spec, status)| {
-            spec.allow_scheduling
-                && !spec.eviction_requested
-                && !status.disk_uuid.is_empty()
-                && holds(&status.conditions)
-                && fits(&spec.tags, &demand.disk_selectors, world.allow_untagged_disks)
-        })
-        .map(|(spec, status)| {
-            let promised = status.storage_maximum.saturating_sub(spec.storage_reserved) as u128
-                * u128::from(world.over_provisioning_percent)
-                / 100;
-            u64::try_from(promised).unwrap_or(u64::MAX).saturating_sub(scheduled(world, &status.disk_uuid))
-        })
-        .collect()
-}
-
-/// Bytes of a disk that are promised already.
-fn scheduled(world: &World, disk: &str) -> u64 {
-    let replicas = world.replicas.iter().filter(|r| r.spec.disk_id == disk).map(|r| r.spec.volume_size.0);
-    let images = world.images.iter().filter(|i| i.spec.disk_file_spec_map.contains_key(disk));
-    let images = images.map(|i| i.status.as_ref().map_or(0, |s| s.real_size));
-    replicas.chain(images).fold(0, u64::saturating_add)
-}
-
-/// Not known to be unfit: `Ready` and `Schedulable` are not false.
-fn holds(conditions: &[Condition]) -> bool {
-    [READY, SCHEDULABLE]
-        .into_iter()
-        .all(|r#type| condition::find(conditions, r#type).is_none_or(|c| c.status != ConditionStatus::False))
-}
-
-fn fits(tags: &[String], selectors: &[Vec<String>], allow_untagged: bool) -> bool {
-    let tags: BTreeSet<&String> = tags.iter().collect();
-    selectors.iter().all(|selector| {
-        if selector.is_empty() {
-            allow_untagged || tags.is_empty()
-        } else {
-            selector.iter().all(|tag| tags.contains(tag))
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use api::Condition;
+    use api::condition::{self, ConditionStatus};
+    use api::names::condition::{CORDONED, READY, SCHEDULABLE};
     use api::node::{DiskSpec, DiskStatus, NodeStatus};
 
     use super::*;
+    use crate::controller::tests::{context, soon};
 
     fn node(name: &str, gib: u64, tags: &[&str]) -> Node {
         let mut node = Node::new(name, Default::default());
@@ -176,24 +140,29 @@ mod tests {
             ..Default::default()
         };
         node.spec.disks.insert("disk-1".into(), disk);
-        let disk = DiskStatus { disk_uuid: format!("uuid-{name}"), storage_maximum: gib << 30, ..Default::default() };
-        node.status = Some(NodeStatus { disk_status: [("disk-1".to_owned(), disk)].into(), ..Default::default() });
+        let size = gib << 30;
+        let disk = DiskStatus {
+            disk_uuid: format!("uuid-{name}"),
+            storage_maximum: size,
+            storage_available: size,
+            ..Default::default()
+        };
+        node.status = Some(NodeStatus {
+            disk_status: [("disk-1".to_owned(), disk)].into(),
+            conditions: vec![Condition::new(READY, ConditionStatus::True, "", "")],
+            ..Default::default()
+        });
         node
     }
 
     fn world() -> World {
-        World {
-            nodes: vec![node("n1", 11, &["ssd"]), node("n2", 6, &[]), node("n3", 3, &["ssd"])],
-            over_provisioning_percent: 100,
-            allow_untagged_nodes: true,
-            allow_untagged_disks: true,
-            ..Default::default()
-        }
+        let nodes = [node("n1", 11, &["ssd"]), node("n2", 6, &[]), node("n3", 3, &["ssd"])];
+        World { disks: Disks::of(&nodes), ..Default::default() }
     }
 
     fn check(world: &World, node: Option<&str>, replicas: usize, disks: &[&str]) -> (u64, u64) {
-        let disk_selectors = vec![disks.iter().map(|t| t.to_string()).collect()];
-        let demand = Demand { node: node.map(str::to_owned), replicas, disk_selectors, ..Default::default() };
+        let volume = (vec![], disks.iter().map(|t| t.to_string()).collect());
+        let demand = Demand { node: node.map(str::to_owned), replicas, volume, ..Default::default() };
         let (available, largest) = room(world, &demand);
         (available >> 30, largest >> 30)
     }
@@ -217,14 +186,82 @@ mod tests {
         let mut replica = Replica::new("r", Default::default());
         replica.spec.disk_id = "uuid-n1".into();
         replica.spec.volume_size.0 = 4 << 30;
-        world.replicas.push(replica);
-        world.nodes[1].spec.allow_scheduling = false;
-        let down = Condition::new(SCHEDULABLE, ConditionStatus::False, "Full", "full");
-        world.nodes[2].status.as_mut().unwrap().disk_status.get_mut("disk-1").unwrap().conditions.push(down);
+        world.loads = loads(&[replica], &[]);
+        for closed in [1, 2] {
+            world.disks.list[closed].unschedulable = Some("full".into());
+        }
         assert_eq!(check(&world, None, 1, &[]), (6, 6));
-        world.over_provisioning_percent = 200;
+        world.settings.over_provisioning_percent = 200;
         assert_eq!(check(&world, None, 1, &[]), (16, 16));
-        world.allow_untagged_disks = false;
+        world.settings.allow_empty_disk_selector = false;
         assert_eq!(check(&world, None, 1, &[]), (0, 0));
+    }
+
+    /// What is told of the room of a node with these changes, with these settings, for an image of so many bytes.
+    async fn told(change: fn(&mut Node), settings: &[(&str, &str)], image_bytes: u64, held: bool) -> i64 {
+        let (context, mut wanted) = (context(), node("n1", 11, &[]));
+        change(&mut wanted);
+        let status = wanted.status.take();
+        let mut node = context.store.create(&wanted).await.unwrap();
+        node.status = status;
+        context.store.replace_status(&node).await.unwrap();
+        for (name, value) in settings {
+            let mut setting = Setting { value: (*value).into(), ..Default::default() };
+            setting.metadata.name = Some((*name).into());
+            context.store.create(&setting).await.unwrap();
+        }
+        let mut image = BackingImage::new("ubuntu", Default::default());
+        if held {
+            image.spec.disk_file_spec_map.insert("uuid-n1".into(), Default::default());
+        }
+        let mut image = context.store.create(&image).await.unwrap();
+        image.status = Some(BackingImageStatus { size: image_bytes, ..Default::default() });
+        context.store.replace_status(&image).await.unwrap();
+        let parameters = [("backingImage", "ubuntu"), ("numberOfReplicas", "1")];
+        let parameters = parameters.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        let request = csi::GetCapacityRequest { parameters, ..Default::default() };
+        get_capacity(&context, request, &soon(20)).await.unwrap().available_capacity >> 30
+    }
+
+    #[tokio::test]
+    async fn capacity_counts_only_where_a_volume_could_be_placed() {
+        fn of_node(node: &mut Node, r#type: &str, status: ConditionStatus) {
+            condition::set(
+                &mut node.status.as_mut().unwrap().conditions,
+                Condition::new(r#type, status, "", ""),
+                Default::default(),
+            );
+        }
+        fn disk(node: &mut Node) -> &mut DiskStatus {
+            node.status.as_mut().unwrap().disk_status.get_mut("disk-1").unwrap()
+        }
+        fn of_disk(node: &mut Node, r#type: &str, status: ConditionStatus) {
+            disk(node).conditions.push(Condition::new(r#type, status, "", ""));
+        }
+        let cordoned: fn(&mut Node) = |n| of_node(n, CORDONED, ConditionStatus::True);
+        let open = ("disable-scheduling-on-cordoned-node", "false");
+        let emptied = ("backing-image-cordoned-node-policy", "evict");
+        assert_eq!(told(|_| (), &[], 0, false).await, 10);
+        assert_eq!(told(cordoned, &[], 0, false).await, 0);
+        assert_eq!(told(cordoned, &[open], 0, false).await, 10);
+        assert_eq!(told(cordoned, &[open, emptied], 0, false).await, 0);
+        let closed: [fn(&mut Node); 8] = [
+            |n| of_disk(n, SCHEDULABLE, ConditionStatus::False),
+            |n| of_disk(n, READY, ConditionStatus::False),
+            |n| of_disk(n, READY, ConditionStatus::Unknown),
+            |n| of_node(n, READY, ConditionStatus::False),
+            |n| of_node(n, READY, ConditionStatus::Unknown),
+            |n| n.spec.allow_scheduling = false,
+            |n| n.spec.eviction_requested = true,
+            |n| n.spec.disks.get_mut("disk-1").unwrap().eviction_requested = true,
+        ];
+        for (n, change) in closed.into_iter().enumerate() {
+            assert_eq!(told(change, &[], 0, false).await, 0, "{n}");
+        }
+        // Where the image can be, or is already.
+        let full: fn(&mut Node) = |n| disk(n).storage_available = 3 << 30;
+        assert_eq!(told(full, &[], 4 << 30, false).await, 0);
+        assert_eq!(told(full, &[], 3 << 30, false).await, 10);
+        assert_eq!(told(full, &[], 4 << 30, true).await, 6);
     }
 }

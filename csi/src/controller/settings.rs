@@ -23,8 +23,3 @@ async fn text(store: &Store, name: &'static str) -> Result<String, CsiError> {
 pub async fn number(store: &Store, name: &'static str) -> Result<u32, CsiError> {
     Ok(text(store, name).await?.parse().unwrap_or_default())
 }
-
-/// The value of a setting that is a switch.
-pub async fn switch(store: &Store, name: &'static str) -> Result<bool, CsiError> {
-    Ok(text(store, name).await? == "true")
-}

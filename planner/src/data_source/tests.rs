@@ -370,13 +370,94 @@ fn nothing_is_started_on_a_disk_that_nobody_has_reported() {
     assert_eq!((decision.actions, decision.status.current_state), (vec![], CopyState::Unknown));
 }
 
+/// Nobody has heard of the process for so long.
+fn silent_for(o: &mut Observed, wait: Duration) -> Decision {
+    o.report = Some(Err("timeout".into()));
+    o.now = after(now(), wait);
+    let decision = decide(o);
+    o.source.status = Some(decision.status.clone());
+    decision
+}
+
 #[test]
 fn a_process_that_does_not_answer_is_asked_again_and_not_ended() {
     let mut o = observed();
-    running(&mut o, State::Running, None);
-    o.report = Some(Err("timeout".into()));
-    let decision = decide(&o);
-    assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(Duration::from_secs(1))));
+    running(&mut o, State::Running, Some(Report { state: CopyState::InProgress, progress: 61, ..Default::default() }));
+    o.source.status = Some(decide(&o).status);
+    for wait in [Duration::ZERO, SILENCE_LIMIT / 2, SILENCE_LIMIT - Duration::from_secs(1)] {
+        let decision = silent_for(&mut o, wait);
+        assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(Duration::from_secs(1))), "{wait:?}");
+        let status = decision.status;
+        assert_eq!((status.current_state, status.progress, status.failures), (CopyState::InProgress, 61, 0));
+        let ready = condition::find(&status.conditions, READY).unwrap();
+        expect!["NotAnswering: the data source process does not answer, since 2026-01-01T00:00:00Z: timeout; it is ended and started again at 2026-01-01T00:02:00Z"]
+            .assert_eq(&format!("{}: {}", ready.reason, ready.message));
+    }
+}
+
+#[test]
+fn a_data_source_that_hangs_is_ended_and_started_again() {
+    let mut o = observed();
+    running(&mut o, State::Running, Some(Report { state: CopyState::InProgress, ..Default::default() }));
+    o.source.status = Some(decide(&o).status);
+    silent_for(&mut o, Duration::ZERO);
+    assert_eq!(silent_for(&mut o, SILENCE_LIMIT).actions, [Action::RemoveWorkload(REMOVE.into())]);
+    let mut ended = o.clone();
+    (ended.workload, ended.report) = (None, None);
+    let mut ended = check(
+        &ended,
+        expect![[r#"
+        nothing
+        failed 0 % 1 failures, next `2026-01-01T00:02:01Z` the data source process does not answer, since 2026-01-01T00:00:00Z: timeout"#]],
+    );
+    ended.now = after(ended.now, crate::retry::INITIAL);
+    assert!(matches!(actions(&ended)[..], [Action::EnsureWorkload(_)]));
+    // An answer in between ends the silence.
+    let report = o.report.replace(Ok(Report { state: CopyState::InProgress, ..Default::default() }));
+    o.source.status = Some(decide(&o).status);
+    o.report = report;
+    assert_eq!(silent_for(&mut o, SILENCE_LIMIT).actions, []);
+    // So does the silence of its node, which says nothing of the process.
+    o.workload.as_mut().unwrap().state = State::Unknown("away".into());
+    silent_for(&mut o, SILENCE_LIMIT);
+    o.workload.as_mut().unwrap().state = State::Running;
+    assert_eq!(silent_for(&mut o, 2 * SILENCE_LIMIT).actions, []);
+}
+
+#[test]
+fn a_hanging_process_whose_file_is_taken_over_is_ended_without_a_failure() {
+    let mut o = observed();
+    running(&mut o, State::Running, Some(Report { state: CopyState::ReadyForTransfer, ..Default::default() }));
+    o.source.status = Some(decide(&o).status);
+    o.taken_over = Some(CopyState::InProgress);
+    silent_for(&mut o, Duration::ZERO);
+    let decision = silent_for(&mut o, SILENCE_LIMIT);
+    assert_eq!(decision.actions, [Action::RemoveWorkload(REMOVE.into())]);
+    assert_eq!((decision.status.current_state, decision.status.failures), (CopyState::Ready, 0));
+}
+
+#[test]
+fn an_upload_that_hangs_is_told_and_never_thrown_away() {
+    for (source_type, is_ended) in [
+        (SourceType::Download, true),
+        (SourceType::ExportFromVolume, true),
+        (SourceType::Restore, true),
+        (SourceType::Clone, true),
+        (SourceType::Upload, false),
+    ] {
+        let mut o = observed();
+        o.source.spec.source_type = Some(source_type);
+        running(&mut o, State::Running, None);
+        o.report = Some(Err("timeout".into()));
+        let mut status = BackingImageDataSourceStatus { silent_since: now().to_string(), ..Default::default() };
+        o.source.status = Some(status.clone());
+        o.now = after(now(), 10 * SILENCE_LIMIT);
+        let workload = o.workload.clone().unwrap();
+        let (actions, _) = follow(&o, &mut status, &workload, REMOVE);
+        assert_eq!(!actions.is_empty(), is_ended, "{}", source_type.as_str());
+        assert!(status.message.contains("does not answer, since"), "{}", status.message);
+        assert_eq!(status.message.contains("bytes may still come"), !is_ended, "{}", status.message);
+    }
 }
 
 #[test]
@@ -399,24 +480,58 @@ fn a_whole_file_is_prepared_again_only_when_no_agent_has_it() {
     assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
 }
 
-#[test]
-fn a_file_that_was_handed_over_and_is_lost_is_prepared_again_although_its_process_lives() {
+/// The process has let its file go; then the agent's status, which may be older than that, says that it does not have it.
+fn let_go() -> Observed {
     let mut o = observed();
     running(&mut o, State::Running, Some(Report { state: CopyState::Ready, ..Default::default() }));
+    o.source.status = Some(decide(&o).status);
     o.taken_over = Some(CopyState::Failed);
-    let first = decide(&o);
-    assert_eq!(
-        (first.actions, first.status.current_state),
-        (vec![], CopyState::Ready),
-        "the agent may not have told yet"
-    );
-    o.source.status = Some(first.status);
+    o
+}
+
+#[test]
+fn a_file_that_was_handed_over_counts_as_lost_on_second_sight_only() {
+    let mut o = let_go();
+    for at in [Duration::ZERO, LOST_AFTER / 2, LOST_AFTER - Duration::from_millis(1)] {
+        o.now = after(now(), at);
+        let decision = decide(&o);
+        assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(LOST_AFTER - at)), "after {at:?}");
+        let status = decision.status;
+        assert_eq!((status.current_state, status.failures, status.message.as_str()), (CopyState::Ready, 0, ""));
+        assert!(condition::find(&status.conditions, READY).unwrap().is_true());
+        o.source.status = Some(status);
+    }
+    o.now = after(now(), LOST_AFTER);
     let second = decide(&o);
-    assert_eq!(second.actions, [Action::RemoveWorkload("backing-image-ds-ubuntu".into())]);
+    assert_eq!(second.actions, [Action::RemoveWorkload(REMOVE.into())]);
     assert_eq!((second.status.current_state, second.status.failures), (CopyState::Failed, 1));
+    assert!(second.status.message.contains("does not have it"), "{}", second.status.message);
     (o.source.status, o.workload, o.report) = (Some(second.status), None, None);
     o.now = after(o.now, Duration::from_secs(1));
     assert!(matches!(actions(&o)[..], [Action::EnsureWorkload(_)]));
+}
+
+#[test]
+fn a_sight_in_between_that_does_not_say_lost_begins_the_wait_anew() {
+    for between in [Some(CopyState::InProgress), Some(CopyState::Unknown), None] {
+        let mut o = let_go();
+        o.source.status = Some(decide(&o).status);
+        o.taken_over = between;
+        o.now = after(now(), LOST_AFTER / 2);
+        let decision = decide(&o);
+        assert_eq!(decision.status.lost_since, "", "{between:?}");
+        o.source.status = Some(decision.status);
+        o.taken_over = Some(CopyState::Failed);
+        o.now = after(now(), LOST_AFTER);
+        assert_eq!(decide(&o).recheck_after, Some(LOST_AFTER), "{between:?}");
+    }
+    let mut o = let_go();
+    o.source.status = Some(decide(&o).status);
+    // The clock was set back: what was seen lies ahead.
+    o.now = now().checked_sub(jiff::SignedDuration::from_hours(1)).unwrap();
+    let decision = decide(&o);
+    assert_eq!((decision.actions, decision.recheck_after), (vec![], Some(LOST_AFTER)));
+    assert_eq!(decision.status.lost_since, o.now.to_string());
 }
 
 #[test]

@@ -118,7 +118,8 @@ impl Scene<'_> {
         self.evicting(disk).is_some()
     }
 
-    fn is_ready(&self, disk: &str) -> bool {
+    /// Whether the copy on a disk is ready.
+    pub(super) fn is_ready(&self, disk: &str) -> bool {
         self.status.disk_file_status_map.get(disk).is_some_and(|f| f.state == CopyState::Ready)
     }
 

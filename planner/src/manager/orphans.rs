@@ -32,6 +32,8 @@ const NAMED: usize = 3;
 pub enum Place {
     /// `backing-images/`
     Copies,
+    /// The same, without the file itself: what an unfinished sync left, for one.
+    Parts,
     /// `tmp/`: what a data source works on.
     Preparations,
 }
@@ -62,7 +64,7 @@ impl Remains {
     /// Its path below the disk.
     pub fn path(&self) -> String {
         let folder = match self.place {
-            Place::Copies => "backing-images",
+            Place::Copies | Place::Parts => "backing-images",
             Place::Preparations => "tmp",
         };
         format!("{folder}/{}-{}", self.image, self.uuid)
@@ -100,7 +102,9 @@ pub fn owner(
     if status.uuid != found.uuid {
         return Owner::Nobody(format!("image {} is another one now, with uuid {}", found.image, status.uuid));
     }
-    if found.place == Place::Copies || is_prepared {
+    let is_wanted =
+        || image.spec.disk_file_spec_map.contains_key(disk) || status.disk_file_status_map.contains_key(disk);
+    if found.place == Place::Copies || is_prepared || found.place == Place::Parts && is_wanted() {
         return Owner::Somebody;
     }
     // The end of an image, which begins with its data source, has its own way.
@@ -108,6 +112,11 @@ pub fn owner(
     // What was made there may be the only file of the image, unless the next one is made elsewhere or there are others.
     let is_ready = || status.disk_file_status_map.values().any(|copy| copy.state == CopyState::Ready);
     match source {
+        // What lies elsewhere than in `tmp/` is not the work of a data source.
+        _ if found.place == Place::Parts && is_ready() && !is_ending => {
+            Owner::Nobody(format!("it is a part of a copy of image {} that is not wanted here any more", found.image))
+        }
+        _ if found.place == Place::Parts => Owner::Somebody,
         Some(_) => Owner::Nobody(format!("the preparation of image {} needs it no more", found.image)),
         None if is_ready() && !is_ending => Owner::Nobody(format!("image {} is ready without it", found.image)),
         None => Owner::Somebody,
@@ -191,7 +200,7 @@ fn nobodys(o: &Observed, found: &Remains) -> Option<String> {
     let is_same = image.and_then(|i| i.status.as_ref()).is_some_and(|s| s.uuid == found.uuid);
     // An entry that is still to be deleted takes all of its image along.
     let is_entry = o.manager.as_ref().is_some_and(|m| m.spec.backing_images.get(&found.image) == Some(&found.uuid));
-    if is_entry && !is_same {
+    if is_entry && (!is_same || found.place == Place::Parts) {
         return None;
     }
     match owner(found, &o.disk_id, image, o.data_sources.get(&found.image)) {
@@ -211,13 +220,13 @@ fn kept(o: &Observed, disk: &Disk, found: &Remains) -> Option<String> {
     let key = format!("{}-{}", found.image, found.uuid);
     match (found.place, &disk.under_replicas) {
         (Place::Preparations, _) => None,
-        (Place::Copies, None) => {
+        (Place::Copies | Place::Parts, None) => {
             Some(format!("it is left because node {} does not say what lies below `replicas/`", disk.node))
         }
-        (Place::Copies, Some(used)) if used.contains(&key) => {
+        (Place::Copies | Place::Parts, Some(used)) if used.contains(&key) => {
             Some("it is left because a directory below `replicas/` lies over it".into())
         }
-        (Place::Copies, Some(_)) => None,
+        (Place::Copies | Place::Parts, Some(_)) => None,
     }
 }
 

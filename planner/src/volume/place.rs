@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 
 use super::{Action, EngineSpec, Pass};
 use crate::image::copies_held;
-use crate::placement::{Base, Request, Selectors, choose_for_replicas, mix};
+use crate::placement::{Base, Chosen, Request, Selectors, choose_for_replicas, mix};
 
 impl Pass<'_> {
     fn volume_name(&self) -> &str {
@@ -95,7 +95,7 @@ impl Pass<'_> {
             .map(|(d, _)| d.clone())
             .collect();
         let held = o.image.as_ref().map(copies_held).unwrap_or_default();
-        let bytes = if status.real_size > 0 { status.real_size } else { status.size };
+        let bytes = status.copy_bytes();
         let request = Request {
             disks: &o.disks,
             loads: &o.loads,
@@ -108,8 +108,8 @@ impl Pass<'_> {
         };
         let base = Base { bytes, held: &held, preferred: &preferred };
         let choice = choose_for_replicas(&request, wanted - have, base);
-        for disk in choice.chosen.iter().map(|chosen| &chosen.disk) {
-            let replica = self.new_replica(&disk.id, &disk.node, &disk.path);
+        for chosen in &choice.chosen {
+            let replica = self.new_replica(chosen);
             self.created.push(Action::CreateReplica(Box::new(replica)));
         }
         let placed = have + choice.chosen.len();
@@ -152,7 +152,8 @@ impl Pass<'_> {
         Engine { metadata: self.metadata(engine_name(self.volume_name())), spec, status: None }
     }
 
-    fn new_replica(&self, disk_id: &str, node: &str, disk_path: &str) -> Replica {
+    fn new_replica(&self, Chosen { disk, why }: &Chosen) -> Replica {
+        let (disk_id, node) = (&disk.id, &disk.node);
         let volume = self.volume_name().to_owned();
         // The disk is part of the draw, so that two replicas of one pass differ.
         let id = format!("{:08x}", mix(self.o.random, &format!("{volume}/{disk_id}")) as u32);
@@ -171,7 +172,8 @@ impl Pass<'_> {
             volume_size: self.o.volume.spec.size,
             node_id: node.into(),
             disk_id: disk_id.into(),
-            disk_path: disk_path.into(),
+            disk_path: disk.path.clone(),
+            place_reason: why.clone(),
             backing_image: self.o.volume.spec.backing_image.clone(),
             data_engine: self.o.volume.spec.data_engine,
             ..Default::default()

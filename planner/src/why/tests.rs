@@ -333,6 +333,47 @@ fn an_unknown_copy_says_since_when_and_why() {
 }
 
 #[test]
+fn a_volume_and_a_replica_tell_why_that_lies_where_it_does() {
+    let mut world =
+        World { volumes: vec![volume("v", VolumeState::Detached, Robustness::Unknown)], ..Default::default() };
+    world.volumes[0].spec.backing_image.clear();
+    world.nodes.push(node("node-1", "d1"));
+    let mut replica = Replica::new("v-r-1", Default::default());
+    (replica.spec.disk_id, replica.spec.volume_name) = ("d1".into(), "v".into());
+    replica.spec.place_reason = "the only eligible disk".into();
+    world.replicas.push(replica);
+    check(
+        &world,
+        Subject::Volume("v".into()),
+        expect![[r#"
+            Volume `v` is detached: 1 of 2 replicas are good.
+              `disk-1` of `node-1` was chosen for replica `v-r-1`: the only eligible disk.
+        "#]],
+    );
+    // Told once, also when the replica is told itself.
+    let reason = "its directory is gone";
+    (world.replicas[0].spec.failed_at, world.replicas[0].spec.failed_reason) = (now().to_string(), reason.into());
+    check(
+        &world,
+        Subject::Volume("v".into()),
+        expect![[r#"
+            Volume `v` is detached: 0 of 2 replicas are good.
+              Replica `v-r-1` on `disk-1` of `node-1` failed 0s ago: Its directory is gone.
+                `disk-1` of `node-1` was chosen for replica `v-r-1`: the only eligible disk.
+        "#]],
+    );
+    world.replicas[0].spec.failed_at.clear();
+    check(
+        &world,
+        Subject::Replica("v-r-1".into()),
+        expect![[r#"
+            Replica `v-r-1` on `disk-1` of `node-1` is not started yet.
+              `disk-1` of `node-1` was chosen for replica `v-r-1`: the only eligible disk.
+        "#]],
+    );
+}
+
+#[test]
 fn an_image_tells_why_its_copies_lie_where_they_do_and_a_node_what_stays_there() {
     let mut world = World { images: vec![image("ubuntu", &[("d1", CopyState::Ready, "")])], ..Default::default() };
     world.images[0].spec.disk_file_spec_map.get_mut("d1").unwrap().reason = "copy 1 of the 1 that are wanted".into();

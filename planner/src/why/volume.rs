@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use api::Replica;
 use api::engine::{DesireState, InstanceState, ReplicaMode};
 use api::names::{condition as types, engine_name};
 use api::volume::{Robustness, VolumeState};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::{Story, sentence_end};
+use super::{Story, sentence_end, sentence_stop};
 
 impl Story<'_> {
     pub(super) fn claim(&mut self, namespace: &str, name: &str) -> bool {
@@ -150,6 +151,7 @@ impl Story<'_> {
                     s.replica(replica.metadata.name.as_deref().unwrap_or_default());
                 }
             }
+            own.iter().for_each(|replica| s.why_there(replica));
             if !spec.backing_image.is_empty() && status.state != VolumeState::Attached {
                 let ready = s
                     .world
@@ -225,8 +227,19 @@ impl Story<'_> {
                 s.copy(&spec.backing_image, &spec.disk_id);
             }
             s.disk_problems(&spec.disk_id);
+            s.why_there(replica);
         });
         true
+    }
+
+    /// Why a replica lies where it does, once.
+    fn why_there(&mut self, replica: &Replica) {
+        let (name, place) =
+            (replica.metadata.name.as_deref().unwrap_or_default(), self.place_of(&replica.spec.disk_id));
+        let text = format!("{place} was chosen for replica `{name}`: {}", sentence_stop(&replica.spec.place_reason));
+        if !replica.spec.place_reason.is_empty() && !self.lines.iter().any(|line| line.text == text) {
+            self.say(text);
+        }
     }
 }
 

@@ -113,6 +113,9 @@ pub struct Remains {
     /// It holds something that is not of an image, so it cannot be removed.
     #[prost(bool, tag = "6")]
     pub is_mixed: bool,
+    /// A copy without its file: at most a part of it, such as what an unfinished sync left.
+    #[prost(bool, tag = "7")]
+    pub is_partial: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RemoveRemainsRequest {

@@ -45,7 +45,7 @@ pub(super) fn replenish(
     }
     let limit = Limit { per_node: o.settings.replenish_limit, making: &making };
     let (selectors, taken) = (selectors(&o.image), map.keys().cloned().collect());
-    let bytes = if status.real_size > 0 { status.real_size } else { status.size };
+    let bytes = status.copy_bytes();
     let choice = choose_for_copies(&request(o, &selectors, &taken, &good, bytes), missing, Some(limit));
     for (n, chosen) in choice.chosen.iter().enumerate() {
         let reason = format!("copy {} of the {need} that are wanted; {}", good.len() + n + 1, chosen.why);

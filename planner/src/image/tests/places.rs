@@ -70,6 +70,39 @@ fn copies_lie_in_distinct_zones_then_on_distinct_nodes() {
 }
 
 #[test]
+fn the_copies_that_stay_lie_as_far_apart_as_they_can() {
+    let goes = |text: &str, places: &[(&str, &str)], last_uses: &[(&str, &str)]| {
+        let mut o = placed(text, places);
+        o.settings.cleanup_wait = Duration::from_secs(3600);
+        let mut status = o.image.status.clone().unwrap();
+        for (disk, at) in last_uses {
+            status.disk_last_ref_at_map.insert((*disk).into(), (*at).into());
+        }
+        let leaving = copies::leaving(&o.scene(&status), o.now, &o.image.spec.disk_file_spec_map);
+        leaving.into_iter().map(|l| l.disk).collect::<Vec<_>>().join(" ")
+    };
+    let three = "wanted=2; a=ready b=ready c=ready";
+    assert_eq!(goes(three, &[("x", ""), ("y", ""), ("y", "")], &[]), "b", "a is alone in its zone");
+    assert_eq!(goes(three, &[("x", ""), ("x", ""), ("y", "")], &[]), "a");
+    assert_eq!(goes(three, &[("x", "n"), ("x", "m"), ("x", "m")], &[]), "b", "a is alone on its node");
+    assert_eq!(goes(three, &[("x", "n"), ("y", "n"), ("y", "m")], &[]), "b", "zones before nodes");
+    assert_eq!(goes(three, &[("x", "n"), ("x", "m"), ("y", "n")], &[]), "a");
+    assert_eq!(goes(three, &[("", ""), ("", ""), ("", "")], &[]), "a", "by name when nothing tells them apart");
+    let four = "wanted=2; a=ready b=ready c=ready d=ready";
+    assert_eq!(goes(four, &[("x", ""), ("y", ""), ("y", ""), ("y", "")], &[]), "b c", "given those before it");
+    // What leaves or is not there keeps nobody company.
+    assert_eq!(goes("wanted=1; a=ready b=ready c=ready!", &[("x", ""), ("y", ""), ("y", "")], &[]), "a c");
+    assert_eq!(goes("wanted=1; a=ready b=ready c=pending", &[("x", ""), ("y", ""), ("y", "")], &[]), "a c");
+    // Those that were used until a moment ago are no reason for those that are due to stay.
+    let places = [("x", ""), ("y", ""), ("y", "")];
+    assert_eq!(goes(three, &places, &[("b", "2025-12-31T23:30:00Z"), ("c", "2025-12-31T23:30:00Z")]), "a");
+    // The replicas of a volume go one after the other.
+    let one_by_one = [("a", "2025-12-31T23:30:00Z"), ("b", "2025-12-31T23:30:04Z"), ("c", "2025-12-31T23:30:08Z")];
+    assert_eq!(goes(three, &places, &one_by_one), "b");
+    assert_eq!(goes("wanted=1; a=ready b=ready c=ready", &places, &one_by_one), "a b", "the first one first");
+}
+
+#[test]
 fn the_reason_for_each_place_is_kept() {
     let mut o = placed("wanted=2; a=ready b=- c=-", &[("x", ""), ("x", ""), ("y", "")]);
     o.disks.list[2].available_bytes = 7000;

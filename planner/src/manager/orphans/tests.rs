@@ -56,6 +56,12 @@ fn world(text: &str) -> Observed {
         let remains = agent.remains.get_or_insert_default();
         match key {
             "copy" => remains.push(found(Place::Copies, "m1")),
+            "part" => remains.push(found(Place::Parts, "m1")),
+            "wanted" => drop(o.images[0].spec.disk_file_spec_map.insert("d".into(), Default::default())),
+            "held" => {
+                let held = &mut o.images[0].status.as_mut().unwrap().disk_file_status_map;
+                held.insert("d".into(), DiskFileStatus::default());
+            }
             "tmp" => remains.push(found(Place::Preparations, "m1")),
             "changed" => remains.iter_mut().for_each(|r| r.mark = "m2".into()),
             "mixed" => remains.iter_mut().for_each(|r| r.is_mixed = true),
@@ -175,6 +181,43 @@ fn an_abandoned_preparation_is_removed_and_its_copies_are_not() {
         "tmp; copy; image=12345678; ready",
         expect![[r#"
         tmp/ubuntu-12345678: image ubuntu is ready without it; it is removed at 2026-01-01T00:01:00Z
+        removed"#]],
+    );
+}
+
+#[test]
+fn a_part_of_a_copy_that_nobody_will_finish_is_removed() {
+    let part = || {
+        expect![[r#"
+        backing-images/ubuntu-12345678: it is a part of a copy of image ubuntu that is not wanted here any more; it is removed at 2026-01-01T00:01:00Z
+        removed"#]]
+    };
+    check("part; image=12345678; ready", part());
+    check("part; image=12345678; ready; done=e", part());
+    check("part; image=12345678; ready; source=e", part());
+    let left = || {
+        expect![[r#"
+
+        left"#]]
+    };
+    for image in ["image=12345678", "image=; ready", "image=12345678; ready; ending", "image=12345678; ready; source=d"]
+    {
+        check(&format!("part; {image}"), left());
+    }
+    // A sync goes on with it, or its manager deletes it anyway.
+    for keeps in ["wanted", "held", "entry"] {
+        check(&format!("part; image=12345678; ready; {keeps}"), left());
+    }
+    check(
+        "part; image=12345678; ready; used",
+        expect![[r#"
+        backing-images/ubuntu-12345678: it is a part of a copy of image ubuntu that is not wanted here any more; it is left because a directory below `replicas/` lies over it
+        left"#]],
+    );
+    check(
+        "part",
+        expect![[r#"
+        backing-images/ubuntu-12345678: image ubuntu does not exist; it is removed at 2026-01-01T00:01:00Z
         removed"#]],
     );
 }

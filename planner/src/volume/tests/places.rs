@@ -42,6 +42,26 @@ fn a_replica_lies_only_where_its_image_can_be() {
 }
 
 #[test]
+fn the_reason_for_the_place_of_a_replica_is_kept() {
+    let mut o = world("");
+    o.volume.spec.number_of_replicas = 2;
+    o.image = Some(api::BackingImage::new("ubuntu", Default::default()));
+    let copies = &mut o.image.as_mut().unwrap().status.get_or_insert_default().disk_file_status_map;
+    copies.insert("d1".into(), api::image::DiskFileStatus { state: CopyState::Ready, ..Default::default() });
+    for (disk, free) in o.disks.list.iter_mut().zip([1000, 3000, 2000]) {
+        (disk.maximum_bytes, disk.zone) = (free, "x".into());
+    }
+    let reasons = decide(&o).actions.into_iter().filter_map(|action| match action {
+        Action::CreateReplica(replica) => Some(format!("{}: {}", replica.spec.disk_id, replica.spec.place_reason)),
+        _ => None,
+    });
+    expect![[r#"
+        d1: one of 3 eligible disks: 0 others in zone `x`, 0 others on node n1, 1000 bytes free, a copy of the image is there
+        d2: one of 2 eligible disks: 1 others in zone `x`, 0 others on node n2, 3000 bytes free"#]]
+    .assert_eq(&reasons.collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
 fn replicas_lie_in_distinct_zones_then_on_distinct_nodes() {
     let mut o = world("");
     o.volume.spec.number_of_replicas = 2;
