@@ -294,6 +294,21 @@ mod tests {
         assert!(before.len() == 2 && before[0] != after[0] && before[1] != after[1]);
     }
 
+    /// As when it took the place of what was told.
+    #[test]
+    fn a_link_is_never_followed() {
+        let prepared = format!("tmp/{KEY}.cfg");
+        let (folder, disk) = disk(&["elsewhere/backing", "elsewhere/backing.cfg", "backing-images/", &prepared]);
+        symlink(folder.path().join("elsewhere"), disk.image_dir(&key())).unwrap();
+        symlink(folder.path().join("elsewhere/backing"), disk.source(&key()).partial).unwrap();
+        for place in [Place::Copies, Place::Preparations] {
+            remove(&disk, place, &key(), None).unwrap();
+        }
+        for path in ["elsewhere/backing", "elsewhere/backing.cfg", &format!("tmp/{KEY}.tmp")] {
+            assert!(folder.path().join(path).symlink_metadata().is_ok(), "{path}");
+        }
+    }
+
     #[test]
     fn what_holds_something_else_is_never_removed() {
         for more in [format!("backing-images/{KEY}/notes"), format!("backing-images/{KEY}/backing.cfg@")] {
