@@ -20,11 +20,11 @@ struct World {
 }
 
 /// `ubuntu` wants a copy on disk `a`, has one on `b`, is being prepared, and is used by volume `v`. Of `debian`, which volume `w`
-/// uses, nothing is anywhere. An image that is gone left something on disk `c`, and there is a manager of a disk `d`.
+/// uses, nothing is anywhere. An image that is gone left something on disk `c`, there is a manager of a disk `d`, and nothing on disk `e`.
 async fn world() -> World {
     let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
     let mut node = Node::new("node-1", Default::default());
-    for (disk, holds_image_files) in [("a", false), ("c", true)] {
+    for (disk, holds_image_files) in [("a", false), ("c", true), ("e", false)] {
         let status = DiskStatus { disk_uuid: disk.into(), holds_image_files, ..Default::default() };
         node.status.get_or_insert_default().disk_status.insert(disk.into(), status);
         node.spec.disks.insert(disk.into(), Default::default());
