@@ -99,7 +99,7 @@ impl World {
     /// The passes that are asked for.
     async fn asked(&self) -> String {
         let mut asked = BTreeSet::new();
-        while self.shared.queue.len() > 0 {
+        while !self.shared.queue.is_empty() {
             let key = self.shared.queue.next().await;
             asked.insert(format!("{} {}", key.kind.as_str(), key.name));
             self.shared.queue.finish(&key, None);
