@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -159,6 +160,27 @@ func diskFaults(t *testing.T) []fault {
 			immutable(t, p.i, func(disk string) bool { return !strings.HasPrefix(p.path(t), disk) })
 			return p.yaml()
 		}, inject: mutable, says: []string{"failed", "Operation not permitted"}, why: []string{"Operation not permitted", "next attempt"}},
+		{name: "disk taken off its node", copies: 3, inject: func(t *testing.T, p *patient) func() {
+			var disks any
+			mustPut(t, p.i, "node", "node-3", func(o map[string]any) {
+				disks = spec(o)["disks"]
+				spec(o)["disks"] = map[string]any{}
+			})
+			return func() { mustPut(t, p.i, "node", "node-3", func(o map[string]any) { spec(o)["disks"] = disks }) }
+		}, says: []string{"unknown", "no node has a disk"}, why: []string{"no node has a disk"}},
+		{name: "tag on no node", copies: 1, begin: func(p *patient) string {
+			return p.yaml() + "  nodeSelector: [spare]\n"
+		}, inject: func(t *testing.T, p *patient) func() {
+			tags := func(tags func([]any) []any) {
+				mustPut(t, p.i, "node", "node-3", func(o map[string]any) { spec(o)["tags"] = tags(spec(o)["tags"].([]any)) })
+			}
+			return func() {
+				tags(func(all []any) []any { return append(all, "spare") })
+				t.Cleanup(func() {
+					tags(func(all []any) []any { return slices.DeleteFunc(all, func(tag any) bool { return tag == "spare" }) })
+				})
+			}
+		}, says: []string{"NoEligibleDisk", "lacks the tag `spare`"}, why: []string{"lacks the tag `spare`"}},
 		{name: "disk without room", copies: 3, begin: func(p *patient) string {
 			p.i.apply(t, reservedNode(p, 3, 1<<60))
 			until(t, p.i, namedWithin, "node", "node-3", "has no room on its disk", func(o map[string]any) bool {
@@ -274,9 +296,24 @@ func processFaults(t *testing.T) []fault {
 			return p.yaml()
 		}, release
 	}
+	// The only agent from which further copies could come.
+	var peer int
+	silentPeer := fault{name: "peer that says nothing", copies: 3, begin: func(p *patient) string {
+		p.i.apply(t, imageYAML(p.name, p.url, p.image.checksum, 1))
+		untilImageReady(t, p.i, p.name)
+		peer = agentsOf(t, p.i, p.path(t))[0].pid
+		if err := syscall.Kill(peer, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { syscall.Kill(peer, syscall.SIGCONT) })
+		return p.yaml()
+	}, inject: func(*testing.T, *patient) func() {
+		return func() { syscall.Kill(peer, syscall.SIGCONT) }
+	}, says: []string{"unknown", "no answer"}}
 	stopped, stoppedRelease := held()
 	return []fault{
 		{name: "agent that says nothing", copies: 3, inject: agent(syscall.SIGSTOP), says: []string{"unknown", "no answer"}},
+		silentPeer,
 		{name: "agent killed", copies: 3, inject: agent(syscall.SIGKILL), says: []string{"unknown"}, passing: true},
 		{name: "data source that says nothing", copies: 1, begin: stopped, inject: source(syscall.SIGSTOP, stoppedRelease), says: []string{"does not answer"}},
 	}

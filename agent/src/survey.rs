@@ -75,11 +75,11 @@ pub(crate) fn survey(disk: &Disk, known: &dyn Fn(&ImageKey) -> bool) -> Result<S
     Ok(found)
 }
 
-/// Removes the files of an image in one directory, durably, if they still have this mark (empty: whatever they are).
+/// Removes the files of an image in one directory, durably, if they still have this mark (`None`: whatever they are).
 ///
 /// # Errors
 /// `NotReady` when something changed since, or lies there that is not of an image.
-pub(crate) fn remove(disk: &Disk, place: Place, key: &ImageKey, mark: &str) -> Result<(), AgentError> {
+pub(crate) fn remove(disk: &Disk, place: Place, key: &ImageKey, mark: Option<&str>) -> Result<(), AgentError> {
     let found = match place {
         Place::Copies => copy(disk, key),
         Place::Preparations => preparation(disk, key),
@@ -89,7 +89,7 @@ pub(crate) fn remove(disk: &Disk, place: Place, key: &ImageKey, mark: &str) -> R
         let message = format!("the directory of `{key}` holds something that is not of an image: move that away");
         return Err(AgentError::NotReady { message });
     }
-    if !mark.is_empty() && mark != found.mark {
+    if mark.is_some_and(|mark| mark != found.mark) {
         return Err(AgentError::NotReady {
             message: format!("the files of `{key}` changed since they were looked at"),
         });
@@ -276,12 +276,12 @@ mod tests {
         };
         for place in [Place::Copies, Place::Preparations] {
             let mark = marks(place);
-            let error = remove(&disk, place, &key(), "another").unwrap_err();
+            let error = remove(&disk, place, &key(), Some("another")).unwrap_err();
             assert!(error.to_string().contains("changed since they were looked at"), "{error}");
             assert_eq!(marks(place), mark);
-            remove(&disk, place, &key(), &mark).unwrap();
+            remove(&disk, place, &key(), Some(&mark)).unwrap();
             assert_eq!(marks(place), "");
-            remove(&disk, place, &key(), &mark).unwrap();
+            remove(&disk, place, &key(), Some(&mark)).unwrap();
         }
         for other in others {
             assert!(folder.path().join(other).exists(), "{other}");
@@ -302,11 +302,26 @@ mod tests {
         assert!(before.len() == 2 && before[0] != after[0] && before[1] != after[1]);
     }
 
+    /// As when it took the place of what was told.
+    #[test]
+    fn a_link_is_never_followed() {
+        let prepared = format!("tmp/{KEY}.cfg");
+        let (folder, disk) = disk(&["elsewhere/backing", "elsewhere/backing.cfg", "backing-images/", &prepared]);
+        symlink(folder.path().join("elsewhere"), disk.image_dir(&key())).unwrap();
+        symlink(folder.path().join("elsewhere/backing"), disk.source(&key()).partial).unwrap();
+        for place in [Place::Copies, Place::Preparations] {
+            remove(&disk, place, &key(), None).unwrap();
+        }
+        for path in ["elsewhere/backing", "elsewhere/backing.cfg", &format!("tmp/{KEY}.tmp")] {
+            assert!(folder.path().join(path).symlink_metadata().is_ok(), "{path}");
+        }
+    }
+
     #[test]
     fn what_holds_something_else_is_never_removed() {
         for more in [format!("backing-images/{KEY}/notes"), format!("backing-images/{KEY}/backing.cfg@")] {
             let (folder, disk) = disk(&[&format!("backing-images/{KEY}/backing"), &more]);
-            let error = remove(&disk, Place::Copies, &key(), "").unwrap_err();
+            let error = remove(&disk, Place::Copies, &key(), None).unwrap_err();
             assert!(error.to_string().contains("is not of an image"), "{error}");
             assert!(folder.path().join(format!("backing-images/{KEY}/backing")).exists());
         }

@@ -169,3 +169,6 @@ fn add_manager(queue: &Queue, disk: &str) {
         queue.add(Kind::Manager, manager_name(&disk));
     }
 }
+
+#[cfg(test)]
+mod tests;

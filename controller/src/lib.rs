@@ -10,6 +10,10 @@ mod concern;
 mod data_source;
 mod error;
 mod events;
+#[cfg(test)]
+#[path = "../tests/world/agents.rs"]
+#[allow(dead_code, reason = "the tests of whole controllers use the rest")]
+mod fake_agents;
 pub mod http;
 mod image;
 pub mod leader;
@@ -86,6 +90,29 @@ pub(crate) struct Shared {
     deposed: CancellationToken,
 }
 
+impl Shared {
+    /// Of a controller that has not looked at anything yet.
+    fn new(context: Context, tracker: &TaskTracker, shutdown: &CancellationToken) -> Shared {
+        let queue = Arc::new(Queue::default());
+        let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
+        let (cache, store) = Cache::new(&context.store);
+        Shared {
+            store,
+            cache,
+            workloads: context.workloads,
+            metrics: context.metrics,
+            queue,
+            agents,
+            manager_memory: Mutex::default(),
+            volume_restarts: Mutex::default(),
+            replenishing: tokio::sync::Mutex::default(),
+            turns: Turns::default(),
+            kubernetes: context.kubernetes,
+            deposed: context.deposed,
+        }
+    }
+}
+
 /// The time in which reconcilers do not watch yet; it also ends with them, since whoever does not lead has nothing to watch.
 pub(crate) struct Beginning(watch::Sender<bool>);
 
@@ -105,25 +132,9 @@ impl Drop for Beginning {
 /// Runs all reconcilers until `shutdown`. Ends by itself only with an error.
 pub async fn run(context: Context, shutdown: CancellationToken) -> Result<(), ControllerError> {
     let _leading = context.metrics.lead();
-    let beginning = Beginning::new(context.watching);
+    let beginning = Beginning::new(context.watching.clone());
     let tracker = TaskTracker::new();
-    let queue = Arc::new(Queue::default());
-    let agents = Agents::new(queue.clone(), tracker.clone(), shutdown.clone(), context.security);
-    let (cache, store) = Cache::new(&context.store);
-    let shared = Arc::new(Shared {
-        store,
-        cache,
-        workloads: context.workloads,
-        metrics: context.metrics,
-        queue,
-        agents,
-        manager_memory: Mutex::default(),
-        volume_restarts: Mutex::default(),
-        replenishing: tokio::sync::Mutex::default(),
-        turns: Turns::default(),
-        kubernetes: context.kubernetes,
-        deposed: context.deposed,
-    });
+    let shared = Arc::new(Shared::new(context, &tracker, &shutdown));
     node::create_default_settings(&shared.store).await?;
     let (recorder, recording) = Recorder::new(shared.store.clone(), COMPONENT);
     tracker.spawn(recording.run(shutdown.clone()));

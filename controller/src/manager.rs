@@ -25,9 +25,11 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     let mut observed = observe(name, shared).await?;
     let mut decision = decide(&observed);
     if decision.takes_away() {
-        // That an object or a disk is not known is not enough to end an agent or to forget what lies there.
+        // That an object or a disk is not known is not enough to end an agent or to forget what lies there, and what users switched off
+        // may not be known either.
         observed.manager = shared.store.get(name).await.doing("read the manager")?;
         observed.disks = world::nodes(&shared.store).await?.disks;
+        observed.removes_orphans = world::settings(&shared.store).await?.removes_orphans;
         decision = decide(&observed);
     }
     act(name, &observed, decision, shared).await
@@ -311,3 +313,6 @@ fn refused(
     // At once: the next pass reports it.
     Ok(Some(Duration::ZERO))
 }
+
+#[cfg(test)]
+mod tests;

@@ -121,7 +121,43 @@ fn is_news(last: &Told, now: &Told) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use k8s_openapi::api::core::v1::Event;
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
+
+    fn fact(topic: &str, reason: &str, since: Timestamp) -> Fact {
+        let news = Some(News::warning(reason, "a sentence"));
+        Fact { topic: topic.into(), news, since: since.to_string(), again: String::new() }
+    }
+
+    #[tokio::test]
+    async fn what_is_seen_first_is_told_if_it_began_lately_and_each_thing_once() {
+        let store = store::Store::new(Arc::new(store::embedded::Embedded::in_memory()), "longhorn-system");
+        let (recorder, recording) = Recorder::new(store.clone(), "test");
+        let mut teller = Teller::new(recorder);
+        let mut image = BackingImage::new("ubuntu", Default::default());
+        image.metadata.namespace = Some("longhorn-system".into());
+        image.metadata.uid = Some("1".into());
+        let (now, before) = (Timestamp::now(), Timestamp::now() - 2 * LATELY);
+        let first = [fact("a", "LongAgo", before), fact("b", "Lately", now)];
+        teller.look(&image, first.to_vec(), false);
+        // Nobody can tell for a while, and then it is as it was.
+        let unknown = Fact { news: None, ..fact("b", "", now) };
+        teller.look(&image, vec![first[0].clone(), unknown], false);
+        teller.look(&image, first.to_vec(), false);
+        teller.look(&image, vec![fact("a", "Other", before)], false);
+        teller.look(&image, vec![fact("a", "AtTheEnd", now)], true);
+        let stop = CancellationToken::new();
+        stop.cancel();
+        recording.run(stop).await;
+        let events: Vec<Event> = store.list(&Default::default()).await.unwrap();
+        let mut told: Vec<_> = events.into_iter().map(|e| (e.reason.unwrap_or_default(), e.count)).collect();
+        told.sort();
+        assert_eq!(told, [("Lately".to_owned(), Some(1)), ("Other".to_owned(), Some(1))]);
+    }
 
     fn told(mood: Mood, reason: &str, again: &str) -> Told {
         Told { mood, reason: reason.to_owned(), again: again.to_owned() }

@@ -129,6 +129,67 @@ async fn an_image_in_use_is_not_deleted() {
 }
 
 #[tokio::test]
+async fn who_uses_another_image_keeps_none_and_a_replica_whose_volume_is_lost_does() {
+    let api = api();
+    let folder = "/apis/longhorn.io/v1beta2/namespaces/longhorn-system";
+    let volume = json!({
+        "apiVersion": "longhorn.io/v1beta2", "kind": "Volume", "metadata": { "name": "v" },
+        "spec": { "size": "10485760", "backingImage": "one", "numberOfReplicas": 1 },
+    });
+    let replica = |name: &str, image: &str, volume: &str| {
+        json!({
+            "apiVersion": "longhorn.io/v1beta2", "kind": "Replica",
+            "metadata": { "name": name, "labels": { (api::names::label::BACKING_IMAGE): image } },
+            "spec": { "backingImage": image, "volumeName": volume },
+        })
+    };
+    for name in ["one", "two", "three", "four"] {
+        call(&api, "POST", IMAGES, image(name)).await;
+    }
+    assert_eq!(call(&api, "POST", &format!("{folder}/volumes"), volume).await.0, 201);
+    for (name, image, volume) in [("r", "three", "gone"), ("s", "four", "")] {
+        let (code, answer) = call(&api, "POST", &format!("{folder}/replicas"), replica(name, image, volume)).await;
+        assert_eq!(code, 201, "{answer}");
+    }
+    let delete = async |name: &str| call(&api, "DELETE", &format!("{IMAGES}/{name}"), Value::Null).await;
+    let (code, answer) = delete("two").await;
+    assert_eq!(code, 200, "nobody uses it: {answer}");
+    for (name, user) in
+        [("one", "those of volume v;"), ("three", "using it: r; delete volume gone"), ("four", "using it: s")]
+    {
+        let (code, answer) = delete(name).await;
+        assert_eq!(code, 403, "{name}: {answer}");
+        let why = answer["message"].as_str().unwrap();
+        assert!(why.contains(user) && !why.contains("volume ;"), "{name}: {why}");
+    }
+}
+
+#[tokio::test]
+async fn each_kind_is_checked_when_it_is_written() {
+    let api = api();
+    let folder = "/apis/longhorn.io/v1beta2/namespaces/longhorn-system";
+    let object = |kind: &str, name: &str, more: Value| {
+        let mut object = json!({ "apiVersion": "longhorn.io/v1beta2", "kind": kind, "metadata": { "name": name } });
+        object.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        object
+    };
+    let disks = json!({ "spec": { "disks": { "disk-1": { "path": "relative" } } } });
+    for (list, object, word) in [
+        ("nodes", object("Node", "n", disks), "relative"),
+        ("settings", object("Setting", api::setting::REPLENISH_LIMIT, json!({ "value": "many" })), "many"),
+    ] {
+        let (code, answer) = call(&api, "POST", &format!("{folder}/{list}"), object).await;
+        assert_eq!(code, StatusCode::UNPROCESSABLE_ENTITY, "{list}: {answer}");
+        assert!(answer["message"].as_str().unwrap().contains(word), "{list}: {answer}");
+    }
+    call(&api, "POST", IMAGES, image("one")).await;
+    let one = format!("{IMAGES}/one");
+    let (code, answer) = call(&api, "PATCH", &one, json!({ "spec": { "dataEngine": "v2" } })).await;
+    assert_eq!(code, StatusCode::UNPROCESSABLE_ENTITY, "{answer}");
+    assert!(answer["message"].as_str().unwrap().contains("dataEngine"), "{answer}");
+}
+
+#[tokio::test]
 async fn a_volume_grows_by_hand_only_while_nobody_uses_it() {
     let api = api();
     let volume = json!({

@@ -109,9 +109,10 @@ fn essence_of_status(image: &BackingImage) -> BackingImageStatus {
 mod tests {
     use api::image::DiskFileStatus;
     use api::manager::{FileInfo, ManagerState};
-    use api::names::condition::READY;
+    use api::names::condition::{EVICTED, READY};
     use api::node::DiskStatus;
     use api::{Condition, ConditionStatus};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
     use super::*;
 
@@ -119,8 +120,9 @@ mod tests {
         let mut image = BackingImage::new("ubuntu", Default::default());
         image.spec.disk_file_spec_map.insert("a".into(), Default::default());
         let file = DiskFileStatus { state: CopyState::Ready, ..Default::default() };
-        let status = BackingImageStatus { disk_file_status_map: [("a".to_owned(), file)].into(), ..Default::default() };
-        image.status = Some(status);
+        let conditions = vec![Condition::new(EVICTED, ConditionStatus::True, "", "")];
+        let files = [("a".to_owned(), file)].into();
+        image.status = Some(BackingImageStatus { disk_file_status_map: files, conditions, ..Default::default() });
         image
     }
 
@@ -142,12 +144,16 @@ mod tests {
     #[test]
     fn a_change_of_an_image_concerns_those_who_read_it() {
         type Edit = fn(&mut BackingImage, &mut BackingImageStatus);
-        let cases: [(&str, Edit, (bool, bool)); 14] = [
+        let cases: [(&str, Edit, (bool, bool)); 19] = [
             ("nothing", |_, _| {}, (false, false)),
             ("a label", |i, _| drop(i.metadata.labels.replace([("a".into(), "b".into())].into())), (false, false)),
             ("a version", |i, _| i.metadata.resource_version = Some("7".into()), (false, false)),
             ("a use", |_, s| drop(s.disk_last_ref_at_map.insert("a".into(), "now".into())), (false, false)),
             ("a reading", |_, s| file(s).verified_at = "now".into(), (false, false)),
+            ("damage", |_, s| file(s).damage = "chunk 3".into(), (false, false)),
+            ("the time of a state", |_, s| file(s).last_state_transition_time = "now".into(), (false, false)),
+            ("the progress of what is done", |_, s| file(s).progress = 100, (false, false)),
+            ("a look at a condition", |_, s| s.conditions[0].last_probe_time = "now".into(), (false, false)),
             ("a sentence", |_, s| file(s).message = "why".into(), (false, true)),
             ("progress", |_, s| (file(s).progress, file(s).state) = (3, CopyState::InProgress), (true, true)),
             (
@@ -165,6 +171,7 @@ mod tests {
             ("a wish to verify", |i, _| i.spec.verify_requested_at = "now".into(), (true, true)),
             ("the checksum", |_, s| s.checksum = "c0ffee".into(), (true, true)),
             ("another of its name", |i, _| i.metadata.uid = Some("2".into()), (true, true)),
+            ("its deletion", |i, _| i.metadata.deletion_timestamp = Some(Time(Default::default())), (true, true)),
         ];
         for (what, change, expected) in cases {
             assert_eq!(of_image(change), expected, "{what}");
@@ -188,7 +195,7 @@ mod tests {
         };
         let manager = before(|_| {});
         type Edit = fn(&mut BackingImageManager);
-        let cases: [(Edit, &[&str]); 7] = [
+        let cases: [(Edit, &[&str]); 9] = [
             (|_| {}, &[]),
             (|m| m.metadata.resource_version = Some("7".into()), &[]),
             (|m| m.status.as_mut().unwrap().backing_image_file_map.get_mut("x").unwrap().progress = 7, &["x"]),
@@ -196,13 +203,17 @@ mod tests {
             (|m| drop(m.spec.backing_images.insert("z".into(), "1".into())), &["z"]),
             (|m| m.status.as_mut().unwrap().current_state = ManagerState::Error, &["x", "y"]),
             (|m| m.status = None, &["x", "y"]),
+            (|m| m.metadata.uid = Some("2".into()), &["x", "y"]),
+            (|m| m.spec.disk_uuid = "b".into(), &["x", "y"]),
         ];
         for (n, (change, images)) in cases.into_iter().enumerate() {
             let changed = before(change);
             let images: BTreeSet<String> = images.iter().map(|name| (*name).to_owned()).collect();
             assert_eq!(manager_to_images((Some(&manager), Some(&changed))), images, "case {n}");
         }
-        assert_eq!(manager_to_images((Some(&manager), None)).len(), 2, "it is gone");
+        for change in [(Some(&manager), None), (None, Some(&manager))] {
+            assert_eq!(manager_to_images(change).len(), 2, "it comes or goes");
+        }
     }
 
     #[test]
@@ -214,7 +225,10 @@ mod tests {
             let mut ready = Condition::new(READY, verdict, "", "");
             ready.last_probe_time = probed.into();
             status.conditions.push(ready);
-            let disk = DiskStatus { storage_available: available, ..Default::default() };
+            let mut disk = DiskStatus { storage_available: available, ..Default::default() };
+            disk.conditions.push(status.conditions[0].clone());
+            // Read afresh by who removes something.
+            disk.images_under_replicas = Some(vec![probed.into()]);
             status.disk_status.insert("disk".into(), disk);
             node
         };
@@ -223,6 +237,22 @@ mod tests {
         assert!(!concerns(&node((5 << 30) + 1, "later", true)), "a heartbeat");
         assert!(concerns(&node(5 << 30, "now", false)), "it does not answer");
         assert!(concerns(&node(4 << 30, "now", true)), "less room");
+        type Edit = fn(&mut Node);
+        let edits: [(&str, Edit); 5] = [
+            ("a wish", |n| n.spec.eviction_requested = true),
+            ("its deletion", |n| n.metadata.deletion_timestamp = Some(Time(Default::default()))),
+            ("another of its name", |n| n.metadata.uid = Some("2".into())),
+            ("a zone", |n| n.status.as_mut().unwrap().zone = "b".into()),
+            ("files of images on a disk", |n| {
+                n.status.as_mut().unwrap().disk_status.get_mut("disk").unwrap().holds_image_files = true;
+            }),
+        ];
+        for (what, edit) in edits {
+            let mut after = before.clone();
+            edit(&mut after);
+            assert!(concerns(&after), "{what}");
+        }
+        assert!(node_to_all((None, Some(&before))) && node_to_all((Some(&before), None)), "it comes or goes");
     }
 
     #[test]
@@ -233,6 +263,7 @@ mod tests {
         assert!(!replica_to_image((Some(&before), Some(&after))));
         after.spec.failed_at = "now".into();
         assert!(replica_to_image((Some(&before), Some(&after))));
+        assert!(replica_to_image((Some(&before), None)) && replica_to_image((None, Some(&before))));
     }
 
     #[test]
@@ -245,6 +276,6 @@ mod tests {
         let before = setting("3", "1");
         assert!(!setting_to_all((Some(&before), Some(&setting("3", "2")))));
         assert!(setting_to_all((Some(&before), Some(&setting("4", "2")))));
-        assert!(setting_to_all((Some(&before), None)));
+        assert!(setting_to_all((Some(&before), None)) && setting_to_all((None, Some(&before))));
     }
 }

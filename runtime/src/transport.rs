@@ -8,6 +8,7 @@
 mod blocking;
 mod identity;
 mod listener;
+mod peers;
 mod relay;
 mod source;
 mod stream;
@@ -20,13 +21,13 @@ use std::sync::Arc;
 
 use api::ErrorKind;
 use hyper_util::rt::TokioIo;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::danger::ServerCertVerifier;
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
@@ -34,6 +35,7 @@ use tonic::transport::{Channel, Endpoint};
 pub use blocking::BlockingStream;
 pub use identity::Identity;
 pub use listener::Listener;
+use peers::{NamedClients, OneName};
 pub use relay::{Tunnel, relay};
 use source::Source;
 pub use stream::Stream;
@@ -103,10 +105,11 @@ impl Tls {
         let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider()).build();
         let servers = WebPkiServerVerifier::builder_with_provider(roots, provider()).build();
         let servers = OneName { inner: servers.map_err(|e| unusable(e.into()))?, name: peer_name() };
+        let clients = NamedClients { inner: clients.map_err(|e| unusable(e.into()))?, name: peer_name() };
         let server = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|e| unusable(e.into()))?
-            .with_client_cert_verifier(clients.map_err(|e| unusable(e.into()))?)
+            .with_client_cert_verifier(Arc::new(clients))
             .with_cert_resolver(Arc::new(identity.clone()));
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -274,48 +277,6 @@ pub fn is_accepted(authorities: &str, chain: &str, name: &str, seconds_since_epo
     let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds_since_epoch));
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build();
     verifier.is_ok_and(|verifier| verifier.verify_server_cert(&chain[0], &chain[1..], &name, &[], now).is_ok())
-}
-
-/// Judges a server by its certificate and the one name, whatever address it was reached by.
-#[derive(Debug)]
-struct OneName {
-    inner: Arc<WebPkiServerVerifier>,
-    name: ServerName<'static>,
-}
-
-impl ServerCertVerifier for OneName {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _address: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        self.inner.verify_server_cert(end_entity, intermediates, &self.name, ocsp_response, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.inner.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.inner.supported_verify_schemes()
-    }
 }
 
 #[cfg(test)]

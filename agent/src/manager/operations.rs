@@ -293,12 +293,19 @@ impl Registry {
         let _turn = self.lock(&key).await;
         self.on_disk().await?;
         let is_copy = place == Place::Copies;
-        if is_copy && (self.is_busy(&key) || self.get(&key).is_some_and(|copy| copy.sending > 0)) {
+        let copy = self.get(&key).filter(|_| is_copy);
+        if is_copy && (self.is_busy(&key) || copy.as_ref().is_some_and(|copy| copy.sending > 0)) {
             let message = format!("the copy of `{key}` is being received, verified or sent");
             return Err(AgentError::NotReady { message });
         }
-        let (disk, own, mark) = (self.disk.clone(), key.clone(), mark.to_owned());
-        blocking(move || survey::remove(&disk, place, &own, &mark)).await?;
+        // Whoever asks decided on what it was when it was told.
+        if copy.is_some() && !mark.is_empty() {
+            let message = format!("what was found of `{key}` is a copy of this disk by now");
+            return Err(AgentError::NotReady { message });
+        }
+        let mark = copy.is_none().then(|| mark.to_owned());
+        let (disk, own) = (self.disk.clone(), key.clone());
+        blocking(move || survey::remove(&disk, place, &own, mark.as_deref())).await?;
         if is_copy {
             self.remove(&key);
         }

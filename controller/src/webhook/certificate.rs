@@ -185,7 +185,8 @@ mod tests {
     fn a_certificate_is_followed_by_the_next_one_before_it_ends() {
         assert_eq!(decide(None, true, start(), &rules()), Step::Make);
         let first = go(Step::Make, None, 0);
-        for day in [0, 1, 58] {
+        // Also by a clock that is behind.
+        for day in [-1, 0, 1, 58] {
             assert_eq!(step(&first, day, true), Step::Keep, "{day}");
         }
         assert_eq!(step(&first, 61, true), Step::Prepare);
@@ -211,6 +212,8 @@ mod tests {
         assert_eq!(step(&prepared, 91, false), Step::Promote, "the next one is there");
         assert_eq!(step(&prepared, 200, false), Step::Make, "both have ended");
         let another = go(Step::Make, None, 0);
+        let useless = Stored { next: Some(another.current.clone()), ..prepared };
+        assert_eq!(step(&useless, 61, true), Step::Prepare, "nobody trusts the next one");
         for broken in [
             Stored { authorities: another.authorities.clone(), ..first.clone() },
             Stored { current: Pair { key: another.current.key.clone(), ..first.current.clone() }, ..first.clone() },

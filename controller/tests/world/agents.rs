@@ -28,8 +28,12 @@ pub struct Script {
     pub source_failures: Vec<(ErrorKind, String)>,
     /// Failures of syncs to come.
     pub sync_failures: Vec<String>,
-    /// The image whose copies cannot be removed.
+    /// The image whose copies and remains cannot be removed.
     pub undeletable: String,
+    /// What agents find that is of no copy; `None`: they cannot look.
+    pub remains: Option<Vec<Remains>>,
+    /// What of that was removed.
+    pub removed: Vec<RemoveRemainsRequest>,
     /// An agent that starts knows what lies on its disk, as if it had never ended.
     pub remembers: bool,
     /// How often each kind of request came.
@@ -283,7 +287,10 @@ impl BackingImageManagerService for FakeAgent {
 
     async fn list(&self, _: Request<()>) -> Result<Response<ListResponse>, Status> {
         let backing_images = self.known.lock().unwrap().clone().into_iter().collect();
-        Ok(Response::new(ListResponse { backing_images, ..Default::default() }))
+        let remains = self.script.lock().unwrap().remains.clone();
+        let surveyed = remains.is_some();
+        let remains = remains.unwrap_or_default();
+        Ok(Response::new(ListResponse { backing_images, remains, surveyed, ..Default::default() }))
     }
 
     async fn version_get(&self, _: Request<()>) -> Result<Response<VersionResponse>, Status> {
@@ -342,8 +349,18 @@ impl BackingImageManagerService for FakeAgent {
         Ok(Response::new(file))
     }
 
-    async fn remove_remains(&self, _: Request<RemoveRemainsRequest>) -> Result<Response<()>, Status> {
-        Err(Status::unimplemented(""))
+    async fn remove_remains(&self, request: Request<RemoveRemainsRequest>) -> Result<Response<()>, Status> {
+        let request = request.into_inner();
+        let mut script = self.script.lock().unwrap();
+        if script.undeletable == request.name {
+            return Err(Status::internal("cannot remove its directory: Operation not permitted"));
+        }
+        let is_it = |r: &Remains| {
+            (&r.name, &r.uuid, r.is_preparation) == (&request.name, &request.uuid, request.is_preparation)
+        };
+        script.remains.iter_mut().for_each(|remains| remains.retain(|r| !is_it(r)));
+        script.removed.push(request);
+        Ok(Response::new(()))
     }
 
     async fn prepare_download(

@@ -219,3 +219,48 @@ fn an_image_tells_of_a_copy_that_was_put_back_and_of_one_whose_disk_is_gone() {
     let some = Disks { incomplete: ["n".to_owned()].into(), ..all };
     assert_eq!(said(&of_image(&image, &some))[2], "copy/z -");
 }
+
+#[test]
+fn what_belongs_to_no_image_is_news_once_for_each_path() {
+    let found = |orphans: &[&str], foreign: &[&str], at: &str| {
+        let mut manager = BackingImageManager::new("bim-a", Default::default());
+        manager.spec.disk_uuid = "a".into();
+        let status = manager.status.get_or_insert_default();
+        status.orphans = orphans.iter().map(|path| ((*path).to_owned(), Default::default())).collect();
+        status.foreign_files = foreign.iter().map(|path| (*path).to_owned()).collect();
+        let told = |r#type, reason: &str, of: &[&str]| {
+            let condition = condition(r#type, ConditionStatus::False, reason, &format!("{}: {at}", of.join(", ")));
+            (!of.is_empty()).then_some(condition)
+        };
+        let conditions = [told(NO_ORPHANS, "OrphansFound", orphans), told(NO_FOREIGN_FILES, "ForeignFiles", foreign)];
+        status.conditions = conditions.into_iter().flatten().collect();
+        of_manager(&manager, &disks())
+    };
+    let again = |facts: &[Fact]| facts.iter().map(|fact| fact.again.clone()).collect::<Vec<_>>();
+    let first = found(&["tmp/x"], &["tmp/notes"], "at noon");
+    assert_eq!(
+        said(&first),
+        [
+            "NoOrphans Warning OrphansFound : tmp/x: at noon (a of node-a)",
+            "NoForeignFiles Warning ForeignFiles : tmp/notes: at noon (a of node-a)",
+        ]
+    );
+    assert_eq!(again(&first), ["tmp/x", "tmp/notes"]);
+    assert_eq!(again(&found(&["tmp/x"], &["tmp/notes"], "a minute later")), again(&first), "another time is no news");
+    let more = found(&["tmp/x", "tmp/y"], &["tmp/notes", "tmp/z"], "at noon");
+    assert_eq!(again(&more), ["tmp/x, tmp/y", "tmp/notes, tmp/z"], "one more is");
+    assert_eq!(said(&found(&[], &[], "")), Vec::<String>::new());
+}
+
+#[test]
+fn an_engine_tells_where_it_serves_and_what_became_of_an_upgrade() {
+    let mut engine = Engine::new("v-e-0", Default::default());
+    engine.spec.node_id = "n".into();
+    let serving = condition(READY, ConditionStatus::True, "Serving", "");
+    let refused = condition(UPGRADED, ConditionStatus::False, "UpgradeRefused", "a fence goes on");
+    engine.status.get_or_insert_default().conditions = vec![serving, refused];
+    assert_eq!(
+        said(&of_engine(&engine)),
+        ["Ready Normal Serving : it serves on node n", "Upgraded Warning UpgradeRefused : a fence goes on"]
+    );
+}

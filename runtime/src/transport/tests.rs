@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use rustls::pki_types::PrivateKeyDer;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -89,6 +90,40 @@ async fn who_has_no_certificate_of_the_authority_is_refused() {
     assert!(ask(&nobody, address).await.is_err(), "no certificate");
     assert_eq!(&ask(&authority.member(), address).await.unwrap(), b"ping", "others are served on");
     serving.abort();
+}
+
+/// Of an authority that signs for others too.
+#[tokio::test]
+async fn a_client_with_another_name_is_refused() {
+    let authority = Authority::new();
+    let (listener, address) = listen(&authority.member()).await;
+    let serving = echo(listener);
+    let other = Security::mutual(&authority.pem(), &authority.identity("somebody-else")).unwrap();
+    assert!(ask(&other, address).await.is_err());
+    assert_eq!(&ask(&authority.member(), address).await.unwrap(), b"ping", "others are served on");
+    serving.abort();
+}
+
+/// Certificates are public, keys are not.
+#[tokio::test]
+async fn who_shows_the_certificate_of_another_without_its_key_is_not_believed() {
+    let authority = Authority::new();
+    let (chain, own) = (authority.pair(PEER_NAME).0, authority.pair(PEER_NAME).1);
+    let key = PrivateKeyDer::from_pem_slice(own.as_bytes()).unwrap();
+    let key = provider().key_provider.load_private_key(key).unwrap();
+    let forged = Arc::new(rustls::sign::CertifiedKey::new(certificates(&chain).unwrap(), key));
+    let member = authority.member();
+    let mut server = member.tls().unwrap().server.clone();
+    server.cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(forged.clone()));
+    let mut client = ClientConfig::clone(&member.tls().unwrap().client);
+    client.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(forged));
+    let forger = Security::given(Tls { server, client: Arc::new(client) });
+    for (server, client) in [(&forger, &member), (&member, &forger)] {
+        let (listener, address) = listen(server).await;
+        let serving = echo(listener);
+        assert!(ask(client, address).await.is_err());
+        serving.abort();
+    }
 }
 
 #[tokio::test]
