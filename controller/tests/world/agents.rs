@@ -342,6 +342,10 @@ impl BackingImageManagerService for FakeAgent {
         Ok(Response::new(file))
     }
 
+    async fn limit_bandwidth(&self, _: Request<Bandwidth>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn remove_remains(&self, _: Request<RemoveRemainsRequest>) -> Result<Response<()>, Status> {
         Err(Status::unimplemented(""))
     }
