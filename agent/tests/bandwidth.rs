@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use api::bandwidth::LOWEST;
 use api::image::CopyState;
+use backing_image_agent::limits::MAX_PEER_READS;
 use proto::bimrpc::Bandwidth;
 use support::*;
 use tonic::Code;
@@ -83,6 +84,24 @@ async fn waiting_under_a_limit_is_no_silence_and_a_lifted_limit_ends_it() {
         receiver.reaches("ready").await;
         assert!(std::fs::read(disk.copy_file()).unwrap() == image());
     }
+}
+
+/// None of these ends while the test lasts, and there are more than are read for at a time.
+#[tokio::test]
+async fn each_of_many_gets_its_bytes_under_a_limit() {
+    let (_disk, manager) = first().await;
+    limit(&manager, limits(LOWEST, 0)).await;
+    let url = format!("http://{}:8001/v1/copies/{}/data", manager.address.ip(), key());
+    let range = format!("bytes=0-{}", 3 * MIB - 1);
+    let begin = async || {
+        let mut response = http().get(&url).header("Range", &range).send().await.unwrap();
+        let first = response.chunk().await.unwrap().expect("it has bytes");
+        assert!(first[..] == image()[..first.len()]);
+        response
+    };
+    let many = futures::future::join_all((0..2 * MAX_PEER_READS).map(|_| begin()));
+    let begun = tokio::time::timeout(Duration::from_secs(30), many).await.expect("everybody gets bytes");
+    assert_eq!(manager.get().await.status.unwrap().sending_reference as usize, begun.len());
 }
 
 #[tokio::test]
