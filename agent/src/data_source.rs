@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use crate::bandwidth::Limit;
 use crate::config_file::{FileConfig, Format};
 use crate::download::{Download, Event, Patience, download};
 use crate::durable;
@@ -56,6 +57,8 @@ pub struct Config {
     pub checksum: Option<Sha512Digest>,
     /// The setting `backing-image-allowed-source-addresses`.
     pub allowed_sources: AllowedSources,
+    /// Bytes a second that are downloaded at most, until another limit is told over HTTP; 0: no limit.
+    pub bandwidth_limit: u64,
     /// Pauses and limits; [`Patience::default`] outside of tests.
     pub patience: Patience,
     /// How it listens.
@@ -78,10 +81,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let status = Arc::new(status);
     tracing::info!(image = %key, disk = %disk_uuid, source = config.source_type.as_str(), "data source started");
 
-    let server = http::serve(listener, status.clone(), shutdown.clone());
+    let limit = Arc::new(Limit::new(config.bandwidth_limit));
+    let server = http::serve(listener, status.clone(), limit.clone(), shutdown.clone());
     let span = tracing::info_span!("data_source", image = %key, disk = %disk_uuid);
     let work = async {
-        match prepare(&config, &files, &status, &shutdown).await {
+        match prepare(&config, &files, &status, limit, &shutdown).await {
             Ok(()) | Err(AgentError::Cancelled) => {}
             Err(error) => {
                 tracing::error!(error = error.chain(), "preparation failed");
@@ -107,6 +111,7 @@ async fn prepare(
     config: &Config,
     files: &FileSet,
     status: &Arc<watch::Sender<FileStatus>>,
+    limit: Arc<Limit>,
     shutdown: &CancellationToken,
 ) -> Result<(), AgentError> {
     if config.source_type != SourceType::Download {
@@ -117,7 +122,7 @@ async fn prepare(
             ),
         });
     }
-    let what = what_to_download(config)?;
+    let what = what_to_download(config, limit)?;
     if let Some((found, state)) = adopt(config, files).await? {
         tracing::info!(file = found.name, state = state.as_str(), "finished file found");
         status.send_modify(|s| {
@@ -154,7 +159,7 @@ async fn prepare(
     Ok(())
 }
 
-fn what_to_download(config: &Config) -> Result<Download, AgentError> {
+fn what_to_download(config: &Config, limit: Arc<Limit>) -> Result<Download, AgentError> {
     let url = SourceUrl::parse(config.parameters.get(PARAMETER_URL).map_or("", String::as_str))?;
     let pad_to_sector = match config.parameters.get(PARAMETER_PAD).map_or("false", String::as_str) {
         "true" => true,
@@ -165,7 +170,8 @@ fn what_to_download(config: &Config) -> Result<Download, AgentError> {
             });
         }
     };
-    Ok(Download { url, expected: config.checksum.clone(), pad_to_sector, allowed: config.allowed_sources.clone() })
+    let (expected, allowed) = (config.checksum.clone(), config.allowed_sources.clone());
+    Ok(Download { url, expected, pad_to_sector, allowed, limit })
 }
 
 /// The file that an earlier life of this data source finished: still here, or taken over already by the manager.

@@ -6,6 +6,7 @@
 //! the expected checksum matches.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use api::ErrorKind;
@@ -18,6 +19,7 @@ use runtime::backoff::Backoff;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::bandwidth::Limit;
 use crate::error::{AgentError, chain};
 use crate::http_client;
 use crate::ingest::{Ingest, Ingested};
@@ -40,6 +42,8 @@ pub struct Download {
     pub pad_to_sector: bool,
     /// From which special addresses it may come.
     pub allowed: AllowedSources,
+    /// How fast it may come.
+    pub limit: Arc<Limit>,
 }
 
 /// How patient to be. The default is for production.
@@ -374,13 +378,17 @@ async fn attempt(
     let framed = if known.length.is_some() || is_framed(&response) { Framed::Yes } else { Framed::ByClose };
     let ingest = &mut slot.as_mut().expect("begun above or in an earlier try").ingest;
     loop {
-        let bytes = match place.wait(response.chunk()).await? {
+        let mut bytes = match place.wait(response.chunk()).await? {
             Err(error) => return Err(Broken::Retry(cut(ingest, known, &chain(&error.without_url())))),
             Ok(None) => break,
             Ok(Some(bytes)) => bytes,
         };
-        ingest.push(bytes).await?;
-        report(Event::Received { bytes: ingest.received_bytes() });
+        // What waits here under the limit is no silence of the server.
+        while !bytes.is_empty() {
+            let granted = what.limit.take(bytes.len() as u64).await;
+            ingest.push(bytes.split_to(granted as usize)).await?;
+            report(Event::Received { bytes: ingest.received_bytes() });
+        }
         if known.length.is_some_and(|length| ingest.received_bytes() > length) {
             return Err(failed(what, "the server sent more bytes than it announced".into()));
         }
@@ -428,7 +436,8 @@ mod tests {
     #[test]
     fn what_may_pass_is_tried_again_and_the_rest_is_not() {
         let url = SourceUrl::parse("http://h/x").unwrap();
-        let what = Download { url, expected: None, pad_to_sector: false, allowed: AllowedSources::none() };
+        let (allowed, limit) = (AllowedSources::none(), Arc::default());
+        let what = Download { url, expected: None, pad_to_sector: false, allowed, limit };
         let judge = |code| check_status(&what, StatusCode::from_u16(code).unwrap());
         for code in [200, 206, 416] {
             assert!(judge(code).is_ok(), "{code}");

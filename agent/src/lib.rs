@@ -6,6 +6,7 @@
 //!
 //! Files lie where Longhorn puts them ([`layout`]), with a chunk manifest ([`manifest`]) beside each.
 
+pub mod bandwidth;
 pub mod client;
 pub mod config_file;
 pub mod data_source;

@@ -62,7 +62,7 @@ pub const MAX_SCRUBS: usize = 1;
 /// Bad chunks up to which a damaged copy is repaired where it lies; with more it is made anew, from all peers at once.
 pub const MAX_REPAIRED_CHUNKS: usize = 64;
 
-/// Range requests that a manager serves at a time; further ones wait.
+/// Reads for other managers that a manager does at a time; further ones wait. A request that waits under a limit of bandwidth reads nothing.
 pub const MAX_PEER_READS: usize = 16;
 
 /// Parallel requests to one peer during a sync. Two keep the line full while a chunk is verified and written.
@@ -77,8 +77,9 @@ pub const CHUNKS_PER_REQUEST: usize = 8;
 /// Failed requests in a row after which a peer is dropped from a sync.
 pub const MAX_PEER_FAILURES: u32 = 3;
 
-/// Parallel transfers of one copy to receivers that speak ssync (LF 5.1: `SendingLimit`).
-pub const MAX_SENDS_PER_COPY: u32 = 3;
+/// Parallel transfers of one copy to receivers that speak ssync: what is sent is limited by bandwidth, this only bounds the memory for
+/// their batches. (Longhorn allows three, LF 5.1: `SendingLimit`.)
+pub const MAX_SENDS_PER_COPY: u32 = 16;
 
 /// Workers and batch size of an ssync transfer (LF 5.4).
 pub const SSYNC_WORKERS: usize = 4;

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use reqwest::{Client, Method};
 use runtime::transport::Security;
 use tokio::time::{Instant, sleep};
 
+use crate::bandwidth::Share;
 use crate::error::{AgentError, blocking, chain};
 use crate::http_client;
 use crate::layout::FileSet;
@@ -40,6 +42,7 @@ pub(crate) async fn send(
     to: &str,
     idle_timeout: Duration,
     security: &Security,
+    share: &Share,
 ) -> Result<(), AgentError> {
     if !security.is_plain() {
         let message =
@@ -69,23 +72,31 @@ pub(crate) async fn send(
             async move {
                 match part {
                     Part::Hole(range) => receiver.post("sendHole", &range, Bytes::new()).await,
-                    Part::Data(range) => {
-                        let bytes = blocking({
-                            let range = range.clone();
-                            move || {
-                                let mut bytes = vec![0; (range.end - range.start) as usize];
-                                file.read_exact_at(&mut bytes, range.start).map_err(AgentError::io("read", path))?;
-                                Ok(Bytes::from(bytes))
-                            }
-                        })
-                        .await?;
-                        receiver.post("writeData", &range, bytes).await
+                    Part::Data(mut left) => {
+                        // In pieces of their own under a limit, so that no request takes long.
+                        while !left.is_empty() {
+                            let length = share.take(left.end - left.start).await;
+                            let range = left.start..left.start + length;
+                            let bytes = read(file.clone(), path.clone(), range.clone()).await?;
+                            receiver.post("writeData", &range, bytes).await?;
+                            left.start = range.end;
+                        }
+                        Ok(())
                     }
                 }
             }
         })
         .await?;
     receiver.request(Method::POST, "close?checksumMethod=&checksum=".into(), Bytes::new()).await
+}
+
+async fn read(file: Arc<File>, path: PathBuf, range: Range<u64>) -> Result<Bytes, AgentError> {
+    blocking(move || {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        file.read_exact_at(&mut bytes, range.start).map_err(AgentError::io("read", path))?;
+        Ok(Bytes::from(bytes))
+    })
+    .await
 }
 
 impl Receiver {

@@ -87,7 +87,8 @@ async fn the_json_has_longhorns_keys() {
             "message",
             "sendingReference",
             "format",
-            "nextRetryTime"
+            "nextRetryTime",
+            "bandwidthLimit"
         ]
     );
     assert_eq!(value["state"], "ready-for-transfer");

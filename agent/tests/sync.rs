@@ -15,7 +15,7 @@ use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use proto::bimrpc::{BackingImageSpec, SendRequest};
+use proto::bimrpc::{BackingImageSpec, Bandwidth, SendRequest};
 use std::net::SocketAddr;
 use support::*;
 use tokio::net::TcpListener;
@@ -493,6 +493,22 @@ async fn a_copy_is_sent_to_longhorns_receiver() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test]
+async fn longhorns_receiver_gets_a_copy_no_faster_than_the_limit() {
+    let (_disk, manager) = first().await;
+    let limits = Bandwidth { total: 6 << 20, ..Default::default() };
+    manager.client().await.limit_bandwidth(limits).await.unwrap();
+    let receiver = Receiver::default();
+    let to_address = receiver.start().await.to_string();
+    let begun = std::time::Instant::now();
+    let request = SendRequest { name: "parrot".into(), uuid: UUID.into(), to_address };
+    manager.client().await.send(request).await.unwrap();
+    wait_until("the receiver is closed", async || receiver.calls.lock().unwrap().last() == Some(&"close")).await;
+    // 9 MiB, less what goes at once.
+    assert!(begun.elapsed() >= Duration::from_millis(1375), "{:?}", begun.elapsed());
+    assert!(*receiver.bytes.lock().unwrap() == image());
 }
 
 /// To be closed is the receiver's sign that all of the file is there.

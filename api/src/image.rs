@@ -138,6 +138,10 @@ pub struct BackingImageSpec {
     pub secret: String,
     pub secret_namespace: String,
     pub data_engine: DataEngine,
+    /// Ours: bytes a second that each disk sends of this image, and that its data source downloads; 0: as many as the setting
+    /// `backing-image-bandwidth-limit` allows.
+    #[serde(skip_serializing_if = "crate::bandwidth::is_none")]
+    pub bandwidth_limit: u64,
     /// Ours: copies that were not verified since this time (RFC 3339) are read and compared with their manifest now.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub verify_requested_at: String,

@@ -4,6 +4,7 @@
 //! for Longhorn work unchanged. Fields that Longhorn does not have are marked "Ours" in their doc comment.
 //! Fields that we do not know are kept: every spec and status ends in an `other` map.
 
+pub mod bandwidth;
 pub mod condition;
 pub mod crd;
 pub mod data_source;

@@ -8,8 +8,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Serialize};
 
 pub use self::about::{About, about};
-use crate::Unknown;
 use crate::source_address::{self, AllowedSources};
+use crate::{Unknown, bandwidth};
 
 /// A setting: `metadata.name` says which, `value` is its text. It has no `spec`, as in Longhorn.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -92,6 +92,9 @@ fn cordon_policy(text: &str) -> bool {
 fn boolean(text: &str) -> bool {
     matches!(text, "true" | "false")
 }
+fn bytes_per_second(text: &str) -> bool {
+    bandwidth::parse(text).is_some()
+}
 fn addresses(text: &str) -> bool {
     text.parse::<AllowedSources>().is_ok()
 }
@@ -134,8 +137,11 @@ pub const ALLOWED_SOURCE_ADDRESSES: &str = "backing-image-allowed-source-address
 /// Ours: whether what lies in the directories of images and belongs to no image that exists is removed, or only told.
 pub const REMOVE_ORPHANS: &str = "orphan-backing-image-auto-deletion";
 
+/// Ours: bytes a second that one disk sends to others altogether, and that one data source downloads; 0: no limit.
+pub const BANDWIDTH_LIMIT: &str = "backing-image-bandwidth-limit";
+
 /// Every setting that this version reads, with Longhorn's defaults.
-pub const KNOWN: [Known; 17] = [
+pub const KNOWN: [Known; 18] = [
     Known { name: DEFAULT_REPLICA_COUNT, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: DEFAULT_MIN_COPIES, default: "3", rule: "a whole number, at least 1", check: at_least_one },
     Known { name: REPLENISH_LIMIT, default: "5", rule: "a whole number, 0 or more", check: whole_number },
@@ -168,6 +174,7 @@ pub const KNOWN: [Known; 17] = [
     Known { name: DISABLE_SCHEDULING_ON_CORDONED_NODE, default: "true", rule: "true or false", check: boolean },
     Known { name: CORDONED_NODE_POLICY, default: "ignore", rule: "ignore or evict", check: cordon_policy },
     Known { name: REMOVE_ORPHANS, default: "true", rule: "true or false", check: boolean },
+    Known { name: BANDWIDTH_LIMIT, default: "0", rule: bandwidth::RULE, check: bytes_per_second },
 ];
 
 /// The known setting of a name.

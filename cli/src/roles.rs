@@ -10,7 +10,7 @@ use api::ids::{DiskId, ImageName, ImageUuid, Sha512Digest};
 use api::image::SourceType;
 use api::names::{DISK_MOUNT, SOURCE_PARAMETERS};
 use api::source_address::AllowedSources;
-use api::{ErrorKind, Secrets};
+use api::{ErrorKind, Secrets, bandwidth};
 use clap::{Args, Subcommand};
 use runtime::transport::Security;
 
@@ -107,6 +107,9 @@ pub struct DataSource {
     /// Addresses and networks of this machine, of its links and of the cloud that a download may come from, with commas between.
     #[arg(long, default_value = "")]
     allowed_source_addresses: AllowedSources,
+    /// Bytes a second that are downloaded at most, until another limit is told; 0: no limit.
+    #[arg(long, default_value = "0", value_parser = bandwidth_limit)]
+    bandwidth_limit: u64,
     /// A credential, KEY=VALUE; none is used for downloads.
     #[arg(long, value_parser = pair)]
     credential: Vec<(String, String)>,
@@ -118,6 +121,10 @@ pub struct DataSource {
 /// A checksum flag; empty means none, as Longhorn writes it.
 #[derive(Clone, Debug)]
 struct Checksum(Option<Sha512Digest>);
+
+fn bandwidth_limit(text: &str) -> Result<u64, String> {
+    bandwidth::parse(text).ok_or_else(|| format!("give {}", bandwidth::RULE))
+}
 
 fn checksum(text: &str) -> Result<Checksum, String> {
     if text.is_empty() {
@@ -221,6 +228,7 @@ pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
         source_parameters,
         checksum,
         allowed_source_addresses,
+        bandwidth_limit,
         credential,
         disk_path,
     } = source;
@@ -237,6 +245,7 @@ pub async fn data_source(source: DataSource) -> anyhow::Result<()> {
         parameters: source_parameters.0.into_iter().chain(parameters).collect(),
         checksum: checksum.and_then(|c| c.0),
         allowed_sources: allowed_source_addresses,
+        bandwidth_limit,
         patience: Patience::default(),
         security: security(),
     };

@@ -78,5 +78,6 @@ async fn observe(client: &Client) -> anyhow::Result<World> {
         data_sources: all(client).await?,
         managers: all(client).await?,
         nodes: all(client).await?,
+        settings: all(client).await?,
     })
 }

@@ -10,7 +10,7 @@ use api::names::MANAGER_PORT;
 use futures::StreamExt;
 use planner::data_source::Report;
 use planner::manager::orphans::{Place, Remains};
-use planner::manager::{Agent, FileWish};
+use planner::manager::{Agent, Bandwidth, FileWish};
 use proto::bimrpc;
 use proto::bimrpc::backing_image_manager_service_client::BackingImageManagerServiceClient;
 use proto::bimrpc::{
@@ -55,6 +55,7 @@ struct FileStatus {
     message: String,
     error_kind: Option<ErrorKind>,
     next_retry_time: String,
+    bandwidth_limit: Option<u64>,
 }
 
 impl Agents {
@@ -92,6 +93,7 @@ impl Agents {
                 files: listed.backing_images.into_values().map(file_info).collect(),
                 remains: listed.surveyed.then(|| listed.remains.into_iter().map(remains).collect()),
                 foreign: listed.foreign,
+                bandwidth: listed.bandwidth.map(bandwidth),
             })
         };
         match tokio::time::timeout(READ_TIMEOUT, ask).await {
@@ -129,6 +131,15 @@ impl Agents {
         done.map(drop).map_err(failed("sync a copy", ip))
     }
 
+    /// From now on so much is sent at most.
+    pub async fn limit_bandwidth(&self, ip: &str, wish: Bandwidth) -> Result<(), ReconcileError> {
+        let bytes = |limit| i64::try_from(limit).unwrap_or(i64::MAX);
+        let images = wish.images.into_iter().map(|(name, limit)| (name, bytes(limit))).collect();
+        let request = bimrpc::Bandwidth { total: bytes(wish.total), images };
+        let done = self.client(ip)?.limit_bandwidth(timed(request)).await;
+        done.map(drop).map_err(failed("limit the bandwidth of an agent", ip))
+    }
+
     /// Begins to read a ready copy again, or lets it go on.
     pub async fn verify_file(&self, ip: &str, request: VerifyRequest) -> Result<(), ReconcileError> {
         let done = self.client(ip)?.verify(timed(request)).await;
@@ -151,7 +162,16 @@ impl Agents {
             message: status.message,
             kind: status.error_kind,
             next_retry_time: status.next_retry_time,
+            bandwidth_limit: status.bandwidth_limit,
         })
+    }
+
+    /// From now on a data source downloads so many bytes a second at most; `Err` with the reason when it was not told.
+    pub async fn limit_source(&self, ip: &str, bytes_per_second: u64) -> Result<(), String> {
+        let query = [("action", "limit".to_owned()), ("bytesPerSecond", bytes_per_second.to_string())];
+        let ask = self.http.post(file_url(&self.security, ip)).query(&query).timeout(READ_TIMEOUT).send();
+        let done = ask.await.and_then(reqwest::Response::error_for_status);
+        done.map(drop).map_err(|error| chain(&error))
     }
 
     /// Asks for a pass over `name` whenever the agent at `ip` has news, and when it goes away. May be called in every pass.
@@ -230,6 +250,12 @@ fn wire_spec(file: &FileWish) -> BackingImageSpec {
         checksum: file.checksum.clone(),
         ..Default::default()
     }
+}
+
+fn bandwidth(holds: bimrpc::Bandwidth) -> Bandwidth {
+    let bytes = |limit| u64::try_from(limit).unwrap_or(0);
+    let images = holds.images.into_iter().map(|(name, limit)| (name, bytes(limit))).collect();
+    Bandwidth { total: bytes(holds.total), images }
 }
 
 fn remains(found: bimrpc::Remains) -> Remains {

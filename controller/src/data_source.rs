@@ -7,12 +7,14 @@ use api::ids::ImageName;
 use api::image::CopyState;
 use api::manager::ManagerState;
 use api::names::{data_source_workload_name, manager_name};
-use api::{BackingImageDataSource, BackingImageManager};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager};
 use jiff::Timestamp;
-use planner::data_source::{Action, Observed, decide};
+use planner::data_source::{Action, Observed, bandwidth_limit, decide};
+use planner::retry::sooner;
 use planner::workload::State;
 
 use crate::error::{Doing, ReconcileError};
+use crate::limits::LIMIT_RETRY;
 use crate::queue::Kind;
 use crate::{Shared, world};
 
@@ -46,7 +48,10 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     let taken_over = taken_over(name, &source, shared);
     let disks = shared.cache.nodes().disks.clone();
     let allowed_sources = shared.cache.settings().allowed_sources.clone();
-    let mut observed = Observed { now: Timestamp::now(), disks, workload, report, taken_over, allowed_sources, source };
+    let image = shared.cache.get::<BackingImage>(name);
+    let bandwidth_limit = bandwidth_limit(shared.cache.settings().bandwidth_limit, image.as_deref());
+    let now = Timestamp::now();
+    let mut observed = Observed { now, disks, workload, report, taken_over, allowed_sources, bandwidth_limit, source };
     if decide(&observed).takes_away() {
         let Some(source) = store.get(name).await.doing("read the data source")? else {
             return Ok(Some(Duration::ZERO));
@@ -66,6 +71,7 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
             .await
             .doing("report the data source's status")?;
     }
+    let mut recheck = decision.recheck_after;
     for action in decision.actions {
         match action {
             Action::EnsureWorkload(wish) => {
@@ -78,10 +84,18 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
                 // Nobody else says that it is gone.
                 shared.queue.add(Kind::DataSource, name);
             }
+            Action::LimitBandwidth(limit) => {
+                let ip = observed.workload.as_ref().map(|w| w.ip.clone()).unwrap_or_default();
+                // It is told again in the next pass.
+                if let Err(error) = shared.agents.limit_source(&ip, limit).await {
+                    tracing::warn!(image = name, error, "bandwidth of the download cannot be limited");
+                    recheck = sooner(recheck, Some(LIMIT_RETRY));
+                }
+            }
             Action::RemoveFinalizer => world::remove_finalizer::<BackingImageDataSource>(store, name).await?,
         }
     }
-    Ok(decision.recheck_after)
+    Ok(recheck)
 }
 
 /// What the status of the manager of its disk says of the file.

@@ -42,6 +42,9 @@ pub const SOURCE_SILENCE: Duration = Duration::from_secs(5);
 /// Delay after the first failed pass; it doubles up to [`RESYNC`].
 pub const FIRST_RETRY: Duration = Duration::from_millis(50);
 
+/// How soon an agent or data source that could not be told of a limit of bandwidth is told again.
+pub const LIMIT_RETRY: Duration = Duration::from_secs(5);
+
 /// The longest line that a data source may send.
 pub const MAX_LINE_BYTES: usize = 1 << 20;
 

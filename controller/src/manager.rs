@@ -18,6 +18,7 @@ use proto::bimrpc::{RemoveRemainsRequest, VerifyRequest};
 
 use crate::cache::{Cache, Facet};
 use crate::error::{Doing, ReconcileError};
+use crate::limits::LIMIT_RETRY;
 use crate::queue::Kind;
 use crate::{Shared, world};
 
@@ -71,6 +72,7 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
         agent,
         scrub_interval: settings.scrub_interval,
         removes_orphans: settings.removes_orphans,
+        bandwidth_limit: settings.bandwidth_limit,
         data_sources: sources.map(|source| (source.name_any(), BackingImageDataSource::clone(&source))).collect(),
         images: images.values().map(|image| BackingImage::clone(image)).collect(),
         memory: memory.unwrap_or_default(),
@@ -134,6 +136,7 @@ async fn act(
     // Entries whose files stay: nothing is forgotten on a disk.
     let mut kept = BTreeMap::new();
     let mut undeleted = None;
+    let mut recheck = decision.recheck_after;
     let is_entry =
         |image: &String, uuid: &String| stored.is_some_and(|m| m.spec.backing_images.get(image) == Some(uuid));
     for action in decision.actions {
@@ -210,6 +213,13 @@ async fn act(
                     tracing::warn!(image, manager = name, error = error.chain(), "copy cannot be verified");
                 }
             }
+            Action::LimitBandwidth(wish) => {
+                // It is told again in the next pass; nothing else waits for it.
+                if let Err(error) = shared.agents.limit_bandwidth(&ip, wish).await {
+                    tracing::warn!(manager = name, error = error.chain(), "bandwidth cannot be limited");
+                    recheck = planner::retry::sooner(recheck, Some(LIMIT_RETRY));
+                }
+            }
             Action::RemoveOrphan { place, image, uuid, mark } => {
                 let found = Remains { place, image, uuid, size: 0, mark, is_mixed: false };
                 if is_orphan(&found, &observed.disk_id, store).await? {
@@ -227,7 +237,7 @@ async fn act(
             }
         }
     }
-    undeleted.map_or(Ok(decision.recheck_after), Err)
+    undeleted.map_or(Ok(recheck), Err)
 }
 
 /// Whether a copy on a disk is wanted.

@@ -9,13 +9,15 @@ use api::image::{CopyState, SourceType};
 use api::names::condition::READY;
 use api::names::{FINALIZER, MANAGED_BY, MANAGER_PORT, SOURCE_PARAMETERS, SYNC_PORT, data_source_workload_name, label};
 use api::source_address::AllowedSources;
-use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, Owner, Secrets, condition};
+use api::{
+    BackingImage, BackingImageDataSource, Condition, ConditionStatus, ErrorKind, Owner, Secrets, bandwidth, condition,
+};
 use jiff::Timestamp;
 use serde_json::json;
 
 use crate::disk::{Disks, Health};
 use crate::retry::{MAX, Retry, after, begun, delay, parse, pending, until};
-use crate::workload::{SILENCE_LIMIT, State, Wish, Workload};
+use crate::workload::{BANDWIDTH_LIMIT_FLAG, SILENCE_LIMIT, State, Wish, Workload};
 
 /// Keys of `runningParameters` that say what an attempt was made with, beside the source's own parameters.
 const ATTEMPT_CHECKSUM: &str = "expected-checksum";
@@ -44,6 +46,8 @@ pub struct Report {
     pub kind: Option<ErrorKind>,
     /// When the process itself tries again; empty when it does not wait.
     pub next_retry_time: String,
+    /// Bytes a second that it downloads at most, 0: no limit; `None`: it cannot be told.
+    pub bandwidth_limit: Option<u64>,
 }
 
 /// One reading.
@@ -59,6 +63,13 @@ pub struct Observed {
     pub taken_over: Option<CopyState>,
     /// The setting `backing-image-allowed-source-addresses`.
     pub allowed_sources: AllowedSources,
+    /// Bytes a second that it may download, by [`bandwidth_limit`]; 0: no limit.
+    pub bandwidth_limit: u64,
+}
+
+/// What the data source of an image may download, by the setting `backing-image-bandwidth-limit` and the image's own limit.
+pub fn bandwidth_limit(setting: u64, image: Option<&BackingImage>) -> u64 {
+    bandwidth::stricter(setting, image.map_or(0, |image| image.spec.bandwidth_limit))
 }
 
 /// One step; each can be repeated.
@@ -66,6 +77,8 @@ pub struct Observed {
 pub enum Action {
     EnsureWorkload(Box<Wish>),
     RemoveWorkload(String),
+    /// From now on so many bytes a second are downloaded at most.
+    LimitBandwidth(u64),
     RemoveFinalizer,
 }
 
@@ -188,7 +201,7 @@ fn plan(o: &Observed, status: &mut BackingImageDataSourceStatus) -> (Vec<Action>
         // What it was says something of the old disk; the new one is not known to be full.
         status.error_kind = None;
     }
-    let wish = wish(&o.source, &image, &o.allowed_sources);
+    let wish = wish(&o.source, &image, &o.allowed_sources, o.bandwidth_limit);
     match o.disks.get(&spec.disk_uuid).map(|d| &d.health) {
         Some(Health::Ready) => {}
         Some(Health::NotReady(why) | Health::Unknown(why)) => {
@@ -296,8 +309,11 @@ fn follow(
             if matches!(report.state, CopyState::ReadyForTransfer | CopyState::Ready) {
                 status.failures = 0;
                 status.progress = 100;
+                return (vec![], lost_in);
             }
-            (vec![], lost_in)
+            // One that is of an older version cannot be told.
+            let is_other = report.bandwidth_limit.is_some_and(|limit| limit != o.bandwidth_limit);
+            (is_other.then_some(Action::LimitBandwidth(o.bandwidth_limit)).into_iter().collect(), None)
         }
     }
 }
@@ -401,7 +417,7 @@ fn attempt_of(spec: &BackingImageDataSourceSpec) -> BTreeMap<String, String> {
     attempt
 }
 
-fn wish(source: &BackingImageDataSource, image: &ImageName, allowed: &AllowedSources) -> Wish {
+fn wish(source: &BackingImageDataSource, image: &ImageName, allowed: &AllowedSources, bandwidth_limit: u64) -> Wish {
     let spec = &source.spec;
     let mut args: Vec<String> = ["data-source", "--listen"].map(String::from).into();
     args.push(format!("$(POD_IP):{MANAGER_PORT}"));
@@ -416,6 +432,9 @@ fn wish(source: &BackingImageDataSource, image: &ImageName, allowed: &AllowedSou
     }
     if !allowed.is_empty() {
         args.extend(["--allowed-source-addresses".to_owned(), allowed.to_string()]);
+    }
+    if bandwidth_limit > 0 {
+        args.push(format!("{BANDWIDTH_LIMIT_FLAG}{bandwidth_limit}"));
     }
     args.extend(["--disk-path".to_owned(), spec.disk_path.clone()]);
     let labels = [

@@ -2,6 +2,7 @@
 //!
 //! An entry stays in `spec.backingImages` until the agent has confirmed that the file is gone, so nothing is forgotten on a disk.
 
+mod bandwidth;
 mod files;
 mod object;
 pub mod orphans;
@@ -19,6 +20,7 @@ use api::{
 };
 use jiff::Timestamp;
 
+pub use self::bandwidth::Bandwidth;
 use self::files::{files, wanted};
 use self::object::{object, wish};
 use self::orphans::{Place, Remains, Sighting};
@@ -38,6 +40,8 @@ pub struct Agent {
     pub remains: Option<Vec<Remains>>,
     /// What lies there and is not of an image, by its path below the disk.
     pub foreign: Vec<String>,
+    /// How many bytes a second it sends at most; `None`: it cannot be told.
+    pub bandwidth: Option<Bandwidth>,
 }
 
 impl Agent {
@@ -91,6 +95,8 @@ pub struct Observed {
     /// How old the last verification of a copy may become; zero: no limit.
     pub scrub_interval: Duration,
     pub removes_orphans: bool,
+    /// The setting `backing-image-bandwidth-limit`.
+    pub bandwidth_limit: u64,
     pub memory: Memory,
 }
 
@@ -128,6 +134,8 @@ pub enum Action {
         requested_at: String,
         bytes_per_second: u64,
     },
+    /// From now on so much is sent at most, also of what is being sent.
+    LimitBandwidth(Bandwidth),
     /// Remove what belongs to no image, if it still has that mark.
     RemoveOrphan {
         place: Place,
@@ -229,6 +237,7 @@ pub fn decide(observed: &Observed) -> Decision {
     if let Some(agent) = running(o, disk, &mut decision) {
         files(o, agent, &spec, &wanted, &mut decision);
         orphans::plan(o, agent, disk, &mut decision);
+        bandwidth::plan(o, agent, &mut decision);
     }
     decision
 }

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use api::Setting;
 use api::setting as name;
 use api::source_address::AllowedSources;
+use api::{Setting, bandwidth};
 
 /// Parsed values; a missing or unreadable setting has its default.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub struct Settings {
     pub scrub_interval: Duration,
     /// From which special addresses images may be fetched.
     pub allowed_sources: AllowedSources,
+    /// Bytes a second that a disk sends, and that a data source downloads; 0: no limit.
+    pub bandwidth_limit: u64,
     /// Whether what belongs to no image that exists is removed from disks.
     pub removes_orphans: bool,
 }
@@ -57,6 +59,7 @@ impl Settings {
             over_provisioning_percent: number(name::OVER_PROVISIONING),
             scrub_interval: Duration::from_secs(3600 * u64::from(number(name::SCRUB_INTERVAL))),
             allowed_sources: AllowedSources::of(settings),
+            bandwidth_limit: bandwidth::parse(text(name::BANDWIDTH_LIMIT)).unwrap_or(0),
             removes_orphans: text(name::REMOVE_ORPHANS) == "true",
         }
     }
@@ -92,6 +95,9 @@ mod tests {
             Settings::of(&[stored(name::DEFAULT_MIN_COPIES, "-1"), stored(name::DEFAULT_REPLICA_COUNT, "2")]);
         assert_eq!((settings.min_copies, settings.replica_count), (3, 2));
         assert_eq!(settings.cleanup_wait, Duration::from_secs(3600));
+        assert_eq!(settings.bandwidth_limit, 0);
+        let limit = |text| Settings::of(&[stored(name::BANDWIDTH_LIMIT, text)]).bandwidth_limit;
+        assert_eq!((limit("64Ki"), limit("100000"), limit("1")), (65536, 100_000, 0));
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod volume;
 
 use api::condition::{Condition, ConditionStatus};
 use api::names::condition as types;
-use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, Node, Replica, Volume};
+use api::{BackingImage, BackingImageDataSource, BackingImageManager, Engine, Node, Replica, Setting, Volume};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttachment};
@@ -28,6 +28,7 @@ pub struct World {
     pub data_sources: Vec<BackingImageDataSource>,
     pub managers: Vec<BackingImageManager>,
     pub nodes: Vec<Node>,
+    pub settings: Vec<Setting>,
 }
 
 /// What is asked about.

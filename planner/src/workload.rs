@@ -9,6 +9,9 @@ use api::{Owner, Secrets};
 /// set up anew, takes.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(120);
 
+/// How an argument begins that says what limit of bandwidth a process begins with. It is told of another one while it works.
+pub const BANDWIDTH_LIMIT_FLAG: &str = "--bandwidth-limit=";
+
 /// What shall run; the adapter turns it into a specification of the `workloads` room.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wish {
@@ -29,8 +32,12 @@ pub struct Wish {
 impl Wish {
     /// Whether the other one does the same, whoever it belongs to. The revision speaks for the secrets.
     pub fn is_same_work(&self, other: &Wish) -> bool {
-        let nobodys = |wish: &Wish| Wish { owner: None, secrets: Secrets::default(), ..wish.clone() };
-        nobodys(self) == nobodys(other)
+        let work = |wish: &Wish| {
+            let mut work = Wish { owner: None, secrets: Secrets::default(), ..wish.clone() };
+            work.args.retain(|arg| !arg.starts_with(BANDWIDTH_LIMIT_FLAG));
+            work
+        };
+        work(self) == work(other)
     }
 }
 

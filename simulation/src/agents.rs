@@ -6,7 +6,7 @@ use api::manager::FileInfo;
 use jiff::Timestamp;
 use planner::data_source::Report;
 use planner::manager::orphans::{Place, Remains};
-use planner::manager::{Agent, FileWish};
+use planner::manager::{Agent, Bandwidth, FileWish};
 use planner::retry::parse;
 use planner::workload::{State, Wish, Workload};
 use rand::Rng;
@@ -78,6 +78,7 @@ impl World {
                 files: disk.known.values().cloned().collect(),
                 remains: self.is_here(id).then(|| disk.remains()),
                 foreign: vec![],
+                bandwidth: Some(disk.bandwidth.clone()),
             }),
             _ => silence(),
         })
@@ -137,6 +138,7 @@ impl World {
                 };
                 disk.known = disk.files.iter().map(judged).collect();
                 disk.syncs.clear();
+                disk.bandwidth = Bandwidth::default();
                 disk.readings.clear();
             }
         }

@@ -144,6 +144,7 @@ impl World {
             report,
             taken_over,
             allowed_sources: self.settings.allowed_sources.clone(),
+            bandwidth_limit: data_source::bandwidth_limit(self.settings.bandwidth_limit, self.images.get(name)),
             source,
         };
         let decision = data_source::decide(&observed);
@@ -158,6 +159,8 @@ impl World {
             match action {
                 data_source::Action::EnsureWorkload(wish) => self.ensure_workload(&wish),
                 data_source::Action::RemoveWorkload(workload) => drop(self.workloads.remove(&workload)),
+                // The sources of this world cannot be told.
+                data_source::Action::LimitBandwidth(_) => {}
                 data_source::Action::RemoveFinalizer => remove_finalizer(&mut self.sources, name),
             }
             if self.crashes(&said, random) {
@@ -203,6 +206,7 @@ impl World {
             peers: self.peers(id),
             scrub_interval: self.settings.scrub_interval,
             removes_orphans: self.settings.removes_orphans,
+            bandwidth_limit: self.settings.bandwidth_limit,
             memory: self.manager_memory.get(&name).cloned().unwrap_or_default(),
         };
         let decision = manager::decide(&observed);
@@ -220,6 +224,11 @@ impl World {
                 // Reading changes nothing, so it is no step of the plan.
                 self.tally.add("readings of a copy", 1);
                 self.disks.get_mut(id).expect("disks stay").readings.insert((image, uuid), requested_at);
+                continue;
+            }
+            if let manager::Action::LimitBandwidth(wish) = action {
+                self.tally.add("limits of bandwidth told", 1);
+                self.disks.get_mut(id).expect("disks stay").bandwidth = wish;
                 continue;
             }
             let said = self.told.then(|| format!("manager {id}: {action:?}"));
@@ -260,7 +269,7 @@ impl World {
                 self.fetch_file(id, &file, from.is_some()).map_err(|why| (Some(file.image), why))?;
             }
             manager::Action::SyncFile { file, from } => self.sync_file(id, file, from),
-            manager::Action::VerifyFile { .. } => {}
+            manager::Action::VerifyFile { .. } | manager::Action::LimitBandwidth(_) => {}
             manager::Action::RemoveOrphan { place, image, uuid, mark } => {
                 let found = Remains { place, image, uuid, size: 0, mark, is_mixed: false };
                 if let Err(why) = self.remove_orphan(id, &found) {

@@ -7,6 +7,7 @@ use api::manager::FileInfo;
 use api::node::DiskStatus;
 use api::{Condition, ConditionStatus, condition};
 use planner::data_source::Report;
+use planner::manager::Bandwidth;
 use planner::manager::orphans::{Place, Remains};
 
 use crate::world::{GIB, World};
@@ -37,6 +38,8 @@ pub struct Disk {
     pub known: BTreeMap<Key, FileInfo>,
     /// Syncs under way: the disks of the peers.
     pub syncs: BTreeMap<Key, Vec<String>>,
+    /// The limits that its agent keeps.
+    pub bandwidth: Bandwidth,
     /// Readings under way, and when they were asked for.
     pub readings: BTreeMap<Key, String>,
 }

@@ -127,7 +127,8 @@ impl World {
         let what = match random.random_range(0..14) {
             13 => {
                 settings.removes_orphans ^= true;
-                "removal of orphans switched"
+                settings.bandwidth_limit = if settings.removes_orphans { 0 } else { 1 << 20 };
+                "removal of orphans and limit of bandwidth switched"
             }
             0 => {
                 settings.min_copies = random.random_range(1..=4);

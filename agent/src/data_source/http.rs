@@ -20,11 +20,13 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::FileStatus;
+use crate::bandwidth::Limit;
 use crate::limits::PROGRESS_INTERVAL;
 
 #[derive(Clone)]
 struct Face {
     status: Arc<watch::Sender<FileStatus>>,
+    limit: Arc<Limit>,
     shutdown: CancellationToken,
 }
 
@@ -36,14 +38,17 @@ struct ReadQuery {
 #[derive(Deserialize)]
 struct ActionQuery {
     action: Option<String>,
+    #[serde(rename = "bytesPerSecond")]
+    bytes_per_second: Option<u64>,
 }
 
 pub(super) async fn serve(
     listener: Listener,
     status: Arc<watch::Sender<FileStatus>>,
+    limit: Arc<Limit>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let face = Face { status, shutdown: shutdown.clone() };
+    let face = Face { status, limit, shutdown: shutdown.clone() };
     let (_, ready) = watch::channel(Ok(()));
     let probes = runtime::probes::router(crate::metrics::of_data_source(), ready);
     let app = Router::new().route("/v1/file", get(read).post(act)).with_state(face).merge(probes);
@@ -79,13 +84,17 @@ fn changes(receiver: watch::Receiver<FileStatus>) -> impl Stream<Item = FileStat
 async fn act(State(face): State<Face>, Query(query): Query<ActionQuery>) -> Response {
     match query.action.as_deref() {
         Some("transfer") => transfer(&face),
+        Some("limit") => limit(&face, query.bytes_per_second),
         Some("upload") => refuse(
             StatusCode::NOT_IMPLEMENTED,
             "uploads are not supported yet: serve the file over HTTP and use the source type `download`",
         ),
         other => refuse(
             StatusCode::BAD_REQUEST,
-            &format!("the action `{}` is unknown: `transfer` is the one there is", other.unwrap_or_default()),
+            &format!(
+                "the action `{}` is unknown: `transfer` and `limit` are those there are",
+                other.unwrap_or_default()
+            ),
         ),
     }
 }
@@ -112,6 +121,17 @@ fn transfer(face: &Face) -> Response {
         status.message
     );
     refuse(StatusCode::CONFLICT, &message)
+}
+
+/// So much is downloaded at most from here on.
+fn limit(face: &Face, bytes_per_second: Option<u64>) -> Response {
+    let Some(limit) = bytes_per_second.filter(|limit| api::bandwidth::is_possible(*limit)) else {
+        return refuse(StatusCode::BAD_REQUEST, &format!("give `bytesPerSecond`, {}", api::bandwidth::RULE));
+    };
+    face.limit.set(limit);
+    face.status.send_modify(|status| status.bandwidth_limit = limit);
+    tracing::info!(bytes_per_second = limit, "bandwidth limited");
+    Json(face.status.borrow().clone()).into_response()
 }
 
 fn refuse(code: StatusCode, message: &str) -> Response {

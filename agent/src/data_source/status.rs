@@ -43,6 +43,8 @@ pub struct FileStatus {
     pub format: String,
     /// Ours: when the next try comes, RFC 3339; empty when none is scheduled.
     pub next_retry_time: String,
+    /// Ours: bytes a second that are downloaded at most; 0: no limit.
+    pub bandwidth_limit: u64,
     /// Ours: the kind of failure that `message` tells of, once the preparation has failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_kind: Option<ErrorKind>,
@@ -66,6 +68,7 @@ impl FileStatus {
             file_path: file.display().to_string(),
             uuid: config.uuid.to_string(),
             state: CopyState::Pending,
+            bandwidth_limit: config.bandwidth_limit,
             ..Default::default()
         }
     }

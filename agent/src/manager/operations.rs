@@ -259,10 +259,9 @@ impl Registry {
         let (registry, files) = (self.clone(), self.disk.copy(&key));
         self.tracker.spawn(async move {
             let _sending = sending;
-            let sent = registry
-                .tasks
-                .run_until_cancelled(ssync::send(&files, &to, registry.idle_timeout, &registry.security))
-                .await;
+            let share = registry.bandwidth.share(key.name.as_str());
+            let sending = ssync::send(&files, &to, registry.idle_timeout, &registry.security, &share);
+            let sent = registry.tasks.run_until_cancelled(sending).await;
             match sent {
                 Some(Err(error)) => tracing::error!(image = %key, to, error = error.chain(), "sending failed"),
                 Some(Ok(())) => tracing::info!(image = %key, to, "copy sent"),

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::bandwidth::Bandwidth;
 use crate::config_file::FileConfig;
 use crate::error::AgentError;
 use crate::layout::{Disk, ImageKey};
@@ -127,7 +128,9 @@ pub(super) struct Registry {
     pub verifications: Semaphore,
     /// Slow readings, apart from the others so that nobody waits for one.
     pub scrubs: Semaphore,
-    pub peer_reads: Arc<Semaphore>,
+    pub peer_reads: Semaphore,
+    /// What may be sent.
+    pub bandwidth: Bandwidth,
     pub tasks: CancellationToken,
     pub tracker: TaskTracker,
     entries: Mutex<BTreeMap<ImageKey, Entry>>,
@@ -153,7 +156,8 @@ impl Registry {
             syncs: Semaphore::new(MAX_SYNCS),
             verifications: Semaphore::new(MAX_VERIFICATIONS),
             scrubs: Semaphore::new(MAX_SCRUBS),
-            peer_reads: Arc::new(Semaphore::new(MAX_PEER_READS)),
+            peer_reads: Semaphore::new(MAX_PEER_READS),
+            bandwidth: Bandwidth::default(),
             tasks,
             tracker: TaskTracker::new(),
             entries: Mutex::default(),

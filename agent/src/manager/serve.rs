@@ -16,10 +16,10 @@ use futures::stream::{self, Stream, StreamExt};
 use runtime::transport::Listener;
 use rustix::buffer::spare_capacity;
 use serde_json::json;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::registry::{Registry, Sending};
+use crate::bandwidth::Share;
 use crate::error::{AgentError, blocking};
 use crate::layout::ImageKey;
 use crate::limits::{CHUNK_BYTES, MAX_SYNCS};
@@ -96,9 +96,9 @@ async fn data(
             format!("give a `Range: bytes=first-last` within the {size} bytes of the file"),
         ));
     };
-    let permit = registry.peer_reads.clone().acquire_owned().await.expect("the semaphore is never closed");
-    let body = read(Reading { file: Arc::new(file), position: start, end, _hold: (sending, permit) });
+    let share = registry.bandwidth.share(key.name.as_str());
     let stop = registry.tasks.clone();
+    let body = read(Reading { registry, file: Arc::new(file), position: start, end, share, _sending: sending });
     let headers = [
         (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
         (header::CONTENT_LENGTH, (end - start).to_string()),
@@ -109,19 +109,24 @@ async fn data(
 }
 
 struct Reading {
+    registry: Arc<Registry>,
     file: Arc<File>,
     position: u64,
     end: u64,
-    _hold: (Sending, OwnedSemaphorePermit),
+    share: Share,
+    _sending: Sending,
 }
 
 fn read(reading: Reading) -> impl Stream<Item = Result<Bytes, AgentError>> {
     stream::unfold(Some(reading), |reading| async move {
         let mut reading = reading?;
-        let length = (reading.end - reading.position).min(CHUNK_BYTES);
-        if length == 0 {
+        let left = (reading.end - reading.position).min(CHUNK_BYTES);
+        if left == 0 {
             return None;
         }
+        let length = reading.share.take(left).await;
+        // For this piece only: who waits under a limit must not keep others from theirs.
+        let turn = reading.registry.peer_reads.acquire().await.expect("the semaphore is never closed");
         let (file, offset) = (reading.file.clone(), reading.position);
         let bytes = blocking(move || {
             // Without zeroing it first.
@@ -138,6 +143,7 @@ fn read(reading: Reading) -> impl Stream<Item = Result<Bytes, AgentError>> {
             Ok(Bytes::from(bytes))
         })
         .await;
+        drop(turn);
         reading.position += length;
         let next = bytes.is_ok().then_some(reading);
         Some((bytes, next))

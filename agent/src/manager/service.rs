@@ -8,9 +8,9 @@ use api::ErrorKind;
 use futures::stream::{Stream, StreamExt};
 use proto::bimrpc::backing_image_manager_service_server::BackingImageManagerService;
 use proto::bimrpc::{
-    BackingImageResponse, BackupCreateRequest, BackupStatusRequest, BackupStatusResponse, DeleteRequest, FetchRequest,
-    GetRequest, ListResponse, PrepareDownloadRequest, PrepareDownloadResponse, RemoveRemainsRequest, SendRequest,
-    SyncRequest, VerifyRequest, VersionResponse,
+    BackingImageResponse, BackupCreateRequest, BackupStatusRequest, BackupStatusResponse, Bandwidth, DeleteRequest,
+    FetchRequest, GetRequest, ListResponse, PrepareDownloadRequest, PrepareDownloadResponse, RemoveRemainsRequest,
+    SendRequest, SyncRequest, VerifyRequest, VersionResponse,
 };
 use tokio_stream::wrappers::WatchStream;
 use tonic::metadata::MetadataValue;
@@ -20,6 +20,7 @@ use tracing::instrument;
 use super::operations::Wanted;
 use super::registry::Registry;
 use super::verification::Verification;
+use crate::bandwidth::Limits;
 use crate::error::AgentError;
 use crate::layout::ImageKey;
 use crate::survey::{Place, Remains, Survey};
@@ -70,6 +71,27 @@ fn wire(found: Remains) -> proto::bimrpc::Remains {
     }
 }
 
+fn told(limits: Limits) -> Bandwidth {
+    let bytes = |limit| i64::try_from(limit).unwrap_or(i64::MAX);
+    let images = limits.images.into_iter().map(|(name, limit)| (name, bytes(limit)));
+    Bandwidth { total: bytes(limits.total), images: images.collect() }
+}
+
+fn limits(wish: Bandwidth) -> Result<Limits, AgentError> {
+    let limit = |of: &str, limit: i64| {
+        u64::try_from(limit).ok().filter(|limit| api::bandwidth::is_possible(*limit)).ok_or_else(|| {
+            let message = format!("the limit of {of} is {limit}: give {}", api::bandwidth::RULE);
+            AgentError::Invalid { message }
+        })
+    };
+    let total = limit("all copies", wish.total)?;
+    let of_images = wish.images.into_iter().map(|(name, bytes)| {
+        let bytes = limit(&format!("image `{name}`"), bytes)?;
+        Ok((name, bytes))
+    });
+    Ok(Limits { total, images: of_images.collect::<Result<_, AgentError>>()? })
+}
+
 fn unsupported<T>(what: &str, instead: &str) -> Result<Response<T>, Status> {
     Err(status(AgentError::Unsupported { message: format!("{what} is not supported yet: {instead}") }))
 }
@@ -107,7 +129,8 @@ impl BackingImageManagerService for Service {
         let surveyed = survey.is_some();
         let Survey { remains, foreign } = survey.unwrap_or_default();
         let remains = remains.into_iter().map(wire).collect();
-        Ok(Response::new(ListResponse { backing_images, remains, foreign, surveyed }))
+        let bandwidth = Some(told(self.registry.bandwidth.limits()));
+        Ok(Response::new(ListResponse { backing_images, remains, foreign, surveyed, bandwidth }))
     }
 
     async fn version_get(&self, _: Request<()>) -> Result<Response<VersionResponse>, Status> {
@@ -161,6 +184,14 @@ impl BackingImageManagerService for Service {
         let key = ImageKey::parse(&request.name, &request.uuid).map_err(status)?;
         let place = if request.is_preparation { Place::Preparations } else { Place::Copies };
         self.registry.remove_remains(key, place, &request.mark).await.map_err(status)?;
+        Ok(Response::new(()))
+    }
+
+    #[instrument(name = "rpc", skip_all, fields(call = "limit_bandwidth"))]
+    async fn limit_bandwidth(&self, request: Request<Bandwidth>) -> Result<Response<()>, Status> {
+        let limits = limits(request.into_inner()).map_err(status)?;
+        tracing::info!(total = limits.total, images = ?limits.images, "bandwidth limited");
+        self.registry.bandwidth.set(&limits);
         Ok(Response::new(()))
     }
 

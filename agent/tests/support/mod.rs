@@ -366,6 +366,7 @@ pub fn source_config(disk: &TestDisk, parameters: &[(&str, &str)], checksum: Opt
         checksum: checksum.map(|text| text.parse().unwrap()),
         // The servers of the tests are on this machine.
         allowed_sources: "127.0.0.0/8".parse().unwrap(),
+        bandwidth_limit: 0,
         patience: impatient(),
         security: Default::default(),
     }

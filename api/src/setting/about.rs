@@ -56,6 +56,10 @@ pub fn about(name: &str) -> Option<About> {
             "boolean",
             "Whether what lies in the directories of images and belongs to no image that exists is removed, or only told",
         ),
+        BANDWIDTH_LIMIT => about(
+            "bytes a second",
+            "How much one disk sends to others altogether, and how much each data source downloads; an image may have a lower one in `spec.bandwidthLimit`",
+        ),
         _ => None,
     }
 }

@@ -4,7 +4,7 @@ use crate::ids::{DiskId, ImageName, Sha512Digest};
 use crate::image::{DataEngine, SourceType};
 use crate::names::{FINALIZER, MANAGED_BY, label};
 use crate::source_address::AllowedSources;
-use crate::{BackingImage, ErrorKind, Setting, setting};
+use crate::{BackingImage, ErrorKind, Setting, bandwidth, setting};
 
 use super::{FieldErrors, LABEL_RULE, Mistakes, fits_label, nearest, url};
 
@@ -180,6 +180,10 @@ fn check_wishes(mistakes: &mut Mistakes, image: &BackingImage) {
     }
     mistakes.check_tags("spec.nodeSelector", &image.spec.node_selector);
     mistakes.check_tags("spec.diskSelector", &image.spec.disk_selector);
+    let limit = image.spec.bandwidth_limit;
+    if !bandwidth::is_possible(limit) {
+        mistakes.add("spec.bandwidthLimit", limit.to_string(), format!("must be {}", bandwidth::RULE));
+    }
     let asked = &image.spec.verify_requested_at;
     if !asked.is_empty() && asked.parse::<jiff::Timestamp>().is_err() {
         mistakes.add(

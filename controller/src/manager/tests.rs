@@ -28,7 +28,7 @@ struct World {
 
 fn remains(image: &str, is_preparation: bool) -> proto::bimrpc::Remains {
     let (name, uuid, mark) = (image.into(), UUID.into(), MARK.into());
-    proto::bimrpc::Remains { name, uuid, is_preparation, size: 7, mark, is_mixed: false }
+    proto::bimrpc::Remains { name, uuid, is_preparation, size: 7, mark, is_mixed: false, is_partial: false }
 }
 
 fn node() -> Node {

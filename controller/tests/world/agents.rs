@@ -349,6 +349,10 @@ impl BackingImageManagerService for FakeAgent {
         Ok(Response::new(file))
     }
 
+    async fn limit_bandwidth(&self, _: Request<Bandwidth>) -> Result<Response<()>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
     async fn remove_remains(&self, request: Request<RemoveRemainsRequest>) -> Result<Response<()>, Status> {
         let request = request.into_inner();
         let mut script = self.script.lock().unwrap();

@@ -33,12 +33,13 @@ fn observed() -> Observed {
         report: None,
         taken_over: None,
         allowed_sources: AllowedSources::none(),
+        bandwidth_limit: 0,
     }
 }
 
 fn running(o: &mut Observed, state: State, report: Option<Report>) {
     let image = "ubuntu".parse().unwrap();
-    let wish = wish(&o.source, &image, &o.allowed_sources);
+    let wish = wish(&o.source, &image, &o.allowed_sources, o.bandwidth_limit);
     o.workload = Some(Workload { wish, state, ip: "1.2.3.4".into(), is_outdated: false });
     o.report = report.map(Ok);
 }
@@ -266,6 +267,34 @@ fn a_changed_setting_is_tried_at_once_and_is_no_new_wish() {
     // What is not allowed any more is not read on.
     o.allowed_sources = AllowedSources::none();
     assert!(matches!(&actions(&o)[..], [Action::RemoveWorkload(_), Action::EnsureWorkload(_)]), "{:?}", actions(&o));
+}
+
+#[test]
+fn a_download_is_told_of_its_limit_while_it_runs() {
+    let image = |limit| {
+        let mut image = BackingImage::new("ubuntu", Default::default());
+        image.spec.bandwidth_limit = limit;
+        image
+    };
+    assert_eq!([bandwidth_limit(0, None), bandwidth_limit(7, None), bandwidth_limit(7, Some(&image(5)))], [0, 7, 5]);
+    let mut o = observed();
+    o.bandwidth_limit = 65536;
+    let started = actions(&o);
+    let [Action::EnsureWorkload(wish)] = &started[..] else { panic!("{started:?}") };
+    assert!(wish.args.contains(&"--bandwidth-limit=65536".to_owned()), "{:?}", wish.args);
+    let report = |state, bandwidth_limit| Some(Report { state, bandwidth_limit, ..Default::default() });
+    running(&mut o, State::Running, report(CopyState::InProgress, Some(65536)));
+    assert_eq!(actions(&o), []);
+    // It goes on with the new one, from where it is.
+    o.bandwidth_limit = 0;
+    assert_eq!(actions(&o), [Action::LimitBandwidth(0)]);
+    o.bandwidth_limit = 100_000;
+    assert_eq!(actions(&o), [Action::LimitBandwidth(100_000)]);
+    // One that cannot be told, or has nothing to fetch any more, is not bothered.
+    o.report = report(CopyState::InProgress, None).map(Ok);
+    assert_eq!(actions(&o), []);
+    o.report = report(CopyState::ReadyForTransfer, Some(65536)).map(Ok);
+    assert_eq!(actions(&o), []);
 }
 
 #[test]

@@ -6,6 +6,8 @@ use expect_test::{Expect, expect};
 use super::*;
 use crate::disk::ready_disk;
 
+mod bandwidth;
+
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
 }
@@ -33,6 +35,7 @@ fn world(text: &str) -> Observed {
         peers: BTreeMap::new(),
         scrub_interval: Duration::ZERO,
         removes_orphans: true,
+        bandwidth_limit: 0,
         memory: Memory::default(),
     };
     let mut files: Vec<FileInfo> = vec![];

@@ -6,6 +6,7 @@ use api::image::{CopyState, DiskFileStatus};
 use api::names::condition::READY;
 
 use super::{Story, sentence_end, sentence_stop};
+use crate::setting::Settings;
 
 /// Whether an image can be used.
 pub(super) fn is_ready(image: &BackingImage) -> bool {
@@ -81,7 +82,10 @@ impl Story<'_> {
         let text = match copy.state {
             CopyState::Ready => format!("The copy of image `{image}` on {place} is ready."),
             CopyState::NotStarted => format!("The copy of image `{image}` on {place} is not begun yet."),
-            CopyState::InProgress => format!("The copy of image `{image}` on {place} is at {} %.", copy.progress),
+            CopyState::InProgress => {
+                let limits = self.limits(found, "each disk sends");
+                format!("The copy of image `{image}` on {place} is at {} %{limits}.", copy.progress)
+            }
             state => format!("The copy of image `{image}` on {place} is {}.", state.as_str()),
         };
         let text = text + &self.details(&copy);
@@ -95,6 +99,19 @@ impl Story<'_> {
                 s.manager_problems(disk);
             });
         }
+    }
+
+    /// `; each disk sends at most 65536 bytes/s by setting backing-image-bandwidth-limit`, or nothing when there is no limit.
+    fn limits(&self, image: &BackingImage, who: &str) -> String {
+        let of_all = Settings::of(&self.world.settings).bandwidth_limit;
+        let by_setting = format!("setting {}", api::setting::BANDWIDTH_LIMIT);
+        let limits = [(of_all, by_setting.as_str()), (image.spec.bandwidth_limit, "the image's spec.bandwidthLimit")];
+        let said: Vec<String> = limits
+            .into_iter()
+            .filter(|(limit, _)| *limit > 0)
+            .map(|(limit, by)| format!("at most {limit} bytes/s by {by}"))
+            .collect();
+        if said.is_empty() { String::new() } else { format!("; {who} {}", said.join(" and ")) }
     }
 
     fn details(&self, copy: &DiskFileStatus) -> String {
@@ -130,7 +147,11 @@ impl Story<'_> {
             CopyState::NotStarted | CopyState::Pending => {
                 format!("The {kind} of image `{name}` to {place} has not begun.")
             }
-            CopyState::InProgress => format!("The {kind} of image `{name}` to {place} is at {} %.", status.progress),
+            CopyState::InProgress => {
+                let image = self.world.images.iter().find(|i| i.metadata.name.as_deref() == Some(name));
+                let limits = image.map(|image| self.limits(image, "it downloads")).unwrap_or_default();
+                format!("The {kind} of image `{name}` to {place} is at {} %{limits}.", status.progress)
+            }
             CopyState::Failed | CopyState::FailedAndCleanup => {
                 let times = super::count(status.failures.max(1) as usize, "time", "times");
                 format!("The {kind} of image `{name}` to {place} failed {times}.")

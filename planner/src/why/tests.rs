@@ -90,6 +90,36 @@ fn what_is_healthy_is_said_in_one_line() {
 }
 
 #[test]
+fn a_transfer_under_a_limit_says_which() {
+    let mut slow = image("ubuntu", &[("d1", CopyState::InProgress, "")]);
+    slow.spec.bandwidth_limit = 70_000;
+    let mut world = World { images: vec![slow], nodes: vec![node("node-1", "d1")], ..Default::default() };
+    check(
+        &world,
+        Subject::Image("ubuntu".into()),
+        expect![[r#"
+            Image `ubuntu` is not ready: 0 of 1 copy is ready.
+              The copy of image `ubuntu` on `disk-1` of `node-1` is at 61 %; each disk sends at most 70000 bytes/s by the image's spec.bandwidthLimit.
+        "#]],
+    );
+    let mut setting = Setting { value: "64Ki".into(), ..Default::default() };
+    setting.metadata.name = Some(api::setting::BANDWIDTH_LIMIT.into());
+    world.settings.push(setting);
+    world.images[0].spec.bandwidth_limit = 0;
+    let mut source = BackingImageDataSource::new("ubuntu", Default::default());
+    source.spec.disk_uuid = "d1".into();
+    source.status.get_or_insert_default().current_state = CopyState::InProgress;
+    world.data_sources.push(source);
+    check(
+        &world,
+        Subject::DataSource("ubuntu".into()),
+        expect![[r#"
+            The download of image `ubuntu` to `disk-1` of `node-1` is at 0 %; it downloads at most 65536 bytes/s by setting backing-image-bandwidth-limit.
+        "#]],
+    );
+}
+
+#[test]
 fn a_claim_leads_to_the_copy_that_is_missing() {
     let mut world =
         World { volumes: vec![volume("pvc-1", VolumeState::Attaching, Robustness::Unknown)], ..Default::default() };

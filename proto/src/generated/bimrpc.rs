@@ -93,6 +93,19 @@ pub struct ListResponse {
     /// Ours: the disk is there and was looked through; otherwise the two above say nothing.
     #[prost(bool, tag = "102")]
     pub surveyed: bool,
+    /// Ours: the limits that hold; absent: this manager knows none and takes none.
+    #[prost(message, optional, tag = "103")]
+    pub bandwidth: ::core::option::Option<Bandwidth>,
+}
+/// Bytes a second; 0: no limit.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Bandwidth {
+    /// Of all copies together.
+    #[prost(int64, tag = "1")]
+    pub total: i64,
+    /// Of the copies of one image, by its name.
+    #[prost(map = "string, int64", tag = "2")]
+    pub images: ::std::collections::HashMap<::prost::alloc::string::String, i64>,
 }
 /// Something of an image in one of the two directories of a disk.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -611,6 +624,33 @@ pub mod backing_image_manager_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Ours: how many bytes a second are sent from now on, also by what is being sent already. `ListResponse.bandwidth` tells what holds.
+        pub async fn limit_bandwidth(
+            &mut self,
+            request: impl tonic::IntoRequest<super::Bandwidth>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/bimrpc.BackingImageManagerService/LimitBandwidth",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new(
+                        "bimrpc.BackingImageManagerService",
+                        "LimitBandwidth",
+                    ),
+                );
+            self.inner.unary(req, path, codec).await
+        }
         /// A message whenever anything changed.
         pub async fn watch(
             &mut self,
@@ -726,6 +766,11 @@ pub mod backing_image_manager_service_server {
         async fn remove_remains(
             &self,
             request: tonic::Request<super::RemoveRemainsRequest>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status>;
+        /// Ours: how many bytes a second are sent from now on, also by what is being sent already. `ListResponse.bandwidth` tells what holds.
+        async fn limit_bandwidth(
+            &self,
+            request: tonic::Request<super::Bandwidth>,
         ) -> std::result::Result<tonic::Response<()>, tonic::Status>;
         /// Server streaming response type for the Watch method.
         type WatchStream: tonic::codegen::tokio_stream::Stream<
@@ -1354,6 +1399,55 @@ pub mod backing_image_manager_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = RemoveRemainsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/bimrpc.BackingImageManagerService/LimitBandwidth" => {
+                    #[allow(non_camel_case_types)]
+                    struct LimitBandwidthSvc<T: BackingImageManagerService>(pub Arc<T>);
+                    impl<
+                        T: BackingImageManagerService,
+                    > tonic::server::UnaryService<super::Bandwidth>
+                    for LimitBandwidthSvc<T> {
+                        type Response = ();
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::Bandwidth>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BackingImageManagerService>::limit_bandwidth(
+                                        &inner,
+                                        request,
+                                    )
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = LimitBandwidthSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -39,6 +39,7 @@ fn world(text: &str) -> Observed {
         peers: BTreeMap::new(),
         scrub_interval: Duration::ZERO,
         removes_orphans: true,
+        bandwidth_limit: 0,
         memory: Memory::default(),
     };
     o.manager = Some(super::super::object::object(&o, &disk, BTreeMap::new()));
