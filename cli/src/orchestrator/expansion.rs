@@ -213,7 +213,10 @@ async fn try_finish(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use serde_json::json;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
 
@@ -227,6 +230,45 @@ mod tests {
             "status": {"phase": "Bound", "capacity": {"storage": has}, "conditions": conditions, "allocatedResources": allocated},
         }));
         needs_work(&claim.unwrap())
+    }
+
+    /// The volume is there, with all that it had; the next mount tells.
+    #[tokio::test]
+    async fn a_claim_that_cannot_be_told_what_it_has_is_no_failure_of_its_mount() {
+        let store = store::Store::new(Arc::new(store::embedded::Embedded::in_memory()), "longhorn-system");
+        let folder = tempfile::tempdir().unwrap();
+        let orchestrator = Orchestrator::new(store.clone(), "driver", folder.path(), CancellationToken::new());
+        let claim: PersistentVolumeClaim = serde_json::from_value(json!({
+            "metadata": {"name": "c", "namespace": "default"},
+            "spec": {"resources": {"requests": {"storage": "2Gi"}}},
+        }))
+        .unwrap();
+        let mut claim = store.create(&claim).await.unwrap();
+        claim.status = serde_json::from_value(json!({"phase": "Bound", "capacity": {"storage": "1Gi"}})).unwrap();
+        let claim = store.replace_status(&claim).await.unwrap();
+        let volume: PersistentVolume = serde_json::from_value(json!({
+            "metadata": {"name": "pv"},
+            "spec": {
+                "capacity": {"storage": "2Gi"},
+                "claimRef": {"namespace": "default", "name": "c", "uid": claim.metadata.uid},
+            },
+        }))
+        .unwrap();
+        store.create(&volume).await.unwrap();
+        let target = Target {
+            label: "c".into(),
+            persistent_volume: "pv".into(),
+            volume_id: "v".into(),
+            context: Default::default(),
+            usage: Default::default(),
+        };
+        // No node service answers.
+        let path = Path::new("/mnt");
+        let failure = try_finish(&orchestrator, &target, "node-1", path, path).await.unwrap_err();
+        assert_eq!(failure.kind, ErrorKind::NotFound);
+        let () = finish(&orchestrator, &target, "node-1", path, path).await;
+        let after: PersistentVolumeClaim = store.get_in("default", "c").await.unwrap().unwrap();
+        assert_eq!(after.status, claim.status, "nothing is said that nobody knows");
     }
 
     #[test]
