@@ -2,6 +2,7 @@
 
 mod clean_up;
 mod hopeless;
+mod set_bandwidth_limit;
 mod set_copies;
 mod verify;
 
@@ -46,6 +47,8 @@ pub enum Image {
     CleanUp(clean_up::CleanUp),
     /// Changes how many disks shall hold a copy, and says what comes of it.
     SetCopies(set_copies::SetCopies),
+    /// Changes how much of an image is transferred a second, also while it is.
+    SetBandwidthLimit(set_bandwidth_limit::SetBandwidthLimit),
 }
 
 /// What a new image is made of.
@@ -84,6 +87,7 @@ pub async fn run(client: &Client, image: Image, namespace: &str) -> anyhow::Resu
         Image::Verify(verify) => verify::run(client, verify, namespace).await,
         Image::CleanUp(clean_up) => clean_up::run(client, clean_up, namespace).await,
         Image::SetCopies(set_copies) => set_copies::run(client, set_copies, namespace).await,
+        Image::SetBandwidthLimit(limit) => set_bandwidth_limit::run(client, limit, namespace).await,
     }
 }
 

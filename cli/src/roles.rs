@@ -122,7 +122,8 @@ pub struct DataSource {
 #[derive(Clone, Debug)]
 struct Checksum(Option<Sha512Digest>);
 
-fn bandwidth_limit(text: &str) -> Result<u64, String> {
+/// Reads a limit of bandwidth.
+pub(crate) fn bandwidth_limit(text: &str) -> Result<u64, String> {
     bandwidth::parse(text).ok_or_else(|| format!("give {}", bandwidth::RULE))
 }
 

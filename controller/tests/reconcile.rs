@@ -217,6 +217,9 @@ async fn an_image_in_use_is_not_deleted() {
     world.create_image("ubuntu").await;
     world.create_volume("v", "ubuntu").await;
     detached(&world, "v").await;
+    // Until then nothing holds it.
+    let image = async || world.store.get::<BackingImage>("ubuntu").await.unwrap().unwrap();
+    eventually("has its finalizer", async || image().await.metadata.finalizers.is_some()).await;
     world.store.delete::<BackingImage>("ubuntu", &Preconditions::default()).await.unwrap();
     eventually("says who uses it", async || {
         let status = world.image("ubuntu").await;

@@ -548,6 +548,9 @@ async fn a_number_of_copies_is_written_and_waited_for_only_when_that_is_wished()
             _ => refused(404),
         })
     };
+    let limited = of(("MODIFIED", copies(&["a"], 2))).await;
+    limited.run("image set-bandwidth-limit one 100Mi").await.unwrap();
+    assert_eq!(limited.body("PUT backingimages/one")["spec"]["bandwidthLimit"], json!(100 << 20));
     let set = "image set-copies one 2 --wait --timeout 1s";
     let done = of(("MODIFIED", copies(&["a", "b"], 2))).await;
     done.run(set).await.unwrap();
