@@ -240,11 +240,11 @@ async fn act(
     undeleted.map_or(Ok(recheck), Err)
 }
 
-/// Whether a copy on a disk is wanted.
+/// Whether a copy on a disk is wanted. An image that shall be deleted keeps its places for as long as somebody uses it.
 fn is_wanted(image: BackingImage, uuid: &str, disk: &str) -> bool {
     let status = image.status.unwrap_or_default();
     let has_place = image.spec.disk_file_spec_map.contains_key(disk) || status.disk_file_status_map.contains_key(disk);
-    image.metadata.deletion_timestamp.is_none() && status.uuid == uuid && has_place
+    status.uuid == uuid && has_place
 }
 
 /// Whether something still belongs to nobody by the objects that are stored now, and nothing lies over it. They are read after the

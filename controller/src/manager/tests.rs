@@ -208,3 +208,22 @@ async fn an_orphan_that_the_agent_does_not_remove_holds_up_no_other() {
     let told = &manager.status.unwrap().orphans[&format!("backing-images/debian-{UUID}")].message;
     assert!(told.contains("Operation not permitted"), "{told}");
 }
+
+#[test]
+fn a_copy_with_a_place_is_wanted_also_while_the_deletion_of_its_image_waits() {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    let placed = |disk: &str| {
+        let mut image = image("ubuntu", UUID);
+        image.spec.disk_file_spec_map.insert(disk.into(), Default::default());
+        image
+    };
+    let mut known = image("ubuntu", UUID);
+    known.status.as_mut().unwrap().disk_file_status_map.insert("uuid-1".into(), Default::default());
+    for mut image in [placed("uuid-1"), known] {
+        assert!(is_wanted(image.clone(), UUID, "uuid-1"));
+        image.metadata.deletion_timestamp = Some(Time(Default::default()));
+        assert!(is_wanted(image.clone(), UUID, "uuid-1"), "a volume may use it");
+        assert!(!is_wanted(image, "ffffffff", "uuid-1"), "of another image of this name");
+    }
+    assert!(!is_wanted(placed("uuid-2"), UUID, "uuid-1"));
+}
