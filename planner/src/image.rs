@@ -108,8 +108,11 @@ pub fn decide(observed: &Observed) -> Decision {
     if !has_finalizer && !deleting {
         actions.push(Action::AddFinalizer);
     }
-    if status.uuid.is_empty() && !deleting {
-        // Before anything else, and durable before it is used: it is part of every path.
+    if deleting && o.volumes.is_empty() && o.replicas.is_empty() {
+        return deletion::decide(o, status, actions);
+    }
+    if status.uuid.is_empty() {
+        // Before anything else, and durable before it is used: it is part of every path. Also when a deletion waits that was asked for before.
         status.uuid = format!("{:08x}", o.random as u32);
         report(
             &mut status,
@@ -117,9 +120,6 @@ pub fn decide(observed: &Observed) -> Decision {
             Condition::new(READY, ConditionStatus::False, "Preparing", "the image was just created"),
         );
         return Decision { actions, status, replenish: Replenish::default(), recheck_after: Some(Duration::ZERO) };
-    }
-    if deleting && o.volumes.is_empty() && o.replicas.is_empty() {
-        return deletion::decide(o, status, actions);
     }
 
     copies::observe(o, &mut status);

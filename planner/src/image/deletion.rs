@@ -73,6 +73,8 @@ fn left_behind(disk: &Disk) -> String {
 /// The disk where the data source may have left something, while no manager remembers that.
 fn unrecorded(o: &Observed) -> Option<&str> {
     let name = name_of(&o.image);
+    // Managers record only what has a uuid. What lies there without is found as an orphan.
+    o.image.status.as_ref().filter(|s| !s.uuid.is_empty())?;
     let source = o.data_source.as_ref().filter(|s| s.metadata.deletion_timestamp.is_none())?;
     let disk = source.spec.disk_uuid.as_str();
     let is_wanted = o.image.spec.disk_file_spec_map.contains_key(disk);

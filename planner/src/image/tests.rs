@@ -177,6 +177,14 @@ fn gives_a_uuid_before_anything_else() {
     o.image.status = None;
     let decision = decide(&o);
     assert_eq!((decision.actions.len(), decision.status.uuid.as_str()), (0, "00000007"));
+    // Also when its deletion was asked for before, and waits.
+    o = world("a=-; used=a; deleting");
+    o.image.status = None;
+    let decision = decide(&o);
+    assert_eq!((decision.actions.len(), decision.status.uuid.as_str()), (0, "00000007"));
+    o = world("a=-; deleting");
+    o.image.status = None;
+    assert_eq!(decide(&o).status.uuid, "", "nothing is begun any more");
 }
 
 #[test]

@@ -266,3 +266,15 @@ fn what_is_being_prepared_is_recorded_before_it_is_given_up() {
     o.managers[0].spec.backing_images.insert("ubuntu".into(), "12345678".into());
     assert_eq!(decide(&o).actions, [Action::DeleteDataSource]);
 }
+
+#[test]
+fn a_deletion_does_not_wait_for_a_record_that_nobody_writes() {
+    let mut o = world("wanted=1; deleting; a=in-progress:silent");
+    let mut source = BackingImageDataSource::new("ubuntu", Default::default());
+    source.spec.disk_uuid = "a".into();
+    o.data_source = Some(source);
+    o.managers[0].spec.backing_images.clear();
+    // Its status was lost, and managers record what has a uuid.
+    o.image.status.as_mut().unwrap().uuid.clear();
+    assert_eq!(decide(&o).actions, [Action::DeleteDataSource]);
+}
