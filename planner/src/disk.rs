@@ -102,6 +102,15 @@ impl Disks {
         self.list.iter().find(|d| d.id == id)
     }
 
+    /// A disk that was moved is still claimed by a node that has been silent since: who has it now counts.
+    fn add(&mut self, disk: Disk) {
+        match self.list.iter_mut().find(|known| known.id == disk.id) {
+            None => self.list.push(disk),
+            Some(claimed) if claimed.health != Health::Ready && disk.health == Health::Ready => *claimed = disk,
+            Some(_) => {}
+        }
+    }
+
     /// Whether the disk is known to be gone: nobody has it, and everybody has told. A cluster without nodes has told nothing.
     pub fn is_gone(&self, id: &str) -> bool {
         self.get(id).is_none() && self.incomplete.is_empty() && !self.nodes.is_empty()
@@ -134,7 +143,7 @@ impl Disks {
                 };
                 let at_fault = if node_health == Health::Ready { &seen.conditions } else { &status.conditions };
                 let health = if node_health == Health::Ready { disk_health } else { node_health.clone() };
-                all.list.push(Disk {
+                all.add(Disk {
                     id: seen.disk_uuid.clone(),
                     name: disk_name.clone(),
                     node: name.clone(),
@@ -294,6 +303,7 @@ pub(crate) fn ready_disk(id: &str, bytes: u64) -> Disk {
 #[cfg(test)]
 mod tests {
     use api::image::DiskFileStatus;
+    use api::node::{DiskStatus, NodeStatus};
     use api::quantity::SizeBytes;
 
     use super::*;
@@ -340,5 +350,29 @@ mod tests {
         [&whole, &second].into_iter().for_each(|i| kept.take(of_image(i)));
         [0, 3].into_iter().for_each(|n: usize| kept.take(of_replica(&replicas[n])));
         assert_eq!(kept.all(), BTreeMap::new(), "nothing is left of what is gone");
+    }
+
+    #[test]
+    fn a_disk_that_was_moved_is_where_it_answers() {
+        let node = |name: &str, status: ConditionStatus| {
+            let mut node = Node::new(name, Default::default());
+            node.spec.disks.insert("disk-1".into(), Default::default());
+            let seen = DiskStatus { disk_uuid: "a".into(), ..Default::default() };
+            node.status = Some(NodeStatus {
+                conditions: vec![Condition::new(READY, status, "", "")],
+                disk_status: [("disk-1".to_owned(), seen)].into(),
+                ..Default::default()
+            });
+            node
+        };
+        let of = |one: ConditionStatus, two: ConditionStatus| {
+            let disks = Disks::of(&[node("node-1", one), node("node-2", two)]);
+            assert_eq!(disks.list.len(), 1, "there is one disk");
+            disks.get("a").unwrap().node.clone()
+        };
+        let (silent, ready) = (ConditionStatus::Unknown, ConditionStatus::True);
+        assert_eq!(of(silent, ready), "node-2", "its former node has been silent since");
+        assert_eq!(of(ready, silent), "node-1");
+        assert_eq!(of(silent, silent), "node-1");
     }
 }
