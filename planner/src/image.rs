@@ -122,9 +122,12 @@ pub fn decide(observed: &Observed) -> Decision {
         return Decision { actions, status, replenish: Replenish::default(), recheck_after: Some(Duration::ZERO) };
     }
 
-    copies::observe(o, &mut status);
-    let was_ready: Vec<String> = ready_disks(&status).map(str::to_owned).collect();
     let mut map = o.image.spec.disk_file_spec_map.clone();
+    copies::observe(o, &map, &mut status);
+    if copies::take_back(o, &status, &mut map) {
+        copies::observe(o, &map, &mut status);
+    }
+    let was_ready: Vec<String> = ready_disks(&status).map(str::to_owned).collect();
     let told_until = guard::let_go(o, &mut status, &mut map);
     let (source, mut problem, mut recheck_after) = source::plan(o, &status, &mut map);
     let mut copies = copies::plan(o, &status, &mut map);

@@ -367,14 +367,7 @@ fn one_file(
     let known = image.status.clone().unwrap_or_default();
     let mut attempt = decision.memory.copies.get(&name).cloned().unwrap_or_default();
     let mut file = reported.clone();
-    if let Some(f) = &mut file
-        && f.state == CopyState::Ready
-        && let Some(why) = difference(f, &image.spec, &known)
-    {
-        f.state = CopyState::Failed;
-        f.message = why;
-        f.error_kind = Some(ErrorKind::Incompatible);
-    }
+    file.iter_mut().for_each(|f| judge(f, image, &known));
     let failed = match &file {
         Some(f) if f.state == CopyState::Ready => {
             decision.memory.copies.remove(&name);
@@ -434,6 +427,15 @@ fn one_file(
         decision.memory.copies.insert(name, attempt);
     }
     file
+}
+
+/// A file that its agent takes for good has failed when it is no copy of the image.
+fn judge(file: &mut FileInfo, image: &BackingImage, known: &BackingImageStatus) {
+    if file.state == CopyState::Ready
+        && let Some(why) = difference(file, &image.spec, known)
+    {
+        (file.state, file.message, file.error_kind) = (CopyState::Failed, why, Some(ErrorKind::Incompatible));
+    }
 }
 
 /// Why nobody can tell of a copy that was there before its agent was started again: what was said last, if anything.

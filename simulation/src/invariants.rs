@@ -35,6 +35,14 @@ pub fn needed(o: &Observed) -> usize {
     (if asked == 0 { o.settings.min_copies } else { asked }).max(1) as usize
 }
 
+/// Whether the agent of a disk says that a whole copy of the image lies there.
+fn found_on(o: &Observed, disk: &str) -> bool {
+    let (name, uuid) = (o.image.metadata.name.as_deref(), o.image.status.as_ref().map(|s| s.uuid.as_str()));
+    let manager = o.managers.iter().find(|m| m.spec.disk_uuid == disk).and_then(|m| m.status.as_ref());
+    let file = manager.and_then(|s| s.backing_image_file_map.get(name?));
+    file.is_some_and(|f| f.state == CopyState::Ready && Some(f.uuid.as_str()) == uuid)
+}
+
 pub fn is_evicting(o: &Observed, disk: &str) -> bool {
     let entry = o.image.spec.disk_file_spec_map.get(disk);
     let is_leaving = |disk: &Disk| disk.evicting || disk.cordoned && o.settings.evict_cordoned;
@@ -201,10 +209,17 @@ impl World {
                 })
         };
         // What is put back was never gone.
-        let known = o.image.status.clone().unwrap_or_default().disk_file_status_map;
-        let is_held = |disk: &str| known.contains_key(disk);
+        let known = o.image.status.clone().unwrap_or_default();
+        let is_held = |disk: &str| known.disk_file_status_map.contains_key(disk);
         let added: Vec<&String> =
             after.keys().filter(|d| !before.contains_key(*d) && !serves(d) && !is_held(d)).collect();
+        let (found, added): (Vec<&String>, Vec<&String>) = added.into_iter().partition(|disk| found_on(o, disk));
+        let copies = &d.status.disk_file_status_map;
+        let other = copies.iter().find(|(disk, copy)| copy.state == CopyState::Ready && !found.contains(disk));
+        for disk in &found {
+            assert!(other.is_none(), "a copy of {name} is taken back on {disk}, although {other:?} is ready");
+            self.happens("whole copies taken back", format!("{name} on {disk}"));
+        }
         for disk in &added {
             let refused =
                 o.disks.get(disk).map_or(Some("nobody has it"), |d| ineligible(d, &o.image.spec, &o.settings));

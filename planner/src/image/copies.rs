@@ -14,7 +14,7 @@ use api::engine::DesireState;
 use api::image::{BackingImageStatus, CopyState, DiskFileSpec, DiskFileStatus};
 
 pub use self::clean_up::{Cause, Leaving, leaving};
-pub(super) use self::observe::observe;
+pub(super) use self::observe::{observe, take_back};
 use super::Observed;
 use crate::retry::until;
 

@@ -13,7 +13,7 @@ use super::{Action, Decision, Observed, copies, name_of, report};
 use crate::disk::{Disk, Health};
 
 pub(super) fn decide(o: &Observed, mut status: BackingImageStatus, mut actions: Vec<Action>) -> Decision {
-    copies::observe(o, &mut status);
+    copies::observe(o, &o.image.spec.disk_file_spec_map, &mut status);
     let name = name_of(&o.image);
     let holders = || o.managers.iter().filter(|m| m.spec.backing_images.contains_key(name));
     let answers = |m: &&BackingImageManager| o.disks.get(&m.spec.disk_uuid).is_some_and(|d| d.health == Health::Ready);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use api::BackingImage;
 use api::manager::{BackingImageManagerSpec, FileInfo};
 
-use super::{Action, Agent, Decision, Observed, one_file, verification};
+use super::{Action, Agent, Decision, Observed, judge, one_file, verification};
 use crate::image::ready_disks;
 use crate::retry::sooner;
 
@@ -40,20 +40,8 @@ pub(super) fn files(
             left.remove(image);
         }
     }
-    // Files that nobody recorded here, such as one whose entry was edited away. Those of an image that nobody knows: see `orphans`.
-    // The copy of an image without a ready one may be its last: it is adopted when its disk is chosen.
-    let may_go = |file: &FileInfo, image: &BackingImage| {
-        let status = image.status.clone().unwrap_or_default();
-        status.uuid != file.uuid || ready_disks(&status).next().is_some()
-    };
-    let is_known = |file: &FileInfo| {
-        let image = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(&file.name));
-        image.is_some_and(|image| may_go(file, image))
-    };
-    let is_stray = |image: &String, uuid: &String| spec.backing_images.get(image).is_none_or(|known| known != uuid);
-    for file in agent.files.iter().filter(|f| is_stray(&f.name, &f.uuid) && is_known(f)) {
-        decision.actions.push(Action::DeleteFile { image: file.name.clone(), uuid: file.uuid.clone() });
-    }
+    let held_before = std::mem::take(&mut decision.status.backing_image_file_map);
+    strays(o, agent, spec, wanted, decision);
     if left != spec.backing_images {
         for (image, uuid) in wanted {
             left.entry(image.clone()).or_insert_with(|| uuid.clone());
@@ -61,7 +49,6 @@ pub(super) fn files(
         let emptied = BackingImageManagerSpec { backing_images: left, ..spec.clone() };
         decision.actions.push(Action::SetSpec(Box::new(emptied)));
     }
-    let held_before = std::mem::take(&mut decision.status.backing_image_file_map);
     for (image, uuid) in wanted.iter().filter(|(i, u)| spec.backing_images.get(*i) == Some(u)) {
         let Some(object) = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(image)) else { continue };
         let reported = agent.file(image, uuid).cloned();
@@ -76,4 +63,27 @@ pub(super) fn files(
     decision.memory.copies.retain(|image, _| wanted.contains_key(image));
     let recheck = verification::plan(o, &decision.status.backing_image_file_map, &mut decision.actions);
     decision.recheck_after = sooner(decision.recheck_after, recheck);
+}
+
+/// Deals with the files that nobody recorded here, such as one whose entry was edited away. Those of an image that nobody knows: see
+/// `orphans`. The copy of an image without a ready one may be its last: it is told, and the image takes it back when it is whole.
+fn strays(
+    o: &Observed,
+    agent: &Agent,
+    spec: &BackingImageManagerSpec,
+    wanted: &BTreeMap<String, String>,
+    decision: &mut Decision,
+) {
+    let is_stray = |file: &&FileInfo| spec.backing_images.get(&file.name) != Some(&file.uuid);
+    for file in agent.files.iter().filter(is_stray) {
+        let image = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(&file.name));
+        let Some((image, status)) = image.map(|i| (i, i.status.clone().unwrap_or_default())) else { continue };
+        if status.uuid != file.uuid || ready_disks(&status).next().is_some() {
+            decision.actions.push(Action::DeleteFile { image: file.name.clone(), uuid: file.uuid.clone() });
+        } else if !wanted.contains_key(&file.name) {
+            let mut told = file.clone();
+            judge(&mut told, image, &status);
+            decision.status.backing_image_file_map.insert(file.name.clone(), told);
+        }
+    }
 }

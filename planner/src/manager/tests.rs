@@ -551,9 +551,9 @@ fn a_data_source_that_has_done_its_part_is_not_asked_again() {
 }
 
 #[test]
-fn a_stray_copy_of_an_image_without_a_ready_one_is_kept() {
-    let strays = |is_ready: bool| {
-        let mut o = world("wanted; object; process=running; file=ready");
+fn a_stray_copy_of_an_image_without_a_ready_one_is_kept_and_told() {
+    let strays = |file: &str, is_ready: bool| {
+        let mut o = world(&format!("wanted; object; process=running; {file}"));
         o.images[0].spec.disk_file_spec_map.clear();
         if is_ready {
             let copy = DiskFileStatus { state: CopyState::Ready, ..Default::default() };
@@ -561,8 +561,14 @@ fn a_stray_copy_of_an_image_without_a_ready_one_is_kept() {
         }
         let Some(Ok(agent)) = &mut o.agent else { unreachable!() };
         agent.remains = Some(vec![]);
-        decide(&o).actions
+        let decision = decide(&o);
+        let told = decision.status.backing_image_file_map.get("ubuntu");
+        (decision.actions, told.map_or(String::new(), |f| format!("{} {}", f.state.as_str(), f.message)))
     };
-    assert_eq!(strays(false), []);
-    assert_eq!(strays(true), [Action::DeleteFile { image: "ubuntu".into(), uuid: "12345678".into() }]);
+    let removed = [Action::DeleteFile { image: "ubuntu".into(), uuid: "12345678".into() }];
+    assert_eq!(strays("file=ready", false), (vec![], "ready ".into()));
+    assert_eq!(strays("file=ready", true), (removed.to_vec(), String::new()));
+    let differs = "failed the copy differs from the image: its checksum is other, that of the image is c";
+    assert_eq!(strays("other", false), (vec![], differs.into()));
+    assert_eq!(strays("other", true), (removed.to_vec(), String::new()));
 }

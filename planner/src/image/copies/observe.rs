@@ -3,17 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::ErrorKind;
-use api::image::{BackingImageStatus, CopyState};
+use api::image::{BackingImageStatus, CopyState, DiskFileSpec};
 use api::manager::{FileInfo, ManagerState};
 
 use crate::disk::Health;
-use crate::image::{Observed, difference, name_of};
+use crate::image::{Observed, difference, name_of, ready_disks};
 use crate::retry::is_past;
 
-/// Writes what managers and the data source report into the status; the first complete file decides size, checksum and format.
-pub(in crate::image) fn observe(o: &Observed, status: &mut BackingImageStatus) {
+/// Writes what managers and the data source report of the copies of `map` into the status; the first complete file decides size,
+/// checksum and format.
+pub(in crate::image) fn observe(o: &Observed, map: &BTreeMap<String, DiskFileSpec>, status: &mut BackingImageStatus) {
     // What was taken out of the wish is there until it is let go (`guard`).
-    let held = o.image.spec.disk_file_spec_map.keys().chain(status.disk_file_status_map.keys());
+    let held = map.keys().chain(status.disk_file_status_map.keys());
     let reports: BTreeMap<String, FileInfo> = held.map(|disk| (disk.clone(), report(o, status, disk))).collect();
     let has_file = |f: &&FileInfo| f.state == CopyState::Ready;
     let is_known = !status.checksum.is_empty();
@@ -73,6 +74,32 @@ pub(in crate::image) fn observe(o: &Observed, status: &mut BackingImageStatus) {
         status.disk_file_status_map.insert(disk, seen);
     }
     remember_last_use(o, status);
+}
+
+/// Wants the whole copies that agents found on disks which the image does not name, when it has no ready one: each may be the last.
+/// Whether there are any.
+pub(in crate::image) fn take_back(
+    o: &Observed,
+    status: &BackingImageStatus,
+    map: &mut BTreeMap<String, DiskFileSpec>,
+) -> bool {
+    if status.checksum.is_empty() || ready_disks(status).next().is_some() {
+        return false;
+    }
+    let is_whole = |file: &FileInfo| {
+        file.uuid == status.uuid && file.state == CopyState::Ready && difference(file, &o.image.spec, status).is_none()
+    };
+    let mut found = false;
+    for manager in &o.managers {
+        let file = manager.status.as_ref().and_then(|s| s.backing_image_file_map.get(name_of(&o.image)));
+        let disk = &manager.spec.disk_uuid;
+        if file.is_some_and(is_whole) && !status.disk_file_status_map.contains_key(disk) && !map.contains_key(disk) {
+            let reason = "a whole copy was found there when the image had no ready one".to_owned();
+            map.insert(disk.clone(), DiskFileSpec { reason, ..Default::default() });
+            found = true;
+        }
+    }
+    found
 }
 
 /// What is known of the copy on one disk.

@@ -26,7 +26,7 @@ pub(super) fn check_emptied(text: &str) {
         set.unwrap_or_default()
     };
     let mut seen = world(text).image.status.unwrap();
-    copies::observe(&o, &mut seen);
+    copies::observe(&o, &o.image.spec.disk_file_spec_map, &mut seen);
     let ready: Vec<&String> = held.iter().filter(|d| seen.disk_file_status_map[*d].state == CopyState::Ready).collect();
     let kept = ready.iter().filter(|d| map(&first).contains_key(**d)).count();
     let need = o.image.spec.min_number_of_copies.max(1) as usize;

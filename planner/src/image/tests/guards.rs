@@ -331,3 +331,49 @@ fn lost_copies_are_downloaded_again_after_the_recovery_interval_and_not_onto_a_f
     let full = said("wanted=1; a=full b=-; source", |_| ());
     assert!(full.starts_with("copies +b; set source disk=b"), "{full}");
 }
+
+#[test]
+fn a_whole_copy_that_the_image_does_not_name_is_taken_back() {
+    // The agent of `b` tells of a file there, and the image knows nothing of it.
+    let found = |a: &str, change: fn(&mut Observed)| {
+        let mut o = made_of(&format!("wanted=2; source; {a} b=ready"));
+        o.image.spec.source_type = Some(SourceType::Upload);
+        o.image.spec.disk_file_spec_map.remove("b");
+        o.image.status.as_mut().unwrap().disk_file_status_map.remove("b");
+        o.managers.iter_mut().for_each(|m| m.spec.backing_images.clear());
+        change(&mut o);
+        let decision = decide(&o);
+        let told = decision.actions.iter().find_map(|action| match action {
+            Action::SetCopies(map) => map.get("b").map(|entry| entry.reason.clone()),
+            _ => None,
+        });
+        (describe(&o, &decision), told.unwrap_or_default())
+    };
+    let reason = "a whole copy was found there when the image had no ready one";
+    let (said, told) = found("a=failed", |_| {});
+    assert_eq!(said, "copies +b\nReady: 1 of 2 copies ready, a of node-a failed");
+    assert_eq!(told, reason);
+    // Wherever it lies.
+    let (_, told) = found("a=failed", |o| o.image.spec.disk_selector = vec!["fast".into()]);
+    assert_eq!(told, reason);
+    type Edit = fn(&mut Observed);
+    let cases: [(&str, &str, Edit); 6] = [
+        ("another copy is ready", "a=ready", |_| {}),
+        ("it is of another image of that name", "a=failed", |o| set(o, 1, |f| f.uuid = "87654321".into())),
+        ("it is not whole", "a=failed", |o| set(o, 1, |f| f.state = CopyState::InProgress)),
+        ("nobody can ask", "a=failed", |o| set(o, 1, |f| f.state = CopyState::Unknown)),
+        ("it is another content", "a=failed", |o| set(o, 1, |f| f.current_checksum = "d".into())),
+        ("the first file is still to come", "a=failed", |o| o.image.status.as_mut().unwrap().checksum.clear()),
+    ];
+    for (what, a, change) in cases {
+        let (said, told) = found(a, change);
+        assert_ne!(told, reason, "{what}: {said}");
+    }
+}
+
+/// A world whose image was whole once.
+fn made_of(text: &str) -> Observed {
+    let mut o = world(text);
+    o.image.status.as_mut().unwrap().checksum = "c".into();
+    o
+}
