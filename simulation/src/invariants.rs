@@ -213,11 +213,16 @@ impl World {
         let is_held = |disk: &str| known.disk_file_status_map.contains_key(disk);
         let added: Vec<&String> =
             after.keys().filter(|d| !before.contains_key(*d) && !serves(d) && !is_held(d)).collect();
-        let (found, added): (Vec<&String>, Vec<&String>) = added.into_iter().partition(|disk| found_on(o, disk));
+        let is_found = |d: &&String| after[*d].reason.starts_with("a whole copy was found there");
+        let (found, added): (Vec<&String>, Vec<&String>) = added.into_iter().partition(is_found);
+        let is_named = |disk: &String| is_held(disk) || before.contains_key(disk);
         let copies = &d.status.disk_file_status_map;
-        let other = copies.iter().find(|(disk, copy)| copy.state == CopyState::Ready && !found.contains(disk));
+        let other = copies.iter().find(|(disk, copy)| copy.state == CopyState::Ready && is_named(disk));
         for disk in &found {
-            assert!(other.is_none(), "a copy of {name} is taken back on {disk}, although {other:?} is ready");
+            assert!(
+                found_on(o, disk) && other.is_none(),
+                "a copy of {name} is taken back on {disk}, while {other:?} is ready"
+            );
             self.happens("whole copies taken back", format!("{name} on {disk}"));
         }
         for disk in &added {
