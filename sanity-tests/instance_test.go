@@ -34,6 +34,8 @@ type instance struct {
 	listen    string
 	nodes     int
 	flags     []string
+	// env is set in the daemon and in all that it starts.
+	env       []string
 	daemon    *exec.Cmd
 	exited    chan struct{}
 	conns     map[string]*grpc.ClientConn
@@ -53,6 +55,11 @@ func startInstance(nodes int, flags ...string) (*instance, error) {
 
 // startInstanceOf does it with another binary.
 func startInstanceOf(program string, nodes int, flags ...string) (*instance, error) {
+	return startInstanceIn(nil, program, nodes, flags...)
+}
+
+// startInstanceIn does it with variables of the environment.
+func startInstanceIn(env []string, program string, nodes int, flags ...string) (*instance, error) {
 	root, err := os.MkdirTemp("", "backing-image-")
 	if err != nil {
 		return nil, err
@@ -64,7 +71,7 @@ func startInstanceOf(program string, nodes int, flags ...string) (*instance, err
 	listen := listener.Addr().String()
 	listener.Close()
 	i := &instance{
-		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes, flags: flags,
+		binary: program, root: root, dir: filepath.Join(root, "data"), listen: listen, nodes: nodes, flags: flags, env: env,
 		conns: map[string]*grpc.ClientConn{}, explained: map[testing.TB]bool{},
 	}
 	if err := i.start(); err != nil {
@@ -121,6 +128,7 @@ func (i *instance) start() error {
 	args := append([]string{"standalone", "--data", i.dir, "--nodes", fmt.Sprint(i.nodes), "--listen", i.listen}, i.flags...)
 	i.daemon = exec.Command(i.binary, args...)
 	i.daemon.Stdout, i.daemon.Stderr = log, log
+	i.daemon.Env = append(os.Environ(), i.env...)
 	i.daemon.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := i.daemon.Start(); err != nil {
 		return err

@@ -67,6 +67,13 @@ type diskFileStatus struct {
 	Damage     string `json:"damage"`
 }
 
+type nodeObject struct {
+	object
+	Status struct {
+		Conditions []condition `json:"conditions"`
+	} `json:"status"`
+}
+
 type volumeObject struct {
 	object
 	Spec struct {

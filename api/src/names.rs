@@ -61,6 +61,8 @@ pub mod condition {
     pub const UPGRADED: &str = "Upgraded";
     /// Node: an engine that dies there is replaced under a mounted filesystem.
     pub const ENGINE_REPLACEMENT: &str = "EngineReplacement";
+    /// Node: while it is there and `False`, the clock of the machine was set a short while ago.
+    pub const CLOCK_STEADY: &str = "ClockSteady";
     /// Node: Kubernetes runs it. While it is not `True`, the controller says with it whether the node is `Ready`.
     pub const IN_SERVICE: &str = "InService";
     /// Node: it has disks, or what it waits for to get them by itself.

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use api::names::condition::{IN_SERVICE, READY, SCHEDULABLE};
+use api::names::condition::{CLOCK_STEADY, IN_SERVICE, READY, SCHEDULABLE};
 use api::node::{DiskSpec, DiskStatus, NodeStatus};
 use api::{Condition, ConditionStatus, Node, condition};
 use jiff::Timestamp;
@@ -80,6 +80,7 @@ pub async fn reconcile(
     config: &Config,
     calls: &DiskCalls,
     engine_replacement: &Condition,
+    clock: Option<Condition>,
 ) -> Result<Option<Duration>, InstanceError> {
     let Some(mut node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };
     let mut found = None;
@@ -111,6 +112,10 @@ pub async fn reconcile(
         condition::set(&mut conditions, Condition::new(READY, ConditionStatus::True, "Ready", ""), now);
     }
     condition::set(&mut conditions, engine_replacement.clone(), now);
+    match clock {
+        Some(condition) => condition::set(&mut conditions, condition, now),
+        None => conditions.retain(|c| c.r#type != CLOCK_STEADY),
+    }
     // Without Kubernetes it is the user who says where a machine stands, on our own object.
     let (mut region, mut zone) = discovery::place(&node.metadata);
     if let Some(found) = found {

@@ -21,6 +21,14 @@ pub const DISK_ANSWER: Duration = Duration::from_secs(5);
 /// How often it is glanced at whether disks are what they were: a fault of one is told within 10 s.
 pub const GLANCE: Duration = Duration::from_secs(3);
 
+/// How often the clock of the machine is compared with the one that cannot be set: what it did is told within 10 s.
+pub const CLOCK_LOOK: Duration = Duration::from_secs(2);
+/// What counts as set, within [`CLOCK_LOOK`]: a clock that is kept right is slewed by less than a millisecond in that time, and a leap
+/// second or a process that was not run for a moment is no news.
+pub const CLOCK_STEP: Duration = Duration::from_secs(5);
+/// How long it is told.
+pub const CLOCK_TOLD: Duration = Duration::from_secs(600);
+
 /// How many objects are reconciled at a time; starting a process is mostly waiting.
 pub const WORKERS: usize = 8;
 

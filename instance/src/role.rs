@@ -30,7 +30,7 @@ use crate::first_pass::FirstPass;
 use crate::limits::{DISK_ANSWER, ENGINE_SILENCE_LIMIT, FIRST_PASS, HOLDER_LIMIT, RESYNC, RETRY, WORKERS};
 use crate::metrics::Metrics;
 use crate::processes::Processes;
-use crate::{disk_watch, disks, engines, kernel, replicas};
+use crate::{clock, disk_watch, disks, engines, kernel, replicas};
 
 /// One node.
 #[derive(Clone)]
@@ -123,6 +123,8 @@ pub struct State {
     pub disks: BTreeMap<String, (u64, u64)>,
     /// Path and reserved bytes of the disks that this node shall have.
     pub disk_specs: BTreeMap<String, (String, u64)>,
+    /// The clock of this machine was set, and that is still told.
+    pub clock_step: Option<clock::Step>,
 }
 
 /// What metrics tell of a replica or an engine.
@@ -196,6 +198,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         role.tasks.clone().spawn(async move { role.work().await });
     }
     role.tasks.spawn(disk_watch::run(role.clone()));
+    role.tasks.spawn(clock::run(role.clone()));
     let result = tokio::select! {
         () = role.cancelled.cancelled() => Ok(()),
         failed = role.clone().follow_store() => failed,
@@ -263,7 +266,10 @@ impl Role {
         match key {
             Key::Replica(name) => replicas::reconcile(self, name).await,
             Key::Engine(name) => engines::reconcile(self, name).await,
-            Key::Disks => disks::reconcile(&self.config, &self.disk_calls, &self.engine_replacement).await,
+            Key::Disks => {
+                let clock = self.state().clock_step.map(|step| step.condition(self.config.node.as_str()));
+                disks::reconcile(&self.config, &self.disk_calls, &self.engine_replacement, clock).await
+            }
         }
     }
 

@@ -6,8 +6,8 @@
 use api::event::News;
 use api::image::{CopyState, DiskFileStatus};
 use api::names::condition::{
-    CLEANED_UP, DEFAULT_DISKS, ENGINE_REPLACEMENT, EVICTED, NO_FOREIGN_FILES, NO_ORPHANS, READY, SCHEDULABLE,
-    SCHEDULED, UPGRADED,
+    CLEANED_UP, CLOCK_STEADY, DEFAULT_DISKS, ENGINE_REPLACEMENT, EVICTED, NO_FOREIGN_FILES, NO_ORPHANS, READY,
+    SCHEDULABLE, SCHEDULED, UPGRADED,
 };
 use api::{
     BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, Engine, ErrorKind, Node,
@@ -169,7 +169,9 @@ pub fn of_data_source(source: &BackingImageDataSource, disks: &Disks) -> Vec<Fac
 pub fn of_node(node: &Node) -> Vec<Fact> {
     let status = node.status.clone().unwrap_or_default();
     let mut facts: Vec<Fact> = of_ready(&status.conditions, "the node reports").into_iter().collect();
-    facts.extend([DEFAULT_DISKS, ENGINE_REPLACEMENT].iter().filter_map(|t| of_problem(&status.conditions, t)));
+    facts.extend(
+        [DEFAULT_DISKS, ENGINE_REPLACEMENT, CLOCK_STEADY].iter().filter_map(|t| of_problem(&status.conditions, t)),
+    );
     for (name, disk) in &status.disk_status {
         let ready = condition::find(&disk.conditions, READY);
         let fact = match ready {

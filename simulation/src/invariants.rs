@@ -224,6 +224,8 @@ impl World {
                 "a copy of {name} is taken back on {disk}, while {other:?} is ready"
             );
             self.happens("whole copies taken back", format!("{name} on {disk}"));
+            // It counts as unused from now on, not only once somebody looks again.
+            self.unused_since.entry(((*disk).clone(), name.to_owned())).or_insert(o.now);
         }
         for disk in &added {
             let refused =

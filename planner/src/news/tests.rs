@@ -166,7 +166,11 @@ fn a_node_tells_of_its_disks() {
     let (yes, no) = (ConditionStatus::True, ConditionStatus::False);
     let mut node = Node::new("n", Default::default());
     node.status = Some(NodeStatus {
-        conditions: vec![condition(READY, yes, "Ready", ""), condition(ENGINE_REPLACEMENT, no, "TooOld", "Linux 6.1")],
+        conditions: vec![
+            condition(READY, yes, "Ready", ""),
+            condition(ENGINE_REPLACEMENT, no, "TooOld", "Linux 6.1"),
+            condition(CLOCK_STEADY, no, "ClockWasSet", "ahead by 9 s"),
+        ],
         disk_status: [
             (
                 "d1".into(),
@@ -195,6 +199,7 @@ fn a_node_tells_of_its_disks() {
         [
             "Ready Normal Ready : the node reports",
             "EngineReplacement Warning TooOld : Linux 6.1",
+            "ClockSteady Warning ClockWasSet : ahead by 9 s",
             "disk/d1 Normal DiskReady d1: d1: it can be used",
             "disk/d2 Warning DiskPressure d2: d2: 1 byte is free",
             "disk/d3 Warning NoDirectory d3: d3: gone",

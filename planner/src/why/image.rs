@@ -67,6 +67,7 @@ impl Story<'_> {
                     sentence_end(&copy.damage)
                 ));
             }
+            s.clocks();
         });
         true
     }

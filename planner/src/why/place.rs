@@ -1,9 +1,9 @@
 //! Nodes, their disks and the managers of those.
 
 use api::manager::ManagerState;
-use api::names::condition::{CORDONED, EVICTED, READY};
+use api::names::condition::{CLOCK_STEADY, CORDONED, EVICTED, READY};
 use api::node::DiskStatus;
-use api::{Node, condition};
+use api::{Condition, Node, condition};
 
 use super::{Story, is_problem};
 
@@ -38,6 +38,14 @@ impl Story<'_> {
             self.say(format!("Disk `{name}` of node `{node_name}` is not usable."));
             self.below(|s| s.problems(&status.conditions));
         }
+    }
+
+    /// Whose clock was set: what waits for a time may end earlier or later than it says.
+    pub(super) fn clocks(&mut self) {
+        let conditions = |node: &Node| node.status.clone().unwrap_or_default().conditions;
+        let mut steps: Vec<Condition> = self.world.nodes.iter().flat_map(conditions).collect();
+        steps.retain(|condition| condition.r#type == CLOCK_STEADY);
+        self.problems(&steps);
     }
 
     /// What is wrong with the manager of a disk.

@@ -90,6 +90,28 @@ fn what_is_healthy_is_said_in_one_line() {
 }
 
 #[test]
+fn a_clock_that_was_set_is_told_of_what_waits() {
+    let message = "the clock of node node-1 was set ahead by 60 s at 2026-01-01T00:00:00Z; what waits may end sooner";
+    let set = Condition::new(types::CLOCK_STEADY, ConditionStatus::False, "ClockWasSet", message);
+    let mut world = World {
+        volumes: vec![volume("v", VolumeState::Detached, Robustness::Unknown)],
+        images: vec![image("ubuntu", &[("d1", CopyState::Ready, "")])],
+        nodes: vec![node("node-1", "d1"), node("node-2", "d2")],
+        ..Default::default()
+    };
+    world.nodes[0].status.as_mut().unwrap().conditions.push(set);
+    for (subject, is_told) in [
+        (Subject::Volume("v".into()), true),
+        (Subject::Image("ubuntu".into()), true),
+        (Subject::Node("node-1".into()), true),
+        (Subject::Node("node-2".into()), false),
+    ] {
+        let text = render(&explain(&world, &subject, now()).unwrap());
+        assert_eq!(text.matches("was set ahead by 60 s").count(), usize::from(is_told), "{subject:?}: {text}");
+    }
+}
+
+#[test]
 fn a_transfer_under_a_limit_says_which() {
     let mut slow = image("ubuntu", &[("d1", CopyState::InProgress, "")]);
     slow.spec.bandwidth_limit = 70_000;

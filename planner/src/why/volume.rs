@@ -165,6 +165,7 @@ impl Story<'_> {
                     ));
                 }
             }
+            s.clocks();
         });
         true
     }
