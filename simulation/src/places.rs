@@ -86,7 +86,9 @@ impl World {
         };
         let chosen = o.disks.get(added).expect("it was judged before");
         let better = o.disks.list.iter().find(|disk| {
-            let is_free = !before.contains_key(&disk.id) && has_room(disk);
+            // Another one comes there once its node has a turn for it.
+            let is_awaited = d.replenish.waits_for.contains(&disk.node);
+            let is_free = !before.contains_key(&disk.id) && has_room(disk) && !is_awaited;
             is_free && ineligible(disk, &o.image.spec, &o.settings).is_none() && near(disk) < near(chosen)
         });
         assert!(
