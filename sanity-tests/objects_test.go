@@ -70,8 +70,14 @@ type diskFileStatus struct {
 type nodeObject struct {
 	object
 	Status struct {
-		Conditions []condition `json:"conditions"`
+		Conditions []condition           `json:"conditions"`
+		DiskStatus map[string]diskStatus `json:"diskStatus"`
 	} `json:"status"`
+}
+
+type diskStatus struct {
+	DiskUUID   string      `json:"diskUUID"`
+	Conditions []condition `json:"conditions"`
 }
 
 type volumeObject struct {

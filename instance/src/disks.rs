@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use runtime::files;
 use serde::{Deserialize, Serialize};
 
+use crate::claims::Claim;
 use crate::disk_calls::{DiskCalls, Silent};
 use crate::error::InstanceError;
 use crate::role::Config;
@@ -81,6 +82,7 @@ pub async fn reconcile(
     calls: &DiskCalls,
     engine_replacement: &Condition,
     clock: Option<Condition>,
+    elsewhere: &[Claim],
 ) -> Result<Option<Duration>, InstanceError> {
     let Some(mut node) = config.store.get::<Node>(config.node.as_str()).await? else { return Ok(None) };
     let mut found = None;
@@ -98,7 +100,8 @@ pub async fn reconcile(
             (name, (disk, seen.unwrap_or_else(|silent| Err(silent.into()))))
         }
     });
-    let looked: BTreeMap<_, _> = futures::future::join_all(looks).await.into_iter().collect();
+    let mut looked: BTreeMap<_, _> = futures::future::join_all(looks).await.into_iter().collect();
+    yield_to_others(config.node.as_str(), &mut looked, &old, elsewhere);
     let now = Timestamp::now();
     let allowed = node.spec.allow_scheduling;
     let report = |(name, (disk, seen)): (String, (DiskSpec, Result<Seen, Unusable>))| {
@@ -137,6 +140,27 @@ pub async fn reconcile(
     changed.status = Some(status);
     config.store.replace_status(&changed).await?;
     Ok(None)
+}
+
+/// Of the disks that hold one UUID all but one are unusable.
+fn yield_to_others(
+    node: &str,
+    looked: &mut BTreeMap<String, (DiskSpec, Result<Seen, Unusable>)>,
+    old: &NodeStatus,
+    elsewhere: &[Claim],
+) {
+    let claim = |(name, (_, seen)): (&String, &(DiskSpec, Result<Seen, Unusable>))| {
+        Some(Claim::of(node, name, &seen.as_ref().ok()?.uuid, old.disk_status.get(name)))
+    };
+    let own: Vec<Claim> = looked.iter().filter_map(claim).collect();
+    for claim in &own {
+        let Some(keeper) = claim.yields_to(own.iter().chain(elsewhere)) else { continue };
+        let Some((spec, seen)) = looked.get_mut(&claim.disk) else { continue };
+        let uuid = seen.as_ref().map_or("", |seen| seen.uuid.as_str());
+        let message = format!("`{}` holds disk {uuid}, and so does {} of {}", spec.path, keeper.disk, keeper.node);
+        let hint = "if it is a copy of that disk, empty it, its longhorn-disk.cfg included; if it is the same directory, remove one of the two from its node";
+        *seen = Err(Unusable { reason: "SameUUID", message, hint });
+    }
 }
 
 /// Whether two reports say the same. Free space that moves by less than 1 % of the disk is no news.

@@ -3,6 +3,7 @@
 //! It reads the wishes in Replica and Engine objects of its node and keeps processes accordingly. The processes outlive
 //! this role and are adopted again by it; it is the only writer of the status of these objects and of its Node.
 
+mod claims;
 mod clock;
 mod control;
 pub mod discovery;

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, debug, info_span, warn};
 
+use crate::claims::Claim;
 use crate::disk_calls::DiskCalls;
 use crate::engine_progress::Progress;
 use crate::error::InstanceError;
@@ -123,6 +124,8 @@ pub struct State {
     pub disks: BTreeMap<String, (u64, u64)>,
     /// Path and reserved bytes of the disks that this node shall have.
     pub disk_specs: BTreeMap<String, (String, u64)>,
+    /// The disks of the other nodes.
+    pub claims: BTreeMap<String, Vec<Claim>>,
     /// The clock of this machine was set, and that is still told.
     pub clock_step: Option<clock::Step>,
 }
@@ -268,7 +271,8 @@ impl Role {
             Key::Engine(name) => engines::reconcile(self, name).await,
             Key::Disks => {
                 let clock = self.state().clock_step.map(|step| step.condition(self.config.node.as_str()));
-                disks::reconcile(&self.config, &self.disk_calls, &self.engine_replacement, clock).await
+                let elsewhere: Vec<Claim> = self.state().claims.values().flatten().cloned().collect();
+                disks::reconcile(&self.config, &self.disk_calls, &self.engine_replacement, clock, &elsewhere).await
             }
         }
     }
@@ -360,20 +364,25 @@ impl Role {
     }
 
     fn on_node(self: &Arc<Self>, event: TypedEvent<Node>) {
-        match event {
-            TypedEvent::Applied(node) | TypedEvent::Deleted(node) => {
-                if node.metadata.name.as_deref() == Some(self.config.node.as_str()) {
-                    let seen = node.status.unwrap_or_default().disk_status.into_iter();
-                    let wished = node.spec.disks.into_iter();
-                    let mut state = self.state();
-                    state.disks =
-                        seen.map(|(name, disk)| (name, (disk.storage_maximum, disk.storage_available))).collect();
-                    state.disk_specs = wished.map(|(name, disk)| (name, (disk.path, disk.storage_reserved))).collect();
-                    self.queue.add(Key::Disks);
-                }
+        let (node, is_gone) = match event {
+            TypedEvent::Applied(node) => (node, false),
+            TypedEvent::Deleted(node) => (node, true),
+            TypedEvent::Relist => return self.look_at_everything(),
+        };
+        let name = node.metadata.name.clone().unwrap_or_default();
+        let mut state = self.state();
+        if self.is_ours(&name) {
+            let seen = node.status.unwrap_or_default().disk_status.into_iter();
+            let wished = node.spec.disks.into_iter();
+            state.disks = seen.map(|(name, disk)| (name, (disk.storage_maximum, disk.storage_available))).collect();
+            state.disk_specs = wished.map(|(name, disk)| (name, (disk.path, disk.storage_reserved))).collect();
+        } else {
+            let claims = if is_gone { vec![] } else { Claim::of_node(&node) };
+            if state.claims.insert(name, claims.clone()).is_some_and(|before| before == claims) {
+                return;
             }
-            TypedEvent::Relist => self.look_at_everything(),
         }
+        self.queue.add(Key::Disks);
     }
 
     /// Events were lost: every object that is known gets a pass, and the lists are read anew for those that are not.
@@ -381,12 +390,15 @@ impl Role {
         let role = self.clone();
         self.tasks.spawn(async move {
             let everything = Selector::default();
-            let (Ok(replicas), Ok(engines)) = (
+            let (Ok(replicas), Ok(engines), Ok(nodes)) = (
                 role.config.store.list::<Replica>(&everything).await,
                 role.config.store.list::<Engine>(&everything).await,
+                role.config.store.list::<Node>(&everything).await,
             ) else {
                 return warn!("events were lost and the store does not answer; the next resync heals it");
             };
+            role.state().claims.clear();
+            nodes.into_iter().for_each(|node| role.on_node(TypedEvent::Applied(node)));
             replicas.into_iter().for_each(|replica| role.on_replica(TypedEvent::Applied(replica)));
             engines.into_iter().for_each(|engine| role.on_engine(TypedEvent::Applied(engine)));
         });
