@@ -267,8 +267,15 @@ func processFaults(t *testing.T) []fault {
 			return func() { syscall.Kill(pid, syscall.SIGCONT) }
 		}
 	}
+	// Half of what is downloaded has come.
+	var half <-chan struct{}
 	source := func(signal syscall.Signal, release *func()) func(t *testing.T, p *patient) func() {
 		return func(t *testing.T, p *patient) func() {
+			select {
+			case <-half:
+			case <-time.After(readyWithin):
+				t.Fatal("no download began")
+			}
 			pid := 0
 			eventually(t, 10*time.Second, "its data source runs", func() (bool, string) {
 				for _, one := range processesOf(p.i.dir) {
@@ -290,9 +297,7 @@ func processFaults(t *testing.T) []fault {
 	held := func() (begin func(p *patient) string, release *func()) {
 		release = new(func())
 		return func(p *patient) string {
-			url, half, open := heldServer(t, p.image.path)
-			p.url, *release = url, open
-			go func() { <-half }()
+			p.url, half, *release = heldServer(t, p.image.path)
 			return p.yaml()
 		}, release
 	}

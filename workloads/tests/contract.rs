@@ -13,7 +13,7 @@ use std::time::Duration;
 use backing_image_workloads::local::{Local, LocalConfig};
 use backing_image_workloads::{WorkloadState, Workloads};
 use runtime::process::ProcessIdentity;
-use suite::{Any, ask, spec, wait_until_failed, wait_until_running};
+use suite::{Any, ask, spec, wait_for, wait_until_failed, wait_until_running};
 
 /// Local workloads in a directory of their own, ended with the test, however it ends.
 struct Fixture {
@@ -188,11 +188,16 @@ async fn ends_what_a_workload_has_started() {
 #[tokio::test]
 async fn ends_one_that_is_not_ready_in_time() {
     let fixture = Fixture::new();
-    let config = LocalConfig { start_timeout: Duration::from_millis(200), ..fixture.config() };
+    let config = LocalConfig { start_timeout: Duration::from_secs(1), ..fixture.config() };
     let workloads: Any = Arc::new(Local::open(config).await.unwrap());
     workloads.ensure(&spec("late", "late")).await.unwrap();
+    wait_for(&workloads, "late", |state| match state {
+        WorkloadState::Starting { message } => message.contains("no connections on") && message.contains("port 8000"),
+        _ => false,
+    })
+    .await;
     let message = wait_until_failed(&workloads, "late").await;
-    assert!(message.contains("not ready after 0.2 s") && message.contains("port 8000"), "{message}");
+    assert!(message.contains("not ready after 1 s") && message.contains("port 8000"), "{message}");
     assert_eq!(marked(&fixture.path()), [0; 0]);
 }
 

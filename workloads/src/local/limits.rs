@@ -11,6 +11,10 @@ pub const LATE_GRACE: Duration = Duration::from_secs(1);
 /// How long SIGKILL may take. Longer means a process that hangs in the kernel.
 pub const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a start may take until it is told what it waits for. A role process listens a few milliseconds after its start, and a fault
+/// is told within 10 s.
+pub const SLOW_START: Duration = Duration::from_secs(5);
+
 /// The first wait between two looks whether a workload is ready. A role process listens a few milliseconds after its start.
 pub const READY_WAIT_FIRST: Duration = Duration::from_millis(2);
 

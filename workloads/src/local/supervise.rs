@@ -1,5 +1,6 @@
 //! Watches one process: ready, ended, or not ready in time.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::process::ExitStatusExt;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 
 use runtime::process::ProcessIdentity;
 use tokio::process::Child;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use super::record::Record;
@@ -69,12 +70,22 @@ impl Inner {
     async fn watch_start(&self, record: &Record, process: &ProcessIdentity, child: &mut Option<Child>) -> String {
         let spec = &record.spec;
         let limit = self.config.start_timeout;
+        let ports = spec.ready_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+        let tell = async {
+            sleep(limits::SLOW_START.min(limit / 2)).await;
+            let (ip, seconds) = (record.ip, limit.as_secs_f32());
+            let message =
+                format!("it accepts no connections on {ip}, port {ports}; it is ended {seconds} s after its start");
+            self.set_state(record, WorkloadState::Starting { message });
+            std::future::pending::<Infallible>().await
+        };
         let event = tokio::select! {
             biased;
             status = ended(process, child.as_mut()) => Event::Ended(status),
             ready = timeout(limit, ready::wait_until_ready(IpAddr::V4(record.ip), &spec.ready_ports)) => {
                 if ready.is_ok() { Event::Ready } else { Event::Late }
             }
+            never = tell => match never {},
         };
         match event {
             Event::Ended(status) => describe(status),
@@ -82,8 +93,7 @@ impl Inner {
                 if let Err(error) = process.terminate(limits::LATE_GRACE).await {
                     warn!(workload = spec.name, %error, "workload that is not ready in time cannot be ended");
                 }
-                let ports: Vec<_> = spec.ready_ports.iter().map(u16::to_string).collect();
-                let (seconds, ports) = (limit.as_secs_f32(), ports.join(", "));
+                let seconds = limit.as_secs_f32();
                 format!("it was not ready after {seconds} s: it must accept connections on {}, port {ports}", record.ip)
             }
             Event::Ready => {

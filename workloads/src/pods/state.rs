@@ -137,6 +137,11 @@ fn waits_for(pod: &Pod) -> String {
             matches!(waiting.reason.as_deref(), None | Some("ContainerCreating" | "PodInitializing"));
         return if takes_its_course { String::new() } else { text(&waiting.reason, &waiting.message) };
     }
+    let running = containers(status(pod)).find_map(|container| container.state.as_ref()?.running.as_ref());
+    if let Some(running) = running {
+        let since = running.started_at.as_ref().map(|at| format!(" since {}", at.0)).unwrap_or_default();
+        return format!("its container runs{since} and accepts no connections");
+    }
     let conditions = status(pod).and_then(|status| status.conditions.as_ref());
     let unscheduled = conditions.into_iter().flatten().find(|c| c.type_ == "PodScheduled" && c.status != "True");
     unscheduled.map(|condition| text(&condition.reason, &condition.message)).unwrap_or_default()
@@ -187,6 +192,10 @@ mod tests {
             (waits("ImagePullBackOff", "no such image"), "starting ImagePullBackOff: no such image"),
             (homeless, "starting Unschedulable: no room"),
             (busy, "starting "),
+            (
+                json!({"phase": "Running", "containerStatuses": container(json!({"running": {"startedAt": "2026-01-01T00:00:00Z"}}))}),
+                "starting its container runs since 2026-01-01T00:00:00Z and accepts no connections",
+            ),
             (ready, "running"),
             (unseen, "unknown its node does not answer"),
             (
