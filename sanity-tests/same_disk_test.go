@@ -38,6 +38,21 @@ func TestACopyOfADiskSaysWhoseUUIDItHolds(t *testing.T) {
 		if now := get[imageObject](t, i, "backingimage", "kept"); !hasBoth(now) {
 			t.Errorf("copies of the image: %+v", now.Status.DiskFileStatusMap)
 		}
+		// Also while the one that was there before is away.
+		stop := eachVersion(t, i, "node", c.node, func(o nodeObject) {
+			if copied := ready(o, c.copy); copied.Status == "True" {
+				t.Errorf("the copy took the place of the disk: %+v", o.Status.DiskStatus)
+			}
+		})
+		undo := rename(t, filepath.Join(i.disk(2), "longhorn-disk.cfg"))
+		is := func(status string) func(o nodeObject) bool {
+			return func(o nodeObject) bool { return ready(o, "disk-1").Status == status }
+		}
+		until(t, i, namedWithin, "node", "node-2", "says that its disk is away", is("False"))
+		until(t, i, namedWithin, "node", c.node, "still says whose UUID it is", func(o nodeObject) bool { return ready(o, c.copy).Reason == "SameUUID" })
+		undo()
+		until(t, i, namedWithin, "node", "node-2", "has its disk again", is("True"))
+		stop()
 		for _, part := range []string{"longhorn-disk.cfg", "backing-images", "replicas"} {
 			if err := os.RemoveAll(filepath.Join(copied, part)); err != nil {
 				t.Fatal(err)

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use runtime::files;
 use serde::{Deserialize, Serialize};
 
-use crate::claims::Claim;
+use crate::claims::{Claim, SAME_UUID};
 use crate::disk_calls::{DiskCalls, Silent};
 use crate::error::InstanceError;
 use crate::role::Config;
@@ -149,17 +149,18 @@ fn yield_to_others(
     old: &NodeStatus,
     elsewhere: &[Claim],
 ) {
-    let claim = |(name, (_, seen)): (&String, &(DiskSpec, Result<Seen, Unusable>))| {
-        Some(Claim::of(node, name, &seen.as_ref().ok()?.uuid, old.disk_status.get(name)))
+    let claim = |(name, (_, seen)): (&String, &(DiskSpec, Result<Seen, Unusable>))| match seen {
+        Ok(seen) => Some(Claim::of(node, name, &seen.uuid, old.disk_status.get(name))),
+        Err(_) => Claim::of_absent(node, name, old.disk_status.get(name)?),
     };
     let own: Vec<Claim> = looked.iter().filter_map(claim).collect();
     for claim in &own {
         let Some(keeper) = claim.yields_to(own.iter().chain(elsewhere)) else { continue };
         let Some((spec, seen)) = looked.get_mut(&claim.disk) else { continue };
-        let uuid = seen.as_ref().map_or("", |seen| seen.uuid.as_str());
+        let Ok(Seen { uuid, .. }) = seen else { continue };
         let message = format!("`{}` holds disk {uuid}, and so does {} of {}", spec.path, keeper.disk, keeper.node);
         let hint = "if it is a copy of that disk, empty it, its longhorn-disk.cfg included; if it is the same directory, remove one of the two from its node";
-        *seen = Err(Unusable { reason: "SameUUID", message, hint });
+        *seen = Err(Unusable { reason: SAME_UUID, message, hint });
     }
 }
 

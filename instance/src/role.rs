@@ -126,6 +126,8 @@ pub struct State {
     pub disk_specs: BTreeMap<String, (String, u64)>,
     /// The disks of the other nodes.
     pub claims: BTreeMap<String, Vec<Claim>>,
+    /// Whether all of them have been read.
+    pub knows_claims: bool,
     /// The clock of this machine was set, and that is still told.
     pub clock_step: Option<clock::Step>,
 }
@@ -271,10 +273,24 @@ impl Role {
             Key::Engine(name) => engines::reconcile(self, name).await,
             Key::Disks => {
                 let clock = self.state().clock_step.map(|step| step.condition(self.config.node.as_str()));
+                self.know_claims().await?;
                 let elsewhere: Vec<Claim> = self.state().claims.values().flatten().cloned().collect();
                 disks::reconcile(&self.config, &self.disk_calls, &self.engine_replacement, clock, &elsewhere).await
             }
         }
+    }
+
+    /// Reads what the other nodes say of their disks, the first time: events come later.
+    async fn know_claims(self: &Arc<Self>) -> Result<(), InstanceError> {
+        if !self.state().knows_claims {
+            let nodes = self.config.store.list::<Node>(&Selector::default()).await?;
+            let others =
+                nodes.iter().map(|node| (node.metadata.name.clone().unwrap_or_default(), Claim::of_node(node)));
+            let others = others.filter(|(name, _)| !self.is_ours(name)).collect();
+            let mut state = self.state();
+            (state.claims, state.knows_claims) = (others, true);
+        }
+        Ok(())
     }
 
     async fn follow_store(self: Arc<Self>) -> Result<(), InstanceError> {
@@ -390,19 +406,17 @@ impl Role {
         let role = self.clone();
         self.tasks.spawn(async move {
             let everything = Selector::default();
-            let (Ok(replicas), Ok(engines), Ok(nodes)) = (
+            let (Ok(replicas), Ok(engines)) = (
                 role.config.store.list::<Replica>(&everything).await,
                 role.config.store.list::<Engine>(&everything).await,
-                role.config.store.list::<Node>(&everything).await,
             ) else {
                 return warn!("events were lost and the store does not answer; the next resync heals it");
             };
-            role.state().claims.clear();
-            nodes.into_iter().for_each(|node| role.on_node(TypedEvent::Applied(node)));
             replicas.into_iter().for_each(|replica| role.on_replica(TypedEvent::Applied(replica)));
             engines.into_iter().for_each(|engine| role.on_engine(TypedEvent::Applied(engine)));
         });
-        let state = self.state();
+        let mut state = self.state();
+        state.knows_claims = false;
         for name in state.replicas.keys() {
             self.queue.add(Key::Replica(name.clone()));
         }
