@@ -338,6 +338,21 @@ fn what_an_image_is_made_from_cannot_change_once_a_copy_is_ready() {
 }
 
 #[test]
+fn a_wish_for_another_content_than_there_is_may_be_taken_back() {
+    let mut old = admit_new(image("a1", with(download(URL), "checksum", "b".repeat(128))), &RULES).unwrap();
+    old.status = Some(BackingImageStatus { checksum: "a".repeat(128), ..Default::default() });
+    let said = |checksum: String| {
+        let mut new = old.clone();
+        new.spec.checksum = checksum;
+        admit_change(&old, new, &RULES).map_or_else(|e| e.to_string(), |_| "fine".into())
+    };
+    assert_eq!(said("a".repeat(128)), "fine");
+    for other in ["c".repeat(128), String::new()] {
+        assert!(said(other).contains("it cannot be changed any more"));
+    }
+}
+
+#[test]
 fn a_dead_address_is_replaced_while_a_checksum_is_pinned() {
     let other =
         |s: &mut BackingImageSpec| drop(s.source_parameters.insert("url".into(), "https://example.com/b".into()));
