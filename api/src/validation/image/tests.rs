@@ -373,6 +373,47 @@ fn a_dead_address_is_replaced_while_a_checksum_is_pinned() {
 }
 
 #[test]
+fn an_image_without_a_source_type_may_be_edited_like_a_download() {
+    let sum = "a".repeat(128);
+    let parameters = json!({"url": format!(" {URL}\n")});
+    // Longhorn stores it so, and trims nothing when an image is edited.
+    let mut old =
+        image("a1", json!({"sourceType": "", "sourceParameters": parameters, "checksum": format!(" {sum} ")}));
+    old.spec.min_number_of_copies = 1;
+    assert_eq!(old.spec.source_type, None);
+    old.status = Some(BackingImageStatus { checksum: sum.clone(), ..Default::default() });
+    let said = |old: &BackingImage, change: &dyn Fn(&mut BackingImageSpec)| {
+        let mut new = old.clone();
+        change(&mut new.spec);
+        admit_change(old, new, &RULES).map(|image| image.spec).map_err(|error| error.to_string())
+    };
+    let type_is_settled = "spec.sourceType is `upload`: it cannot be changed any more, and was `download`";
+    for is_going in [false, true] {
+        if is_going {
+            old.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+        }
+        let wished = said(&old, &|s| s.min_number_of_copies = 2).unwrap();
+        assert_eq!(wished.source_type, (!is_going).then_some(SourceType::Download), "{is_going}");
+        said(&old, &|s| s.source_type = Some(SourceType::Download)).unwrap();
+        said(&old, &|s| s.checksum.clone_from(&sum)).unwrap();
+        let mut unpinned = old.clone();
+        unpinned.spec.checksum.clear();
+        said(&unpinned, &|s| drop(s.source_parameters.insert("url".into(), URL.into()))).unwrap();
+        let error = said(&old, &|s| s.source_type = Some(SourceType::Upload)).unwrap_err();
+        assert!(error.starts_with(type_is_settled), "{error}");
+        let mut typed = old.clone();
+        typed.spec.source_type = Some(SourceType::Download);
+        assert_eq!(said(&typed, &|s| s.source_type = None).is_err(), is_going, "nobody fills it in again then");
+    }
+    // What is there is not judged anew, only because a default is written down.
+    let mut old = image("a1", json!({"sourceParameters": {"url": "http://localhost/a"}, "minNumberOfCopies": 1}));
+    said(&old, &|s| s.min_number_of_copies = 2).unwrap();
+    old.spec.source_parameters.insert("url".into(), URL.into());
+    let local = |s: &mut BackingImageSpec| drop(s.source_parameters.insert("url".into(), "http://localhost/a".into()));
+    assert!(said(&old, &local).unwrap_err().contains("must not target a loopback address"));
+}
+
+#[test]
 fn before_a_copy_is_ready_everything_about_the_source_may_be_corrected() {
     let mut old = admit_new(image("a1", with(download(URL), "checksum", "a".repeat(128))), &RULES).unwrap();
     let failed = DiskFileStatus { state: CopyState::Failed, ..Default::default() };
