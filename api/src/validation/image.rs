@@ -183,7 +183,7 @@ fn check_wishes(mistakes: &mut Mistakes, image: &BackingImage) {
     mistakes.check_tags("spec.diskSelector", &image.spec.disk_selector);
     let limit = image.spec.bandwidth_limit;
     if !bandwidth::is_possible(limit) {
-        mistakes.add("spec.bandwidthLimit", limit.to_string(), format!("must be {}", bandwidth::RULE));
+        mistakes.add("spec.bandwidthLimit", limit.to_string(), format!("must be {}", bandwidth::RULE_OF_NUMBERS));
     }
     let asked = &image.spec.verify_requested_at;
     if !asked.is_empty() && asked.parse::<jiff::Timestamp>().is_err() {

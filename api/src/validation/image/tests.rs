@@ -241,7 +241,7 @@ fn judges_changes() {
     expect!["spec.minNumberOfCopies is `0`: the minimum number of copies must larger than 0"]
         .assert_eq(&changed(|i| i.spec.min_number_of_copies = 0));
     expect!["fine"].assert_eq(&changed(|i| i.spec.bandwidth_limit = 64 << 10));
-    expect!["spec.bandwidthLimit is `65535`: must be bytes a second, a number or a quantity like 100Mi: 0 for no limit, else at least 64Ki (65536), below which a transfer would look dead"]
+    expect!["spec.bandwidthLimit is `65535`: must be a whole number of bytes a second: 0 for no limit, else at least 65536 (64 KiB), below which a transfer would look dead"]
         .assert_eq(&changed(|i| i.spec.bandwidth_limit = 65535));
     expect!["spec.dataEngine is `v2`: it cannot be changed, and was `v1`"]
         .assert_eq(&changed(|i| i.spec.data_engine = DataEngine::V2));
