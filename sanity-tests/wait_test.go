@@ -49,6 +49,7 @@ func eventually(t testing.TB, within time.Duration, what string, probe func() (d
 }
 
 // eachVersion looks at every stored version of an object, from the present one on, until stopped or the end of the test.
+// A watch that ends before that fails the test: what nobody saw was not looked at.
 func eachVersion[T any](t *testing.T, i *instance, kind, name string, look func(T)) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -79,6 +80,9 @@ func eachVersion[T any](t *testing.T, i *instance, kind, name string, look func(
 			if event.Type != "DELETED" {
 				look(event.Object)
 			}
+		}
+		if ctx.Err() == nil {
+			t.Errorf("the watch ended: %s %s: what came after is not known: %v", kind, name, lines.Err())
 		}
 	}()
 	stop = sync.OnceFunc(func() {

@@ -8,7 +8,10 @@ pub const LOWEST: u64 = 64 << 10;
 /// The highest one: what the wire and the API server can carry.
 pub const HIGHEST: u64 = i64::MAX as u64;
 
-/// What a limit may be, a phrase for messages.
+/// What a limit may be where a number is asked for, a phrase for messages.
+pub const RULE_OF_NUMBERS: &str = "a whole number of bytes a second: 0 for no limit, else at least 65536 (64 KiB), below which a transfer would look dead";
+
+/// What a limit may be where text is asked for, a phrase for messages.
 pub const RULE: &str = "bytes a second, a number or a quantity like 100Mi: 0 for no limit, else at least 64Ki (65536), below which a transfer would look dead";
 
 /// Reads a limit, such as `104857600` or `100Mi`; `None` when it is none.
@@ -45,6 +48,7 @@ mod tests {
 
     #[test]
     fn a_limit_is_none_or_one_that_can_be_kept() {
+        assert!(RULE.contains(&LOWEST.to_string()) && RULE_OF_NUMBERS.contains(&LOWEST.to_string()));
         let good =
             [("0", 0), ("65536", LOWEST), ("64Ki", LOWEST), ("1.5M", 1_500_000), ("9223372036854775807", HIGHEST)];
         for (text, limit) in good {

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use crate::setting;
 
 /// What is special about an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Special {
     /// The machine itself; also the unspecified address, by which it is reached as well.
     Loopback,
@@ -70,8 +70,8 @@ impl AllowedSources {
 
     /// Why an image must not come from an address, if so.
     pub fn refusal(&self, address: IpAddr) -> Option<Special> {
-        let address = meant(address);
-        special(address).filter(|_| !self.0.iter().any(|network| network.contains(address)))
+        let is_allowed = |address: IpAddr| self.0.iter().any(|network| network.contains(address));
+        meant(address).into_iter().filter(|address| !is_allowed(*address)).filter_map(special).max()
     }
 
     /// The same of the host of a URL, as far as that can be judged without asking the network: an address in any spelling, with or
@@ -130,7 +130,7 @@ impl Network {
         };
         let address: IpAddr = address.parse().ok()?;
         // An IPv4 address in IPv6 spelling is judged as the former, so a network of such ones would never match.
-        if meant(address) != address {
+        if meant(address) != [address] {
             return None;
         }
         let all = if address.is_ipv4() { 32 } else { 128 };
@@ -169,10 +169,12 @@ fn special(address: IpAddr) -> Option<Special> {
 
 const AWS: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254));
 
-/// Metadata services: most clouds (twice), containers of AWS, Alibaba, Azure's wire server, Oracle.
-const METADATA: [IpAddr; 6] = [
+/// Metadata services: most clouds, AWS by IPv6 and its pods, Google by IPv6, containers of AWS, Alibaba, Azure's wire server, Oracle.
+const METADATA: [IpAddr; 8] = [
     AWS,
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23)),
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
     IpAddr::V4(Ipv4Addr::new(169, 254, 170, 2)),
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
     IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
@@ -190,19 +192,28 @@ fn known_name(name: &str) -> &'static [IpAddr] {
     }
 }
 
-/// The IPv4 address that an IPv6 address carries (mapped, compatible, NAT64, 6to4), as the packets may end up there.
-fn meant(address: IpAddr) -> IpAddr {
-    let IpAddr::V6(v6) = address else { return address };
-    let (high, low) = (v6.segments(), v6.octets());
-    let from = |at: usize| Some(Ipv4Addr::new(low[at], low[at + 1], low[at + 2], low[at + 3]));
-    let carried = match high {
-        [0, 0, 0, 0, 0, 0xffff, ..] | [0x64, 0xff9b, 0, 0, 0, 0, ..] => from(12),
-        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => None,
-        [0, 0, 0, 0, 0, 0, ..] => from(12),
-        [0x2002, ..] => from(2),
-        _ => None,
+/// Where a local NAT64 (RFC 8215) may carry an IPv4 address: behind prefixes of 96, 64, 56 and 48 bits (RFC 6052).
+const LOCAL_NAT64: [[usize; 4]; 4] = [[12, 13, 14, 15], [9, 10, 11, 12], [7, 9, 10, 11], [6, 7, 9, 10]];
+
+/// The IPv4 address that an IPv6 address carries (mapped, compatible, translated, NAT64, 6to4), as the packets may end up there.
+/// Several where nobody can tell which.
+fn meant(address: IpAddr) -> Vec<IpAddr> {
+    let IpAddr::V6(v6) = address else { return vec![address] };
+    let low = v6.octets();
+    let read = |at: [usize; 4]| Ipv4Addr::from(at.map(|index| low[index]));
+    let carried = match v6.segments() {
+        [0, 0, 0, 0, 0, 0xffff, ..] | [0, 0, 0, 0, 0xffff, 0, ..] | [0x64, 0xff9b, 0, 0, 0, 0, ..] => {
+            vec![read([12, 13, 14, 15])]
+        }
+        [0x64, 0xff9b, 1, 0, 0, 0, 0, 0] => vec![Ipv4Addr::UNSPECIFIED],
+        // A reading that begins with zero is the filling beside the address.
+        [0x64, 0xff9b, 1, ..] => LOCAL_NAT64.map(read).into_iter().filter(|v4| v4.octets()[0] != 0).collect(),
+        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => vec![],
+        [0, 0, 0, 0, 0, 0, ..] => vec![read([12, 13, 14, 15])],
+        [0x2002, ..] => vec![read([2, 3, 4, 5])],
+        _ => vec![],
     };
-    carried.map_or(address, IpAddr::V4)
+    if carried.is_empty() { vec![address] } else { carried.into_iter().map(IpAddr::V4).collect() }
 }
 
 /// An address in any form that resolvers accept: `127.1`, `0x7f000001`, `2130706433`.
@@ -250,6 +261,20 @@ mod tests {
             ("[::127.0.0.1]", Some(Loopback)),
             ("[64:ff9b::127.0.0.1]", Some(Loopback)),
             ("[2002:7f00:1::]", Some(Loopback)),
+            ("[::ffff:0:127.0.0.1]", Some(Loopback)),
+            ("[::ffff:0:8.8.8.8]", None),
+            ("[::fffe:0:127.0.0.1]", None),
+            ("[64:ff9b:1::127.0.0.1]", Some(Loopback)),
+            ("[64:ff9b:1::0.0.0.0]", Some(Loopback)),
+            ("[64:ff9b:1::8.8.8.8]", None),
+            ("[64:ff9b:2::127.0.0.1]", None),
+            // Behind prefixes of 48, 56 and 64 bits, whatever stands behind it.
+            ("[64:ff9b:1:7f00:0:100::]", Some(Loopback)),
+            ("[64:ff9b:1:a9fe:a9:fe00::]", Some(Metadata)),
+            ("[64:ff9b:1:a9fe:a9:fe00:808:808]", Some(Metadata)),
+            ("[64:ff9b:1:a9:fe:a9fe::]", Some(Metadata)),
+            ("[64:ff9b:1:0:a9:fea9:fe00:0]", Some(Metadata)),
+            ("[64:ff9b:1:808:8:800::]", None),
             ("localhost", Some(Loopback)),
             ("LocalHost.", Some(Loopback)),
             ("a.b.localhost", Some(Loopback)),
@@ -265,6 +290,10 @@ mod tests {
             ("2852039166", Some(Metadata)),
             ("[::ffff:a9fe:a9fe]", Some(Metadata)),
             ("[fd00:ec2::254]", Some(Metadata)),
+            ("[fd00:ec2::23]", Some(Metadata)),
+            ("[fd00:ec2::24]", None),
+            ("[fd20:ce::254]", Some(Metadata)),
+            ("[fd20:ce::253]", None),
             ("100.100.100.200", Some(Metadata)),
             ("metadata.google.internal", Some(Metadata)),
             ("Metadata.Google.Internal.", Some(Metadata)),
@@ -301,6 +330,8 @@ mod tests {
             ("0.0.0.0/0", "169.254.169.254", None),
             ("0.0.0.0/0", "[::1]", Some(Loopback)),
             ("::/0", "[fe80::1]", None),
+            ("127.0.0.0/8", "[64:ff9b:1::127.0.0.1]", None),
+            ("169.254.0.0/17", "[64:ff9b:1:a9fe:a9:fe00::]", Some(Metadata)),
         ] {
             let allowed: AllowedSources = list.parse().unwrap();
             assert_eq!(allowed.refusal_of_host(host), expected, "{host} with {list}");
@@ -311,7 +342,7 @@ mod tests {
     #[test]
     fn what_is_no_list_is_refused() {
         let bad = ["localhost", "127.0.0.1/33", "::1/129", "127.0.0.1/", "127.0.0.1/+8", "127.1", ",", "127.0.0.1;::1"];
-        for text in bad.into_iter().chain(["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "true"]) {
+        for text in bad.into_iter().chain(["::ffff:127.0.0.1", "::ffff:127.0.0.0/104", "64:ff9b:1::/48", "true"]) {
             assert_eq!(text.parse::<AllowedSources>(), Err(InvalidSources), "{text}");
         }
         assert!(" ".parse::<AllowedSources>().unwrap().is_empty());

@@ -293,6 +293,67 @@ async fn while_nobody_answers_users_wait_and_our_own_accounts_go_on() {
     assert!(user.get(&ours("BackingImage"), &key("one")).await.unwrap().is_none());
 }
 
+#[tokio::test]
+#[ignore = "needs a kube-apiserver: make cluster-test"]
+async fn what_is_being_deleted_is_let_go_without_us_and_keeps_its_content() {
+    let Some(server) = apiserver::take().await else { return };
+    let server = server.as_ref().unwrap();
+    let (hook, user) = begin(server, |_| ()).await;
+    let setting = json!({ "metadata": { "name": "default-replica-count", "namespace": NAMESPACE }, "value": "2" });
+    let mut held = vec![
+        (ours("Volume"), image("v", json!({ "size": "1048576", "numberOfReplicas": 1 }))),
+        (ours("Setting"), object(setting)),
+        (ours("Node"), image("n", json!({ "tags": ["a"] }))),
+        (ours("BackingImage"), image("one", download())),
+    ];
+    let account = "system:serviceaccount:kube-system:namespace-controller";
+    let cluster = server.store_of(account, &["system:serviceaccounts:kube-system"]).await;
+    for (resource, held) in &mut held {
+        held.0["metadata"]["finalizers"] = json!(["longhorn.io", "example.com/held"]);
+        *held = user.create(resource, held.clone()).await.unwrap();
+        if resource.kind == "BackingImage" {
+            held.0.insert("status".into(), json!({ "uuid": "12345678", "checksum": "a".repeat(128) }));
+            user.replace_status(resource, held.clone()).await.unwrap();
+        }
+        *held = cluster.delete(resource, &key(held.name()), &Preconditions::default()).await.unwrap().unwrap();
+        assert!(at(held, "/metadata/deletionTimestamp").is_string());
+    }
+
+    let other = |spec: Value| {
+        let mut other = held.last().unwrap().1.clone();
+        other.0["spec"].as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+        other
+    };
+    let another_checksum = json!({ "checksum": "b".repeat(128) });
+    let another_address = json!({ "sourceParameters": { "url": "https://example.com/other" } });
+    for spec in [another_checksum, another_address] {
+        let error = user.replace(&ours("BackingImage"), other(spec)).await.unwrap_err();
+        assert!(matches!(error, StoreError::Invalid { .. }), "{error:?}");
+        assert!(error.to_string().contains("it cannot be changed any more"), "{error}");
+    }
+    let wished = user.replace(&ours("BackingImage"), other(json!({ "minNumberOfCopies": 1 }))).await.unwrap();
+    held.last_mut().unwrap().1 = wished;
+    let on_it = image("late", json!({ "size": "1048576", "numberOfReplicas": 1, "backingImage": "one" }));
+    let error = user.create(&ours("Volume"), on_it).await.unwrap_err();
+    assert!(error.to_string().contains("it is being deleted; wait until it is gone"), "{error}");
+    hook.stop().await;
+
+    // Nobody answers: what holds them is taken off one by one, and nothing else passes.
+    for (resource, mut held) in held {
+        for finalizers in [json!(["example.com/held"]), json!([])] {
+            held.0["metadata"]["finalizers"] = finalizers;
+            held = user.replace(&resource, held).await.unwrap_or_else(|e| panic!("{}: {e}", resource.kind));
+            if resource.kind == "BackingImage" && at(&held, "/metadata/finalizers").is_array() {
+                let mut other = held.clone();
+                other.0["spec"]["checksum"] = "b".repeat(128).into();
+                let error = user.replace(&resource, other).await.unwrap_err();
+                assert!(api::error::sentence(&error).contains("failed calling webhook"), "{error}");
+            }
+        }
+        assert!(user.get(&resource, &key(held.name())).await.unwrap().is_none(), "{}", resource.kind);
+    }
+}
+
 /// What a client that trusts these authorities gets to hear; each call is a connection of its own.
 async fn is_believed(authorities: &str, address: SocketAddr) -> Result<(), String> {
     let certificates = reqwest::Certificate::from_pem_bundle(authorities.as_bytes()).map_err(|e| e.to_string())?;

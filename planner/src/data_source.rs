@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::disk::{Disks, Health};
+use crate::image::content;
 use crate::retry::{MAX, Retry, after, begun, delay, parse, pending, until};
 use crate::workload::{BANDWIDTH_LIMIT_FLAG, SILENCE_LIMIT, State, Wish, Workload};
 
@@ -393,10 +394,10 @@ pub fn hint(kind: Option<ErrorKind>) -> String {
 
 /// Whether what the status says is about what the image asks for now, and not about a former address or checksum.
 pub fn answers(source: &BackingImageDataSource, image: &BackingImage) -> bool {
-    let checksum = &image.spec.checksum;
+    let status = image.status.clone().unwrap_or_default();
     is_about_this_attempt(source)
         && source.spec.parameters == image.spec.source_parameters
-        && (checksum.is_empty() || source.spec.checksum == *checksum)
+        && (image.spec.checksum.is_empty() || source.spec.checksum == content(&image.spec, &status))
 }
 
 /// Whether the status speaks of the current wish, and not of a former disk or address.

@@ -148,7 +148,7 @@ pub fn decide(observed: &Observed) -> Decision {
     }
     let ready = ready_disks(&status).filter(|d| map.contains_key(*d)).count();
     let text = progress(&status, map.keys().map(String::as_str), &o.disks);
-    let condition = match (problem, ready) {
+    let mut condition = match (problem, ready) {
         (Some(problem), 0) => problem,
         (Some(problem), _) if deleting => problem,
         (None, 0) => Condition::new(READY, ConditionStatus::False, "Preparing", text),
@@ -157,6 +157,9 @@ pub fn decide(observed: &Observed) -> Decision {
             Some(why) => Condition::new(READY, ConditionStatus::True, "FewerCopies", format!("{text}; {why}")),
         },
     };
+    if let Some(wrong) = other_content(&o.image.spec, &status) {
+        condition.message = format!("{}; {wrong}", condition.message);
+    }
     report(&mut status, o, condition);
     Decision { actions, status, replenish: copies.replenish, recheck_after }
 }
@@ -220,6 +223,18 @@ pub fn progress<'a>(status: &BackingImageStatus, wanted: impl Iterator<Item = &'
     text
 }
 
+/// The checksum that a copy must have, empty while it may have any: what the image is once a copy was whole, before that what is wished.
+pub fn content<'a>(spec: &'a BackingImageSpec, known: &'a BackingImageStatus) -> &'a str {
+    if known.checksum.is_empty() { &spec.checksum } else { &known.checksum }
+}
+
+/// What is wrong with a wish for another content than the image has, if there is one: volumes lie on what it has.
+fn other_content(spec: &BackingImageSpec, known: &BackingImageStatus) -> Option<&'static str> {
+    (!spec.checksum.is_empty() && spec.checksum != content(spec, known)).then_some(
+        "spec.checksum is not status.checksum and counts for nothing: the image stays what it is; write status.checksum there, or create another image",
+    )
+}
+
 /// Why a file cannot be a copy of the image whose properties are known, a sentence. The first file decides what they are.
 pub fn difference(file: &FileInfo, spec: &BackingImageSpec, known: &BackingImageStatus) -> Option<String> {
     let number = |what: &str, got: u64, want: u64| {
@@ -232,8 +247,7 @@ pub fn difference(file: &FileInfo, spec: &BackingImageSpec, known: &BackingImage
     };
     number("size", file.size, known.size)
         .or_else(|| number("virtual size", file.virtual_size, known.virtual_size))
-        .or_else(|| text("checksum", &file.current_checksum, &spec.checksum))
-        .or_else(|| text("checksum", &file.current_checksum, &known.checksum))
+        .or_else(|| text("checksum", &file.current_checksum, content(spec, known)))
         .or_else(|| text("format", &file.format, &known.format))
         .map(|why| format!("the copy differs from the image: {why}"))
 }

@@ -25,7 +25,7 @@ use self::files::{files, wanted};
 use self::object::{object, wish};
 use self::orphans::{Place, Remains, Sighting};
 use crate::disk::{Disk, Disks, Health};
-use crate::image::difference;
+use crate::image::{content, difference};
 use crate::retry::{Retry, after, sooner};
 use crate::workload::{SILENCE_LIMIT, State, Wish, Workload};
 
@@ -456,10 +456,10 @@ fn step(
     attempt: &Attempt,
 ) -> Option<Action> {
     let name = image.metadata.name.clone().unwrap_or_default();
-    let checksum = if known.checksum.is_empty() { &image.spec.checksum } else { &known.checksum };
+    let checksum = content(&image.spec, known).to_owned();
     // Before the first file is whole its length is only an announcement.
     let size = if known.checksum.is_empty() { 0 } else { known.size };
-    let file = FileWish { image: name.clone(), uuid: known.uuid.clone(), size, checksum: checksum.clone() };
+    let file = FileWish { image: name.clone(), uuid: known.uuid.clone(), size, checksum };
     let adopt = |file| Some(Action::FetchFile { file, from: None });
     let peers = o.peers.get(&name).filter(|p| !p.is_empty());
     let sync = |file| peers.map(|from| Action::SyncFile { file, from: from.clone() });

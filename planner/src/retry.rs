@@ -26,7 +26,7 @@ pub fn after(at: Timestamp, wait: Duration) -> Timestamp {
 }
 
 /// A time that was set `longest` ahead at most, while it is yet to come. One that lies further away comes from a clock that was set back
-/// since, and to wait for it would take as long as that step.
+/// since, and to wait for it would take as long as that step. A smaller step makes the wait longer, by itself and to `longest` at most.
 pub fn pending(now: Timestamp, at: Timestamp, longest: Duration) -> Option<Timestamp> {
     (at > now && at <= after(now, longest)).then_some(at)
 }
@@ -121,12 +121,15 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_set_back_makes_no_wait_longer() {
+    fn after_a_clock_was_set_back_no_wait_exceeds_the_longest_of_its_kind() {
         let now: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         let retry = Retry::default().failed(now, "no").failed(now, "no");
-        let back = now.checked_sub(SignedDuration::from_hours(1)).unwrap();
         assert_eq!((retry.is_due(now), retry.wait(now)), (false, Some(2 * INITIAL)));
-        assert_eq!((retry.is_due(back), retry.wait(back)), (true, None));
+        for (step, wait) in [(60, Some(62)), (298, Some(300)), (299, None), (3600, None), (10_000_000, None)] {
+            let back = now.checked_sub(SignedDuration::from_secs(step)).unwrap();
+            assert_eq!(retry.wait(back), wait.map(Duration::from_secs), "{step}");
+            assert_eq!(retry.is_due(back), wait.is_none(), "{step}");
+        }
         let most = after(now, MAX);
         assert_eq!(pending(now, most, MAX), Some(most));
         assert_eq!(pending(now, after(most, Duration::from_millis(1)), MAX), None);

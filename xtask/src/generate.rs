@@ -152,7 +152,7 @@ fn metrics() -> String {
 fn settings() -> String {
     let mut text = String::from(
         "# Settings\n\nMade by `cargo xtask generate` from `api/src/setting.rs` and `api/src/setting/about.rs`; change it there.\n\n\
-         A setting is an object of kind Setting: `get settings` lists them with default and range, `kubectl edit settings.longhorn.io NAME` or `apply -f` changes one. \
+         A setting is an object of kind Setting: `get settings` lists them with default and range, `kubectl -n longhorn-system edit settings.longhorn.io NAME` or `apply -f` changes one. \
          A change takes effect without a restart. What is out of range is refused, and so is a name that nobody knows; a value that got in all the same counts as the default.\n\n\
          | setting | type | default | range | effect |\n| --- | --- | --- | --- | --- |\n",
     );

@@ -48,32 +48,33 @@ pub fn admit_new(mut image: BackingImage, rules: &ImageRules) -> Result<BackingI
 }
 
 /// A changed image with its defaults filled in.
-pub fn admit_change(
-    old: &BackingImage,
-    mut new: BackingImage,
-    rules: &ImageRules,
-) -> Result<BackingImage, FieldErrors> {
+pub fn admit_change(old: &BackingImage, new: BackingImage, rules: &ImageRules) -> Result<BackingImage, FieldErrors> {
     let mut mistakes = Mistakes::default();
+    // Longhorn also stores no type, which is a download, and blanks around a value, which are none of it.
+    let (mut was, mut is) = (old.clone(), new.clone());
+    trim(&mut was);
+    trim(&mut is);
+    was.spec.source_type = was.spec.source_type.or(Some(SourceType::Download));
     // What holds an image back while it is being deleted is not put back, and what it holds is not judged.
     let is_going = old.metadata.deletion_timestamp.is_some();
-    if !is_going {
-        trim(&mut new);
-        new.spec.source_type = new.spec.source_type.or(old.spec.source_type).or(Some(SourceType::Download));
+    if !is_going || old.spec.source_type.is_none() {
+        is.spec.source_type = is.spec.source_type.or(was.spec.source_type);
     }
-    fixed::check(&mut mistakes, old, &new);
-    if !is_going {
-        // Old objects may hold what is refused today; only what changes is judged, and what may not change is told once.
-        if new.spec.checksum != old.spec.checksum && !mistakes.has("spec.checksum") {
-            check_checksum(&mut mistakes, &new.spec.checksum);
-        }
-        let has_changed =
-            (new.spec.source_type, &new.spec.source_parameters) != (old.spec.source_type, &old.spec.source_parameters);
-        if has_changed && !mistakes.has("spec.source") {
-            check_source(&mut mistakes, &new, rules);
-        }
-        check_wishes(&mut mistakes, &new);
+    fixed::check(&mut mistakes, &was, &is);
+    if is_going {
+        return mistakes.result().map(|()| new);
     }
-    mistakes.result().map(|()| new)
+    // Old objects may hold what is refused today; only what changes is judged, and what may not change is told once.
+    if is.spec.checksum != was.spec.checksum && !mistakes.has("spec.checksum") {
+        check_checksum(&mut mistakes, &is.spec.checksum);
+    }
+    let has_changed =
+        (is.spec.source_type, &is.spec.source_parameters) != (was.spec.source_type, &was.spec.source_parameters);
+    if has_changed && !mistakes.has("spec.source") {
+        check_source(&mut mistakes, &is, rules);
+    }
+    check_wishes(&mut mistakes, &is);
+    mistakes.result().map(|()| is)
 }
 
 /// Why an image cannot be deleted.
@@ -182,7 +183,7 @@ fn check_wishes(mistakes: &mut Mistakes, image: &BackingImage) {
     mistakes.check_tags("spec.diskSelector", &image.spec.disk_selector);
     let limit = image.spec.bandwidth_limit;
     if !bandwidth::is_possible(limit) {
-        mistakes.add("spec.bandwidthLimit", limit.to_string(), format!("must be {}", bandwidth::RULE));
+        mistakes.add("spec.bandwidthLimit", limit.to_string(), format!("must be {}", bandwidth::RULE_OF_NUMBERS));
     }
     let asked = &image.spec.verify_requested_at;
     if !asked.is_empty() && asked.parse::<jiff::Timestamp>().is_err() {

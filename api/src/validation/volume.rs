@@ -91,6 +91,9 @@ fn check_image(mistakes: &mut Mistakes, volume: &Volume, image: Option<&BackingI
         mistakes.add("spec.backingImage", name, "there is no such backing image; create it first");
         return;
     };
+    if image.metadata.deletion_timestamp.is_some() {
+        mistakes.add("spec.backingImage", name, "it is being deleted; wait until it is gone, or use another name");
+    }
     let virtual_size = image.status.as_ref().map_or(0, |status| status.virtual_size);
     if volume.spec.size.0 < virtual_size {
         let rule = format!("volume size should be larger than the backing image size, {virtual_size} bytes");
@@ -183,6 +186,18 @@ mod tests {
                 "spec.frontend is `iscsi`: only `blockdev` is supported; spec.dataEngine is `v2`: the v2 data engine is not supported, use v1; spec.accessMode is `rwx`: shared volumes are not supported, use rwo or rwop; spec.numberOfReplicas is `0`: it must be 1 to 20"
             ],
         );
+    }
+
+    #[test]
+    fn no_volume_begins_on_an_image_that_is_being_deleted() {
+        let mut image = BackingImage::new("img", Default::default());
+        image.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+        expect!["spec.backingImage is `img`: it is being deleted; wait until it is gone, or use another name"]
+            .assert_eq(&shown(super::check_new(&volume("a", json!({"backingImage": "img"})), Some(&image))));
+        // One that lies on it already goes on.
+        let old = volume("a", json!({"backingImage": "img"}));
+        let new = volume("a", json!({"backingImage": "img", "numberOfReplicas": 2}));
+        expect!["fine"].assert_eq(&shown(super::check_change(&old, &new)));
     }
 
     #[test]

@@ -15,6 +15,9 @@ use super::path::{self, Route, Target};
 use super::{ApiState, discovery, watch};
 use api::ErrorKind;
 
+/// How often a change is decided. Each time, somebody else got on; a client that still comes too late is told so, and may ask again.
+const ATTEMPTS: u32 = 10;
+
 type Parameters = BTreeMap<String, String>;
 
 /// Answers every request below `/api`, `/apis` and `/version`.
@@ -166,11 +169,33 @@ async fn replace(state: &ApiState, target: &Target, key: &ObjectKey, mut object:
     let stored = if target.status {
         state.store.objects().replace_status(resource, object).await?
     } else {
-        let old = read(state, target, key).await?;
-        let object = state.admission().admit(resource, object, Some(&old)).await?;
-        state.store.objects().replace(resource, object).await?
+        decide_and_replace(state, target, key, object).await?
     };
     Ok(answer(StatusCode::OK, &Value::Object(stored.0)))
+}
+
+/// Replaces just that version on which the change was admitted. A change that names none is decided anew when others were faster.
+async fn decide_and_replace(
+    state: &ApiState,
+    target: &Target,
+    key: &ObjectKey,
+    object: Object,
+) -> Result<Object, Failure> {
+    let resource = &target.served.resource;
+    let mut attempt = 1;
+    loop {
+        let old = read(state, target, key).await?;
+        let mut new = object.clone();
+        let rests_on_none = new.resource_version().is_empty();
+        if rests_on_none {
+            new.0["metadata"]["resourceVersion"] = old.resource_version().into();
+        }
+        let admitted = state.admission().admit(resource, new, Some(&old)).await?;
+        match state.store.objects().replace(resource, admitted).await {
+            Err(error) if rests_on_none && error.is_conflict() && attempt < ATTEMPTS => attempt += 1,
+            done => return Ok(done?),
+        }
+    }
 }
 
 async fn patch(state: &ApiState, target: &Target, key: &ObjectKey, patch: Object) -> Result<Response, Failure> {

@@ -203,6 +203,14 @@ fn what_a_status_says_is_not_taken_for_an_answer_to_a_later_wish() {
     assert!(answers(&o.source, &image));
     image.spec.checksum = "c".into();
     assert!(!answers(&o.source, &image), "the checksum was changed");
+    // The image is what it is: only that is prepared.
+    o.source.spec.checksum = "a".into();
+    o.source.status.as_mut().unwrap().running_parameters = attempt_of(&o.source.spec);
+    image.status.get_or_insert_default().checksum = "a".into();
+    assert!(answers(&o.source, &image), "an edited checksum is no wish once the content is known");
+    image.status = None;
+    o.source.spec.checksum.clear();
+    o.source.status.as_mut().unwrap().running_parameters = attempt_of(&o.source.spec);
     image.spec.checksum.clear();
     image.spec.source_parameters.insert("url".into(), "http://x/other".into());
     assert!(!answers(&o.source, &image), "the address was changed");

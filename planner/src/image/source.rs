@@ -11,7 +11,7 @@ use api::{BackingImageDataSource, Condition, ConditionStatus, ErrorKind};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::recovery::{self, Again, Loss, Recovery};
-use super::{Action, Observed, copies, name_of, ready_disks, request, selectors, unsupported};
+use super::{Action, Observed, content, copies, name_of, ready_disks, request, selectors, unsupported};
 use crate::data_source::is_about_this_attempt;
 use crate::disk::{Disk, Health};
 use crate::placement::{Choice, Chosen, choose_for_copies, refusal};
@@ -102,14 +102,13 @@ fn begin(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<String, D
 }
 
 fn spec(o: &Observed, status: &BackingImageStatus, disk: &Disk) -> BackingImageDataSourceSpec {
-    // Once the content is known, only the same content will do.
-    let checksum = if o.image.spec.checksum.is_empty() { &status.checksum } else { &o.image.spec.checksum };
     BackingImageDataSourceSpec {
         node_id: disk.node.clone(),
         uuid: status.uuid.clone(),
         disk_uuid: disk.id.clone(),
         disk_path: disk.path.clone(),
-        checksum: checksum.clone(),
+        // Once the content is known, only the same content will do, whatever is wished since.
+        checksum: content(&o.image.spec, status).to_owned(),
         source_type: o.image.spec.source_type,
         parameters: o.image.spec.source_parameters.clone(),
         file_transferred: false,

@@ -23,8 +23,8 @@ pub(super) fn check(mistakes: &mut Mistakes, old: &BackingImage, new: &BackingIm
         let message = format!("it cannot be changed any more, and was `{}`: {WHY}; {NEXT}", source(was.source_type));
         mistakes.add("spec.sourceType", source(is.source_type), message);
     }
-    // To pin what is there changes nothing.
-    let is_pinned_now = was.checksum.is_empty() && !is.checksum.is_empty() && is.checksum == checksum;
+    // To pin what is there changes nothing, also where something else was wished.
+    let is_pinned_now = !is.checksum.is_empty() && is.checksum == checksum;
     if is.checksum != was.checksum && !is_pinned_now {
         let pin = match was.checksum.is_empty() && !checksum.is_empty() {
             true => format!("; it may be pinned to what it is, `{checksum}`"),

@@ -241,7 +241,7 @@ fn judges_changes() {
     expect!["spec.minNumberOfCopies is `0`: the minimum number of copies must larger than 0"]
         .assert_eq(&changed(|i| i.spec.min_number_of_copies = 0));
     expect!["fine"].assert_eq(&changed(|i| i.spec.bandwidth_limit = 64 << 10));
-    expect!["spec.bandwidthLimit is `65535`: must be bytes a second, a number or a quantity like 100Mi: 0 for no limit, else at least 64Ki (65536), below which a transfer would look dead"]
+    expect!["spec.bandwidthLimit is `65535`: must be a whole number of bytes a second: 0 for no limit, else at least 65536 (64 KiB), below which a transfer would look dead"]
         .assert_eq(&changed(|i| i.spec.bandwidth_limit = 65535));
     expect!["spec.dataEngine is `v2`: it cannot be changed, and was `v1`"]
         .assert_eq(&changed(|i| i.spec.data_engine = DataEngine::V2));
@@ -338,6 +338,21 @@ fn what_an_image_is_made_from_cannot_change_once_a_copy_is_ready() {
 }
 
 #[test]
+fn a_wish_for_another_content_than_there_is_may_be_taken_back() {
+    let mut old = admit_new(image("a1", with(download(URL), "checksum", "b".repeat(128))), &RULES).unwrap();
+    old.status = Some(BackingImageStatus { checksum: "a".repeat(128), ..Default::default() });
+    let said = |checksum: String| {
+        let mut new = old.clone();
+        new.spec.checksum = checksum;
+        admit_change(&old, new, &RULES).map_or_else(|e| e.to_string(), |_| "fine".into())
+    };
+    assert_eq!(said("a".repeat(128)), "fine");
+    for other in ["c".repeat(128), String::new()] {
+        assert!(said(other).contains("it cannot be changed any more"));
+    }
+}
+
+#[test]
 fn a_dead_address_is_replaced_while_a_checksum_is_pinned() {
     let other =
         |s: &mut BackingImageSpec| drop(s.source_parameters.insert("url".into(), "https://example.com/b".into()));
@@ -355,6 +370,47 @@ fn a_dead_address_is_replaced_while_a_checksum_is_pinned() {
         "{}",
         changed(true, bad)
     );
+}
+
+#[test]
+fn an_image_without_a_source_type_may_be_edited_like_a_download() {
+    let sum = "a".repeat(128);
+    let parameters = json!({"url": format!(" {URL}\n")});
+    // Longhorn stores it so, and trims nothing when an image is edited.
+    let mut old =
+        image("a1", json!({"sourceType": "", "sourceParameters": parameters, "checksum": format!(" {sum} ")}));
+    old.spec.min_number_of_copies = 1;
+    assert_eq!(old.spec.source_type, None);
+    old.status = Some(BackingImageStatus { checksum: sum.clone(), ..Default::default() });
+    let said = |old: &BackingImage, change: &dyn Fn(&mut BackingImageSpec)| {
+        let mut new = old.clone();
+        change(&mut new.spec);
+        admit_change(old, new, &RULES).map(|image| image.spec).map_err(|error| error.to_string())
+    };
+    let type_is_settled = "spec.sourceType is `upload`: it cannot be changed any more, and was `download`";
+    for is_going in [false, true] {
+        if is_going {
+            old.metadata.deletion_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap());
+        }
+        let wished = said(&old, &|s| s.min_number_of_copies = 2).unwrap();
+        assert_eq!(wished.source_type, (!is_going).then_some(SourceType::Download), "{is_going}");
+        said(&old, &|s| s.source_type = Some(SourceType::Download)).unwrap();
+        said(&old, &|s| s.checksum.clone_from(&sum)).unwrap();
+        let mut unpinned = old.clone();
+        unpinned.spec.checksum.clear();
+        said(&unpinned, &|s| drop(s.source_parameters.insert("url".into(), URL.into()))).unwrap();
+        let error = said(&old, &|s| s.source_type = Some(SourceType::Upload)).unwrap_err();
+        assert!(error.starts_with(type_is_settled), "{error}");
+        let mut typed = old.clone();
+        typed.spec.source_type = Some(SourceType::Download);
+        assert_eq!(said(&typed, &|s| s.source_type = None).is_err(), is_going, "nobody fills it in again then");
+    }
+    // What is there is not judged anew, only because a default is written down.
+    let mut old = image("a1", json!({"sourceParameters": {"url": "http://localhost/a"}, "minNumberOfCopies": 1}));
+    said(&old, &|s| s.min_number_of_copies = 2).unwrap();
+    old.spec.source_parameters.insert("url".into(), URL.into());
+    let local = |s: &mut BackingImageSpec| drop(s.source_parameters.insert("url".into(), "http://localhost/a".into()));
+    assert!(said(&old, &local).unwrap_err().contains("must not target a loopback address"));
 }
 
 #[test]

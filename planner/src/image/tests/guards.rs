@@ -107,11 +107,14 @@ fn every_property_of_a_copy_is_compared() {
     let none = BackingImageStatus::default();
     assert_eq!(difference(&good, &Default::default(), &none), None, "nothing is known yet");
     let other_sum = FileInfo { current_checksum: "d".into(), ..good.clone() };
+    let edited = BackingImageSpec { checksum: "d".into(), ..Default::default() };
+    assert_eq!(difference(&good, &edited, &known), None, "what the image is decides, not what is wished since");
     for (file, spec, known, what) in [
         (FileInfo { size: 9, ..good.clone() }, &spec, &known, "its size is 9"),
         (FileInfo { virtual_size: 9, ..good.clone() }, &spec, &known, "its virtual size is 9"),
         (other_sum.clone(), &spec, &none, "its checksum is d"),
-        (other_sum, &Default::default(), &known, "its checksum is d"),
+        (other_sum.clone(), &Default::default(), &known, "its checksum is d"),
+        (other_sum, &edited, &known, "its checksum is d"),
         (FileInfo { format: "qcow2".into(), ..good.clone() }, &spec, &known, "its format is qcow2"),
     ] {
         let found = difference(&file, spec, known).unwrap();
@@ -312,6 +315,43 @@ fn a_new_wish_reaches_the_preparation_and_a_checksum_of_its_own_is_none() {
     o.image.spec.checksum = "d".into();
     let actions = decide(&o).actions;
     assert!(matches!(&actions[..], [Action::SetDataSourceSpec(spec)] if spec.checksum == "d"), "{actions:?}");
+}
+
+#[test]
+fn an_edited_checksum_fails_no_copy_and_brings_no_other_content() {
+    let edited = |text: &str| {
+        let mut o = world(text);
+        o.image.spec.checksum = "d".into();
+        o.image.status.as_mut().unwrap().checksum = "c".into();
+        o
+    };
+    let note = "spec.checksum is not status.checksum and counts for nothing";
+    for (text, reason) in
+        [("wanted=1; a=ready; source", "Ready"), ("wanted=1; a=ready; source; used=a; deleting", "InUse")]
+    {
+        let mut o = edited(text);
+        set(&mut o, 0, |f| f.current_checksum = "c".into());
+        let decision = decide(&o);
+        assert_eq!(decision.actions, [], "{text}");
+        assert_eq!(decision.status.disk_file_status_map["a"].state, CopyState::Ready, "{text}");
+        let told = condition::find(&decision.status.conditions, READY).unwrap();
+        assert!(told.reason == reason && told.message.contains(note), "{text}: {told:?}");
+        o.image.spec.checksum = "c".into();
+        let said = decide(&o).status.conditions;
+        assert!(!condition::find(&said, READY).unwrap().message.contains(note), "{text}");
+    }
+    // It is lost, and comes again: what it was, also when it was begun with another wish.
+    let brings = |o: &Observed| match &decide(o).actions[..] {
+        [Action::SetDataSourceSpec(spec)] => spec.checksum.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(brings(&edited("wanted=1; a=failed; source")), "c");
+    let mut o = edited("wanted=1; a=in-progress");
+    preparing(&mut o, CopyState::InProgress, None);
+    o.data_source.as_mut().unwrap().spec.checksum = "d".into();
+    assert_eq!(brings(&o), "c");
+    o.data_source.as_mut().unwrap().spec.checksum = "c".into();
+    assert_eq!(decide(&o).actions, []);
 }
 
 #[test]
