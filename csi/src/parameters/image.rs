@@ -158,8 +158,9 @@ pub fn differences(wish: &ImageWish, image: &BackingImage, default_copies: u32) 
         }
     };
     if let Some(wanted) = source_type {
-        let has = image.spec.source_type.map(|t| t.as_str().to_owned()).unwrap_or_default();
-        compare("sourceType", wanted.as_str().to_owned(), has);
+        // Longhorn's default.
+        let has = image.spec.source_type.unwrap_or(SourceType::Download);
+        compare("sourceType", wanted.as_str().to_owned(), has.as_str().to_owned());
     }
     if !source_parameters.is_empty() {
         let (wanted, has) = (with_defaults(source_parameters), with_defaults(&image.spec.source_parameters));

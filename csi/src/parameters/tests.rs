@@ -263,6 +263,8 @@ fn an_image_is_compared_field_by_field_and_only_where_something_is_said() {
         check_image(&[("backingImageDataSourceType", "upload")], |_| ()),
         ["sourceType: wanted upload, has download"]
     );
+    // As Longhorn stores it (LF 3.1).
+    assert_eq!(check_image(&[("backingImageDataSourceType", "download")], |image| image.spec.source_type = None), none);
     assert_eq!(
         check_image(&[("backingImageDataSourceParameters", r#"{"url":"https://x/y","padToSector":"true"}"#)], |_| ()),
         [
