@@ -29,7 +29,7 @@ const NODE_HEAD: &str = "head";
 /// 128 KiB with 32 subclusters: 4 KiB copy-on-write and small tables.
 const CLUSTER_BYTES: u64 = 128 << 10;
 /// Standard output and error of the daemon, in the replica's directory.
-const LOG: &str = "qemu-storage-daemon.log";
+pub const LOG: &str = "qemu-storage-daemon.log";
 /// qcow2: "incompatible feature" bit of an external data file.
 const QCOW2_EXTERNAL_DATA: u64 = 1 << 2;
 

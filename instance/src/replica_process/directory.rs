@@ -9,7 +9,8 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{Config, ReplicaError};
 
-const LOCK: &str = "lock";
+/// Whose directory it is.
+pub(crate) const LOCK: &str = "lock";
 /// The daemon of a killed predecessor flushes what it holds before it lets go of the lock.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(30);
 /// A lock offers no event that could be waited for together with a time limit.
