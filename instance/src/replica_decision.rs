@@ -104,6 +104,22 @@ pub fn decide(replica: &Replica, image: Option<&BackingImage>, process: &Process
     Decision { step, state, conditions: vec![ready, no_wait()] }
 }
 
+/// What to take the process of a replica for while its disk does not answer: the process cannot be asked either, its socket is there.
+/// `None`: what is known of it stays, since its engine knows more. `recorded`: that it lives, or the end of its log, if one was started.
+pub fn behind_silence(replica: &Replica, recorded: Option<Result<(), String>>, why: String) -> Option<Process> {
+    let is_wished = replica.spec.desire_state == DesireState::Running;
+    let was_running = replica.status.as_ref().is_some_and(|s| s.current_state == InstanceState::Running);
+    match recorded {
+        _ if replica.metadata.deletion_timestamp.is_some() => Some(Process::DiskAway(why)),
+        None => Some(Process::DiskAway(why)),
+        Some(Err(words)) => Some(Process::Ended(words)),
+        Some(Ok(())) if !is_wished => Some(Process::Silent),
+        Some(Ok(())) if was_running => None,
+        // No engine has it yet: the attachment goes on without it rather than wait for the disk.
+        Some(Ok(())) => Some(Process::DiskAway(why)),
+    }
+}
+
 /// What to report of a deleted replica on a disk that is away before its object is released: nobody can remove its data any more.
 /// `None` while its disk may still come back to this node.
 ///
@@ -268,6 +284,39 @@ mod tests {
         let expected = expect!["AwaitDisk; Stopping; its data cannot be removed: disk 7 is not at `/disk`"];
         check("deleted", None, away(), expected);
         check("running", None, away(), expect!["Nothing; Error; disk 7 is not at `/disk`"]);
+    }
+
+    #[test]
+    fn a_process_behind_a_silent_disk_is_left_only_where_an_engine_may_use_it() {
+        let check = |wish: &str, last: InstanceState, recorded: Option<Result<(), &str>>, expected: Expect| {
+            let mut replica = replica(wish, "");
+            replica.status = Some(api::replica::ReplicaStatus { current_state: last, ..Default::default() });
+            let process = behind_silence(&replica, recorded.map(|r| r.map_err(String::from)), "silent".into());
+            let said = process.map(|process| {
+                let decision = decide(&replica, None, &process);
+                let message = decision.conditions.first().map(|c| c.message.clone()).unwrap_or_default();
+                format!("{:?}; {:?}; {message}", decision.step, decision.state)
+            });
+            expected.assert_eq(&said.unwrap_or_else(|| "as it was".into()));
+        };
+        use InstanceState::{Running, Starting, Stopped};
+        check("running", Running, Some(Ok(())), expect!["as it was"]);
+        for before in [Stopped, Starting] {
+            check("running", before, Some(Ok(())), expect!["Nothing; Error; silent"]);
+        }
+        check(
+            "running",
+            Running,
+            Some(Err("killed")),
+            expect!["Nothing; Error; the replica process ended; its last words: killed"],
+        );
+        check("running", Stopped, None, expect!["Nothing; Error; silent"]);
+        check("stopped", Running, Some(Ok(())), expect!["End; Stopping; it is being ended"]);
+        check("stopped", Running, Some(Err("killed")), expect!["End; Stopping; it is being ended"]);
+        check("stopped", Running, None, expect!["Nothing; Stopped; silent"]);
+        for recorded in [Some(Ok(())), Some(Err("killed")), None] {
+            check("deleted", Running, recorded, expect!["AwaitDisk; Stopping; its data cannot be removed: silent"]);
+        }
     }
 
     #[test]

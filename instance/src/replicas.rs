@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::engine::{DesireState, InstanceState};
+use api::engine::InstanceState;
 use api::names::FINALIZER;
 use api::quantity::SizeBytes;
 use api::replica::ReplicaStatus;
@@ -24,7 +24,7 @@ use crate::disk_calls::Silent;
 use crate::disks;
 use crate::error::InstanceError;
 use crate::limits::{CONNECT, CONTROL_TIMEOUT, FIRST_PORT, LAST_PORT, REPLICA_GRACE};
-use crate::replica_decision::{Decision, Process, Step, decide, give_up};
+use crate::replica_decision::{Decision, Process, Step, behind_silence, decide, give_up};
 use crate::role::{Key, Role};
 
 /// What was seen of a replica.
@@ -46,7 +46,12 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
     let observed = observe(role, name, &replica).await?;
     if matches!(observed.process, Process::None | Process::Ended(_)) {
         let directory = directory(&replica)?;
-        role.disk_calls.ask(Path::new(&replica.spec.disk_path), move || forget_unfinished(&directory)).await??;
+        match role.disk_calls.ask(Path::new(&replica.spec.disk_path), move || forget_unfinished(&directory)).await {
+            Ok(forgotten) => forgotten?,
+            // That a process has ended is told and dealt with whatever its disk does; none is started there.
+            Err(silent) if observed.process == Process::None => return Err(silent.into()),
+            Err(_) => {}
+        }
     }
     let image = match replica.spec.backing_image.as_str() {
         "" => None,
@@ -112,16 +117,10 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     let alive = record.as_ref().filter(|r| r.identity.is_alive());
     let stored = match look(role, replica, &directory).await {
         Ok(stored) => stored,
-        // Its socket is on that disk too, so a process that runs is not asked either. What is known of it stays: its engine knows more.
         Err(silent) => {
-            let process = match (alive, &record) {
-                (Some(_), _) if is_wanted(replica) && replica.spec.desire_state == DesireState::Running => {
-                    return Err(silent.into());
-                }
-                (Some(_), _) if is_wanted(replica) => Process::Silent,
-                (None, Some(_)) if is_wanted(replica) => Process::Ended(role.replicas.last_words(name)),
-                _ => Process::DiskAway(silent.to_string()),
-            };
+            let ended = || role.replicas.last_words(name);
+            let recorded = record.as_ref().map(|_| alive.map(drop).ok_or_else(ended));
+            let process = behind_silence(replica, recorded, silent.to_string()).ok_or(silent)?;
             let actual_size_bytes = replica.status.as_ref().map_or(0, |s| s.actual_size_bytes);
             return Ok(Observed { process, record: None, port, actual_size_bytes });
         }
