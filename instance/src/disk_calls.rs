@@ -113,6 +113,19 @@ impl DiskCalls {
         Err(Silent { disk: disk.to_owned(), why: Why::Since(entry.since) })
     }
 
+    /// Does this in a thread of its own, however long it takes. It says nothing of its disk: a disk that works may be busy with it for long.
+    pub async fn take_time<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let (tell, told) = oneshot::channel();
+        (self.spawn)(Box::new(move || {
+            // Nobody waits for it any more.
+            let _ = tell.send(work());
+        }))?;
+        told.await.unwrap_or_else(|_| Err(io::Error::other("it broke off")))
+    }
+
     fn returned(&self, disk: &Path, number: u64) {
         let mut overdue = self.overdue();
         if let Some(entry) = overdue.get_mut(disk) {

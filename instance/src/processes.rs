@@ -64,6 +64,11 @@ impl Processes {
         Ok(names)
     }
 
+    /// Whether anything of a process is left to forget; also where that cannot be said.
+    pub fn is_known(&self, name: &str) -> bool {
+        fs::exists(self.directory(name)).unwrap_or(true)
+    }
+
     /// What is recorded of a process.
     pub fn record(&self, name: &str) -> io::Result<Option<ProcessRecord>> {
         match fs::read(self.directory(name).join(RECORD)) {

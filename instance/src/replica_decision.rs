@@ -6,6 +6,8 @@ use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
 use api::{BackingImage, Condition, ConditionStatus, Node, Replica};
 use proto::replica::ImageFile;
 
+use crate::endings::Work;
+
 /// The process of a replica, as it was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Process {
@@ -142,6 +144,20 @@ pub fn give_up(replica: &Replica, node: &Node) -> Option<Decision> {
     );
     let left = not_ready("DataLeftBehind", &message).with_hint("remove that directory when the disk is used again");
     Some(Decision { step: Step::AwaitDisk, state: InstanceState::Stopping, conditions: vec![left] })
+}
+
+/// What to report while a replica is being ended or removed; `problem`: what is in the way.
+pub fn at_work(replica: &Replica, work: Work, problem: Option<String>) -> Decision {
+    let doing = match work {
+        Work::End => "it is being ended",
+        Work::Remove => "its data is being removed",
+    };
+    // Who wishes for it again goes on without it: nobody knows when it can be started.
+    let is_in_want = problem.is_some() && replica.spec.desire_state == DesireState::Running;
+    let is_failed = is_in_want && replica.metadata.deletion_timestamp.is_none();
+    let state = if is_failed { InstanceState::Error } else { InstanceState::Stopping };
+    let message = problem.map_or_else(|| doing.to_owned(), |problem| format!("{doing}: {problem}"));
+    Decision { step: Step::Nothing, state, conditions: vec![not_ready("Stopping", &message)] }
 }
 
 fn starting(file: Option<ImageFile>) -> Decision {
@@ -317,6 +333,20 @@ mod tests {
         for recorded in [Some(Ok(())), Some(Err("killed")), None] {
             check("deleted", Running, recorded, expect!["AwaitDisk; Stopping; its data cannot be removed: silent"]);
         }
+    }
+
+    #[test]
+    fn one_that_cannot_be_ended_is_waited_for_by_nobody() {
+        let check = |wish: &str, work: Work, problem: Option<&str>, expected: Expect| {
+            let decision = at_work(&replica(wish, ""), work, problem.map(String::from));
+            expected.assert_eq(&format!("{:?}; {}", decision.state, decision.conditions[0].message));
+        };
+        check("stopped", Work::End, None, expect!["Stopping; it is being ended"]);
+        check("stopped", Work::End, Some("it hangs"), expect!["Stopping; it is being ended: it hangs"]);
+        check("running", Work::End, None, expect!["Stopping; it is being ended"]);
+        check("running", Work::End, Some("it hangs"), expect!["Error; it is being ended: it hangs"]);
+        check("deleted", Work::Remove, None, expect!["Stopping; its data is being removed"]);
+        check("deleted", Work::Remove, Some("it hangs"), expect!["Stopping; its data is being removed: it hangs"]);
     }
 
     #[test]

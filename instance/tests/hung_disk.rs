@@ -83,10 +83,10 @@ impl World {
     }
 
     /// The process of a replica.
-    fn process(&self, name: &str) -> ProcessIdentity {
-        let text = std::fs::read(self.path(&format!("instance/replicas/{name}/process.json"))).unwrap();
-        let record: serde_json::Value = serde_json::from_slice(&text).unwrap();
-        serde_json::from_value(record["identity"].clone()).unwrap()
+    fn process(&self, name: &str) -> Option<ProcessIdentity> {
+        let text = std::fs::read(self.path(&format!("instance/replicas/{name}/process.json"))).ok()?;
+        let record: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        serde_json::from_value(record["identity"].clone()).ok()
     }
 
     async fn wish_stopped(&self, name: &str) {
@@ -111,7 +111,8 @@ impl Drop for World {
     /// Nothing of a test that failed is in the way of the next one.
     fn drop(&mut self) {
         for entry in std::fs::read_dir(self.path("instance/replicas")).into_iter().flatten().flatten() {
-            let _ = self.process(&entry.file_name().to_string_lossy()).signal(rustix::process::Signal::KILL);
+            let process = self.process(&entry.file_name().to_string_lossy());
+            let _ = process.map(|process| process.signal(rustix::process::Signal::KILL));
         }
     }
 }
@@ -211,7 +212,7 @@ async fn the_end_of_a_process_is_told_while_its_disk_hangs() {
         world.readiness("hangs").await.filter(|(status, ..)| *status == ConditionStatus::Unknown)
     })
     .await;
-    world.process("ends").signal(rustix::process::Signal::KILL).unwrap();
+    world.process("ends").unwrap().signal(rustix::process::Signal::KILL).unwrap();
     let why = until("its end is told", async || {
         let (state, why) = world.replica("ends").await;
         (state == InstanceState::Error).then_some(why)
@@ -222,6 +223,60 @@ async fn the_end_of_a_process_is_told_while_its_disk_hangs() {
     world.stop("ends").await;
     drop(hung);
     world.stop("stays").await;
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
+
+/// More than there are workers of the role, each in an uninterruptible wait for the disk once it is asked to end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_that_cannot_end_hold_up_no_replica_of_another_disk() {
+    let world = world([127, 83, 11, 9], ["good", "hangs"]).await;
+    let (ready, mut is_ready) = tokio::sync::watch::channel(false);
+    let token = CancellationToken::new();
+    let role = tokio::spawn(run(config(&world, ready), token.clone()));
+    is_ready.wait_for(|ready| *ready).await.unwrap();
+    let (bad, good) = (world.disk("hangs").await.disk_uuid, world.disk("good").await.disk_uuid);
+    let names: Vec<String> = (0..10).map(|n| format!("bad-{n}")).collect();
+    for name in &names {
+        world.replica_on("hangs", name, &bad).await;
+    }
+    for name in &names {
+        until("it runs", async || (world.replica(name).await.0 == InstanceState::Running).then_some(())).await;
+    }
+    let hung = Hung::at(&world.path("hangs"));
+    until("the disk is told", async || {
+        world.readiness("hangs").await.filter(|(status, ..)| *status == ConditionStatus::Unknown)
+    })
+    .await;
+    for name in &names {
+        world.wish_stopped(name).await;
+    }
+    for name in &names {
+        let is_stopping = async || (world.replica(name).await.0 == InstanceState::Stopping).then_some(());
+        until("it is being stopped", is_stopping).await;
+    }
+    world.replica_on("good", "good-0", &good).await;
+    until("its replica runs", async || (world.replica("good-0").await.0 == InstanceState::Running).then_some(())).await;
+    assert!(names.iter().all(|name| world.process(name).unwrap().is_alive()), "nobody waited for any of them");
+    let why = until("what is in the way is told", async || {
+        let (_, why) = world.replica(&names[0]).await;
+        why.contains("does not end after SIGKILL; it may wait for a disk").then_some(why)
+    })
+    .await;
+    let again = |r: &mut Replica| r.spec.desire_state = DesireState::Running;
+    world.store.modify::<Replica>(&names[0], again).await.unwrap();
+    let before = world.process(&names[0]).unwrap();
+    until("no attachment waits for it", async || {
+        (world.replica(&names[0]).await.0 == InstanceState::Error).then_some(())
+    })
+    .await;
+    assert_eq!(world.process(&names[0]).as_ref(), Some(&before), "nothing takes its place while it may live");
+    drop(hung);
+    until(&format!("it has ended: {why}"), async || (!before.is_alive()).then_some(())).await;
+    for name in &names {
+        world.stop(name).await;
+    }
+    world.stop("good-0").await;
     token.cancel();
     role.await.unwrap().unwrap();
 }
