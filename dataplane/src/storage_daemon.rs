@@ -116,7 +116,7 @@ impl StorageDaemon {
         if !head_exists && !config.create_head {
             return Err(DataplaneError::Unusable {
                 message: format!(
-                    "`{}` is missing in `{}` although the replica held data; it is not made anew, so that nobody takes an empty one for it. Restore the file, or remove this replica",
+                    "`{}` is missing in `{}` although the replica held data; it is not made anew, so that nobody takes an empty one for it. Remove this replica; only the very last state of the file may be put back",
                     config.head,
                     config.directory.display()
                 ),
