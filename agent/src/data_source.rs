@@ -5,9 +5,12 @@
 //! checkpoint was, when the server proves that its file is still the same.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use api::ids::{ImageName, ImageUuid, Sha512Digest};
 use api::image::{CopyState, SourceType};
@@ -180,8 +183,12 @@ async fn adopt(config: &Config, files: &FileSet) -> Result<Option<(FileConfig, C
     let key = ImageKey { name: config.name.clone(), uuid: config.uuid.clone() };
     let (config, files, copy) = (config.clone(), files.clone(), Disk::new(&config.disk_path).copy(&key));
     blocking(move || {
-        if let Some(found) = finished(&config, &files) {
-            return Ok(Some((found, CopyState::ReadyForTransfer)));
+        if finished(&config, &files).is_some() {
+            claim(&files)?;
+            // Looked at again: until then it could be removed as what nobody works on.
+            if let Some(found) = finished(&config, &files) {
+                return Ok(Some((found, CopyState::ReadyForTransfer)));
+            }
         }
         let taken_over = finished(&config, &copy);
         for path in [&files.file, &files.config, &files.manifest] {
@@ -193,6 +200,15 @@ async fn adopt(config: &Config, files: &FileSet) -> Result<Option<(FileConfig, C
         Ok(taken_over.map(|found| (found, CopyState::Ready)))
     })
     .await
+}
+
+/// Changes the mark of a finished file without writing it: who wants it removed has decided on what it was before.
+fn claim(files: &FileSet) -> Result<(), AgentError> {
+    let touched = File::open(&files.config).and_then(|file| file.set_modified(SystemTime::now()));
+    match touched {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        touched => touched.map_err(AgentError::io("touch", &files.config)),
+    }
 }
 
 fn finished(config: &Config, files: &FileSet) -> Option<FileConfig> {

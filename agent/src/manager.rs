@@ -22,6 +22,7 @@ mod operations;
 mod registry;
 mod serve;
 mod service;
+mod shared_look;
 mod verification;
 mod watcher;
 
@@ -107,7 +108,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
 }
 
 /// Tells the log what lies on the disk besides the copies. Whether somebody needs it is for the controller to say.
-async fn tell(registry: &Registry) {
+async fn tell(registry: &Arc<Registry>) {
     let survey = registry.survey().await.unwrap_or_default();
     for found in survey.remains {
         tracing::info!(image = %found.key, place = ?found.place, size_bytes = found.size_bytes, "files without a copy found");

@@ -20,7 +20,7 @@ use crate::limits::{MAX_FOREIGN, MAX_REMAINS};
 const BLOCK_BYTES: u64 = 512;
 
 /// What was found.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Survey {
     pub remains: Vec<Remains>,
     /// Paths below the disk.

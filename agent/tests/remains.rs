@@ -9,6 +9,8 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::time::Duration;
 
+use api::image::CopyState;
+use backing_image_agent::data_source;
 use backing_image_agent::layout::ImageKey;
 use proto::bimrpc::{BackingImageSpec, Remains, RemoveRemainsRequest};
 use support::*;
@@ -127,6 +129,23 @@ async fn what_changed_since_it_was_told_is_not_removed() {
         remove(&manager, now).await.unwrap();
         assert!(!disk.path().join(path).exists());
     }
+}
+
+/// It was told as nobody's, and a data source that was started again found it whole before the request to remove it came.
+#[tokio::test]
+async fn what_a_data_source_found_again_is_not_removed_as_it_was_told() {
+    let disk = TestDisk::new();
+    let manager = RunningManager::start(&disk).await;
+    let source = Source::of(&image()).await;
+    let config = source_config(&disk, &[("url", &source.url())], None);
+    RunningSource::start(config.clone()).await.end().await;
+    let before = request(&manager, &key(), true).await;
+    let again = RunningSource::start(data_source::Config { listen: address(8000), ..config }).await;
+    assert_eq!(again.end().await.state, CopyState::ReadyForTransfer);
+    let error = remove(&manager, before).await.unwrap_err();
+    assert!(error.message().contains("changed since"), "{error}");
+    let copy = manager.fetch(spec(), &again.address.to_string()).await.unwrap();
+    assert_eq!(copy.status.unwrap().state, "ready");
 }
 
 /// It was told as nobody's, and the agent took it for a copy before the request to remove it came.

@@ -23,7 +23,8 @@ pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Agents and data sources are near; one that takes longer to accept a connection is away.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Reads are answered from memory.
+/// Reads are answered from memory, but the list of an agent also by a look through two directories: a disk that hangs is told as an
+/// agent that does not answer.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Requests that begin or end something on a disk.

@@ -57,7 +57,8 @@ pub async fn run<S: AsRef<OsStr>>(
     }
 }
 
-/// Runs a program that must not be cut off: however long it takes, also when the caller gives up or this process ends.
+/// Runs a program that must not be cut off: however long it takes, also when the caller gives up or this process ends. Only with the
+/// first process of a container, as the node plugin of the chart is, the kernel ends all others.
 ///
 /// What it says goes to files in memory, since a pipe that nobody reads any more would end it at its next word. Nor do signals of a
 /// terminal reach it.

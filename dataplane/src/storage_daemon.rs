@@ -29,7 +29,7 @@ const NODE_HEAD: &str = "head";
 /// 128 KiB with 32 subclusters: 4 KiB copy-on-write and small tables.
 const CLUSTER_BYTES: u64 = 128 << 10;
 /// Standard output and error of the daemon, in the replica's directory.
-const LOG: &str = "qemu-storage-daemon.log";
+pub const LOG: &str = "qemu-storage-daemon.log";
 /// qcow2: "incompatible feature" bit of an external data file.
 const QCOW2_EXTERNAL_DATA: u64 = 1 << 2;
 
@@ -116,7 +116,7 @@ impl StorageDaemon {
         if !head_exists && !config.create_head {
             return Err(DataplaneError::Unusable {
                 message: format!(
-                    "`{}` is missing in `{}` although the replica held data; it is not made anew, so that nobody takes an empty one for it. Restore the file, or remove this replica",
+                    "`{}` is missing in `{}` although the replica held data; it is not made anew, so that nobody takes an empty one for it. Remove this replica; only the very last state of the file may be put back",
                     config.head,
                     config.directory.display()
                 ),

@@ -1,13 +1,14 @@
 //! One request and its reply on a control socket (JSON lines).
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
+use crate::disk_calls::DiskCalls;
 use crate::limits::{CONTROL_LINE_BYTES, CONTROL_TIMEOUT};
 
 /// An open control connection.
@@ -21,9 +22,12 @@ pub struct Connection {
 impl Connection {
     /// Connects to a control socket.
     pub async fn open(socket: &Path) -> io::Result<Connection> {
-        let stream: UnixStream = runtime::socket::connect(socket).await?;
+        Ok(Connection::over(runtime::socket::connect(socket).await?))
+    }
+
+    fn over(stream: UnixStream) -> Connection {
         let (reader, writer) = stream.into_split();
-        Ok(Connection { reader: BufReader::new(reader), line: vec![], writer })
+        Connection { reader: BufReader::new(reader), line: vec![], writer }
     }
 
     /// Sends a request.
@@ -44,8 +48,29 @@ impl Connection {
 
 /// Asks once, within [`CONTROL_TIMEOUT`].
 pub async fn ask<R: DeserializeOwned>(socket: &Path, request: &impl Serialize) -> io::Result<R> {
+    ask_through(Connection::open(socket), request).await
+}
+
+/// Asks once, as [`ask`], at a socket on a disk, which may hang.
+pub async fn ask_on_disk<R: DeserializeOwned>(
+    calls: &DiskCalls,
+    disk: &Path,
+    socket: PathBuf,
+    request: &impl Serialize,
+) -> io::Result<R> {
+    let connection = async {
+        let connected = calls.ask(disk, move || runtime::socket::connect_at_once(&socket)).await;
+        Ok(Connection::over(UnixStream::from_std(connected.map_err(io::Error::other)??)?))
+    };
+    ask_through(connection, request).await
+}
+
+async fn ask_through<R: DeserializeOwned>(
+    connection: impl Future<Output = io::Result<Connection>>,
+    request: &impl Serialize,
+) -> io::Result<R> {
     let asked = async {
-        let mut connection = Connection::open(socket).await?;
+        let mut connection = connection.await?;
         connection.send(request).await?;
         connection.receive().await
     };

@@ -4,6 +4,9 @@
 //! and never the role: the other disks of the node are served on. Nothing waits for such a thread, also not the end of the process.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,10 +15,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
+/// Begins a thread.
+type Spawn = fn(Box<dyn FnOnce() + Send>) -> io::Result<()>;
+
 /// The calls on all disks of a node.
 #[derive(Clone)]
 pub struct DiskCalls {
     limit: Duration,
+    spawn: Spawn,
     asked: Arc<AtomicU64>,
     overdue: Arc<Mutex<BTreeMap<PathBuf, Overdue>>>,
 }
@@ -28,16 +35,35 @@ struct Overdue {
 
 /// A disk does not answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{}` has not answered since {since}", disk.display())]
+#[error("`{}` {why}", disk.display())]
 pub struct Silent {
     pub disk: PathBuf,
-    pub since: Timestamp,
+    pub why: Why,
+}
+
+/// Why a disk says nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// A call on it has not returned since then.
+    Since(Timestamp),
+    /// It could not be asked; the disk may be well.
+    NotAsked(String),
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Why::Since(time) => write!(f, "has not answered since {time}"),
+            Why::NotAsked(problem) => write!(f, "could not be asked: {problem}"),
+        }
+    }
 }
 
 impl DiskCalls {
     /// With that much time for each.
     pub fn new(limit: Duration) -> DiskCalls {
-        DiskCalls { limit, asked: Arc::default(), overdue: Arc::default() }
+        let spawn: Spawn = |work| std::thread::Builder::new().name("disk".into()).spawn(work).map(drop);
+        DiskCalls { limit, spawn, asked: Arc::default(), overdue: Arc::default() }
     }
 
     fn overdue(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Overdue>> {
@@ -48,7 +74,7 @@ impl DiskCalls {
     pub fn check(&self, disk: &Path) -> Result<(), Silent> {
         match self.overdue().get(disk) {
             None => Ok(()),
-            Some(overdue) => Err(Silent { disk: disk.to_owned(), since: overdue.since }),
+            Some(overdue) => Err(Silent { disk: disk.to_owned(), why: Why::Since(overdue.since) }),
         }
     }
 
@@ -63,25 +89,41 @@ impl DiskCalls {
         let (tell, mut told) = oneshot::channel();
         let (calls, place, number) = (self.clone(), disk.to_owned(), self.asked.fetch_add(1, Ordering::Relaxed));
         let call = move || {
-            let outcome = work();
+            // Also when it panics: else nothing more would ever be asked of the disk.
+            let outcome = catch_unwind(AssertUnwindSafe(work));
             // Otherwise nobody takes it any more.
             if tell.send(outcome).is_err() {
                 calls.returned(&place, number);
             }
         };
-        std::thread::Builder::new().name("disk".into()).spawn(call).expect("a thread can be started");
+        let failed = |problem: String| Silent { disk: disk.to_owned(), why: Why::NotAsked(problem) };
+        (self.spawn)(Box::new(call)).map_err(|e| failed(format!("no thread can be started: {e}")))?;
+        let taken = |outcome: std::thread::Result<T>| outcome.map_err(|_| failed("the look at it broke off".into()));
         if let Ok(outcome) = tokio::time::timeout(self.limit, &mut told).await {
-            return Ok(outcome.expect("a call on a disk does not panic"));
+            return taken(outcome.expect("a call tells its outcome"));
         }
         let mut overdue = self.overdue();
         told.close();
         // It may have come at the last moment.
         if let Ok(outcome) = told.try_recv() {
-            return Ok(outcome);
+            return taken(outcome);
         }
         let entry = overdue.entry(disk.to_owned()).or_insert(Overdue { since, calls: BTreeSet::new() });
         entry.calls.insert(number);
-        Err(Silent { disk: disk.to_owned(), since: entry.since })
+        Err(Silent { disk: disk.to_owned(), why: Why::Since(entry.since) })
+    }
+
+    /// Does this in a thread of its own, however long it takes. It says nothing of its disk: a disk that works may be busy with it for long.
+    pub async fn take_time<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let (tell, told) = oneshot::channel();
+        (self.spawn)(Box::new(move || {
+            // Nobody waits for it any more.
+            let _ = tell.send(work());
+        }))?;
+        told.await.unwrap_or_else(|_| Err(io::Error::other("it broke off")))
     }
 
     fn returned(&self, disk: &Path, number: u64) {
@@ -129,6 +171,38 @@ mod tests {
         again.send(()).unwrap();
         answers(&calls, one).await;
         assert_eq!(calls.ask(one, || 3).await, Ok(3));
+    }
+
+    /// At the limit of processes, for example. The disk is asked again as soon as somebody wants to know.
+    #[tokio::test]
+    async fn a_call_that_cannot_begin_is_a_failed_one() {
+        let mut calls = DiskCalls::new(Duration::from_secs(60));
+        let disk = Path::new("/disk-1");
+        let works = std::mem::replace(&mut calls.spawn, |_| Err(io::ErrorKind::WouldBlock.into()));
+        let failed = calls.ask(disk, || 1).await.unwrap_err().to_string();
+        assert!(failed.starts_with("`/disk-1` could not be asked: no thread can be started: "), "{failed}");
+        calls.spawn = works;
+        assert_eq!(calls.ask(disk, || 1).await, Ok(1));
+    }
+
+    #[tokio::test]
+    async fn a_call_that_panics_is_a_failed_one_however_late() {
+        let calls = DiskCalls::new(Duration::from_secs(5));
+        let disk = Path::new("/disk-1");
+        let failed = calls.ask(disk, || panic!("broken")).await.map(|()| 0).unwrap_err().to_string();
+        assert_eq!(failed, "`/disk-1` could not be asked: the look at it broke off");
+        tokio::time::pause();
+        let (go, wait) = mpsc::channel::<()>();
+        let late = calls.ask(disk, move || {
+            wait.recv().unwrap();
+            panic!("broken")
+        });
+        let silent: Result<(), Silent> = late.await;
+        assert!(matches!(silent.unwrap_err().why, Why::Since(_)));
+        tokio::time::resume();
+        go.send(()).unwrap();
+        answers(&calls, disk).await;
+        assert_eq!(calls.ask(disk, || 1).await, Ok(1));
     }
 
     /// Who asked is gone: the role ends, or its pass was given up.

@@ -4,13 +4,19 @@
 //! also when the objects of both are lost.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, DirEntry, FileType};
 use std::io;
 use std::path::Path;
 
 use api::ids::{ImageName, ImageUuid};
 use api::names::without_image_suffix;
+use dataplane::storage_daemon::LOG;
 use proto::replica::{Record, file};
+use runtime::files::temporary_name;
+use tracing::warn;
+
+use crate::replica_process::LOCK;
 
 /// Where copies lie, each in a directory.
 const COPIES: &str = "backing-images";
@@ -32,18 +38,42 @@ pub fn are_there(disk: &Path) -> bool {
 pub fn under_replicas(disk: &Path) -> Option<Vec<String>> {
     let mut images = BTreeSet::new();
     for replica in entries(&disk.join(REPLICAS)).ok()? {
-        let path = replica.path();
-        let record = match fs::read(path.join(file::RECORD)) {
-            Ok(text) => serde_json::from_slice::<Record>(&text).ok()?,
-            // It has no data yet, or none any more.
-            Err(e) if is_absent(&e) && fs::exists(path.join(file::HEAD)).is_ok_and(|is_there| !is_there) => continue,
-            Err(_) => return None,
-        };
-        if !record.backing_image.is_empty() {
-            images.insert(format!("{}-{}", record.backing_image, record.backing_image_uuid));
+        match under_replica(&replica) {
+            Ok(image) => images.extend(image),
+            Err(error) => {
+                let directory = replica.path();
+                warn!(directory = %directory.display(), %error, "no image is removed below a replica that does not say what it lies over");
+                return None;
+            }
         }
     }
     Some(images.into_iter().collect())
+}
+
+/// The image below one replica, if any. One of somebody else, such as Longhorn's own, may lie over any.
+fn under_replica(replica: &DirEntry) -> io::Result<Option<String>> {
+    let path = replica.path();
+    let record: Record = match fs::read(path.join(file::RECORD)) {
+        Ok(text) => serde_json::from_slice(&text)?,
+        Err(e) if !is_absent(&e) => return Err(e),
+        Err(e) if replica.file_type()?.is_symlink() && !fs::exists(&path)? => return Err(e),
+        // It has no data yet, or none any more.
+        Err(_) => match entries(&path)?.iter().map(DirEntry::file_name).find(|name| !is_without_data(name)) {
+            None => return Ok(None),
+            Some(other) => {
+                let text = format!("it holds `{}` and no `{}`", other.display(), file::RECORD);
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+        },
+    };
+    let is_over_one = !record.backing_image.is_empty();
+    Ok(is_over_one.then(|| format!("{}-{}", record.backing_image, record.backing_image_uuid)))
+}
+
+/// Whether a file of this name is one that a replica of ours makes before it has data, and after.
+fn is_without_data(name: &OsStr) -> bool {
+    let record = temporary_name(Path::new(file::RECORD));
+    [LOCK, file::NBD_SOCKET, file::CONTROL_SOCKET, LOG].iter().any(|ours| name == *ours) || name == record
 }
 
 fn says(entry: &DirEntry, is_of_an_image: &dyn Fn(&str, FileType) -> bool) -> bool {
@@ -109,6 +139,21 @@ mod tests {
         assert_eq!(said(&two), Some(vec!["ubuntu-0a1b2c3d".to_owned()]));
         assert_eq!(said(&[("replicas/a/replica.json", r#"{"volume":"v"}"#)]), Some(vec![]));
         assert_eq!(said(&[("replicas/a/replica.json", "{")]), None);
-        assert_eq!(said(&[("replicas/a/volume-head.qcow2", "")]), None, "nobody knows what it lies over");
+    }
+
+    #[test]
+    fn a_replica_that_does_not_say_what_it_lies_over_may_lie_over_any_image() {
+        let says = |file: &str| under_replicas(disk(&[(file, "")]).path()) == Some(vec![]);
+        for file in ["volume-head.qcow2", "volume-head-000.img", "volume.meta", "volume-snap-1.img.meta", "notes/x"] {
+            assert!(!says(&format!("replicas/a/{file}")), "{file}");
+        }
+        for file in ["lock", "replica.json.writing", "control.sock", "nbd.sock", "qemu-storage-daemon.log"] {
+            assert!(says(&format!("replicas/a/{file}")), "{file}");
+        }
+        let folder = disk(&[("replicas/no-directory", "")]);
+        fs::create_dir(folder.path().join("replicas/empty")).unwrap();
+        assert_eq!(under_replicas(folder.path()), Some(vec![]));
+        std::os::unix::fs::symlink("/nowhere", folder.path().join("replicas/elsewhere")).unwrap();
+        assert_eq!(under_replicas(folder.path()), None);
     }
 }

@@ -10,6 +10,7 @@ pub mod discovery;
 mod disk_calls;
 mod disk_watch;
 mod disks;
+mod endings;
 mod engine_decision;
 mod engine_progress;
 mod engine_upgrade;

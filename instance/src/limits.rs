@@ -39,6 +39,8 @@ pub const LAST_PORT: u16 = 29_999;
 
 /// How long a replica process gets to end: it flushes its layer.
 pub const REPLICA_GRACE: Duration = Duration::from_secs(30);
+/// After how long it is told that data is being removed: most of it is gone sooner, and a report is an event for everybody.
+pub const ENDING_TOLD: Duration = Duration::from_secs(2);
 /// How long a holder gets to end after its engine said that it is done.
 pub const HOLDER_GRACE: Duration = Duration::from_secs(20);
 /// How long one answer on a control socket may take: an answer may have to wait for an fsync.

@@ -59,9 +59,18 @@ impl Processes {
     pub fn names(&self) -> io::Result<Vec<String>> {
         let mut names = vec![];
         for entry in fs::read_dir(&self.root)? {
-            names.extend(entry?.file_name().into_string());
+            let entry = entry?;
+            // Somebody else's file is no process.
+            if entry.file_type()?.is_dir() {
+                names.extend(entry.file_name().into_string());
+            }
         }
         Ok(names)
+    }
+
+    /// Whether anything of a process is left to forget; also where that cannot be said.
+    pub fn is_known(&self, name: &str) -> bool {
+        fs::exists(self.directory(name)).unwrap_or(true)
     }
 
     /// What is recorded of a process.
@@ -160,6 +169,15 @@ mod tests {
         record.identity.terminate(Duration::from_secs(5)).await.unwrap();
         again.forget("r-1").unwrap();
         assert_eq!(again.names().unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_file_among_the_processes_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("notes"), "").unwrap();
+        let processes = Processes::open(folder.path().to_owned()).unwrap();
+        assert_eq!(processes.names().unwrap(), Vec::<String>::new());
+        assert_eq!(processes.allocate_port("a", 10, 12).unwrap(), Some(10));
     }
 
     #[test]

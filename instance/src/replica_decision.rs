@@ -6,6 +6,8 @@ use api::names::condition::{READY, WAIT_FOR_BACKING_IMAGE};
 use api::{BackingImage, Condition, ConditionStatus, Node, Replica};
 use proto::replica::ImageFile;
 
+use crate::endings::Work;
+
 /// The process of a replica, as it was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Process {
@@ -104,6 +106,22 @@ pub fn decide(replica: &Replica, image: Option<&BackingImage>, process: &Process
     Decision { step, state, conditions: vec![ready, no_wait()] }
 }
 
+/// What to take the process of a replica for while its disk does not answer: the process cannot be asked either, its socket is there.
+/// `None`: what is known of it stays, since its engine knows more. `recorded`: that it lives, or the end of its log, if one was started.
+pub fn behind_silence(replica: &Replica, recorded: Option<Result<(), String>>, why: String) -> Option<Process> {
+    let is_wished = replica.spec.desire_state == DesireState::Running;
+    let was_running = replica.status.as_ref().is_some_and(|s| s.current_state == InstanceState::Running);
+    match recorded {
+        _ if replica.metadata.deletion_timestamp.is_some() => Some(Process::DiskAway(why)),
+        None => Some(Process::DiskAway(why)),
+        Some(Err(words)) => Some(Process::Ended(words)),
+        Some(Ok(())) if !is_wished => Some(Process::Silent),
+        Some(Ok(())) if was_running => None,
+        // No engine has it yet: the attachment goes on without it rather than wait for the disk.
+        Some(Ok(())) => Some(Process::DiskAway(why)),
+    }
+}
+
 /// What to report of a deleted replica on a disk that is away before its object is released: nobody can remove its data any more.
 /// `None` while its disk may still come back to this node.
 ///
@@ -126,6 +144,20 @@ pub fn give_up(replica: &Replica, node: &Node) -> Option<Decision> {
     );
     let left = not_ready("DataLeftBehind", &message).with_hint("remove that directory when the disk is used again");
     Some(Decision { step: Step::AwaitDisk, state: InstanceState::Stopping, conditions: vec![left] })
+}
+
+/// What to report while a replica is being ended or removed; `problem`: what is in the way.
+pub fn at_work(replica: &Replica, work: Work, problem: Option<String>) -> Decision {
+    let doing = match work {
+        Work::End => "it is being ended",
+        Work::Remove => "its data is being removed",
+    };
+    // Who wishes for it again goes on without it: nobody knows when it can be started.
+    let is_in_want = problem.is_some() && replica.spec.desire_state == DesireState::Running;
+    let is_failed = is_in_want && replica.metadata.deletion_timestamp.is_none();
+    let state = if is_failed { InstanceState::Error } else { InstanceState::Stopping };
+    let message = problem.map_or_else(|| doing.to_owned(), |problem| format!("{doing}: {problem}"));
+    Decision { step: Step::Nothing, state, conditions: vec![not_ready("Stopping", &message)] }
 }
 
 fn starting(file: Option<ImageFile>) -> Decision {
@@ -268,6 +300,53 @@ mod tests {
         let expected = expect!["AwaitDisk; Stopping; its data cannot be removed: disk 7 is not at `/disk`"];
         check("deleted", None, away(), expected);
         check("running", None, away(), expect!["Nothing; Error; disk 7 is not at `/disk`"]);
+    }
+
+    #[test]
+    fn a_process_behind_a_silent_disk_is_left_only_where_an_engine_may_use_it() {
+        let check = |wish: &str, last: InstanceState, recorded: Option<Result<(), &str>>, expected: Expect| {
+            let mut replica = replica(wish, "");
+            replica.status = Some(api::replica::ReplicaStatus { current_state: last, ..Default::default() });
+            let process = behind_silence(&replica, recorded.map(|r| r.map_err(String::from)), "silent".into());
+            let said = process.map(|process| {
+                let decision = decide(&replica, None, &process);
+                let message = decision.conditions.first().map(|c| c.message.clone()).unwrap_or_default();
+                format!("{:?}; {:?}; {message}", decision.step, decision.state)
+            });
+            expected.assert_eq(&said.unwrap_or_else(|| "as it was".into()));
+        };
+        use InstanceState::{Running, Starting, Stopped};
+        check("running", Running, Some(Ok(())), expect!["as it was"]);
+        for before in [Stopped, Starting] {
+            check("running", before, Some(Ok(())), expect!["Nothing; Error; silent"]);
+        }
+        check(
+            "running",
+            Running,
+            Some(Err("killed")),
+            expect!["Nothing; Error; the replica process ended; its last words: killed"],
+        );
+        check("running", Stopped, None, expect!["Nothing; Error; silent"]);
+        check("stopped", Running, Some(Ok(())), expect!["End; Stopping; it is being ended"]);
+        check("stopped", Running, Some(Err("killed")), expect!["End; Stopping; it is being ended"]);
+        check("stopped", Running, None, expect!["Nothing; Stopped; silent"]);
+        for recorded in [Some(Ok(())), Some(Err("killed")), None] {
+            check("deleted", Running, recorded, expect!["AwaitDisk; Stopping; its data cannot be removed: silent"]);
+        }
+    }
+
+    #[test]
+    fn one_that_cannot_be_ended_is_waited_for_by_nobody() {
+        let check = |wish: &str, work: Work, problem: Option<&str>, expected: Expect| {
+            let decision = at_work(&replica(wish, ""), work, problem.map(String::from));
+            expected.assert_eq(&format!("{:?}; {}", decision.state, decision.conditions[0].message));
+        };
+        check("stopped", Work::End, None, expect!["Stopping; it is being ended"]);
+        check("stopped", Work::End, Some("it hangs"), expect!["Stopping; it is being ended: it hangs"]);
+        check("running", Work::End, None, expect!["Stopping; it is being ended"]);
+        check("running", Work::End, Some("it hangs"), expect!["Error; it is being ended: it hangs"]);
+        check("deleted", Work::Remove, None, expect!["Stopping; its data is being removed"]);
+        check("deleted", Work::Remove, Some("it hangs"), expect!["Stopping; its data is being removed: it hangs"]);
     }
 
     #[test]

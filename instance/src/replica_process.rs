@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use control::Replica;
+pub(crate) use directory::LOCK;
 pub use directory::read_record;
 
 /// What a replica process works on.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::engine::{DesireState, InstanceState};
+use api::engine::InstanceState;
 use api::names::FINALIZER;
 use api::quantity::SizeBytes;
 use api::replica::ReplicaStatus;
@@ -15,16 +15,17 @@ use api::{BackingImage, Node, Replica, condition};
 use dataplane::storage_daemon::allocated_bytes;
 use jiff::Timestamp;
 use proto::replica::{Config, ImageFile, Record, Reply, Request, file};
-use runtime::process::Launch;
+use runtime::process::{Launch, ProcessIdentity};
 use tokio::time::Instant;
 use tracing::info;
 
 use crate::control;
 use crate::disk_calls::Silent;
 use crate::disks;
+use crate::endings::{self, Progress, Work};
 use crate::error::InstanceError;
-use crate::limits::{CONNECT, CONTROL_TIMEOUT, FIRST_PORT, LAST_PORT, REPLICA_GRACE};
-use crate::replica_decision::{Decision, Process, Step, decide, give_up};
+use crate::limits::{CONNECT, CONTROL_TIMEOUT, ENDING_TOLD, FIRST_PORT, LAST_PORT};
+use crate::replica_decision::{Decision, Process, Step, at_work, behind_silence, decide, give_up};
 use crate::role::{Key, Role};
 
 /// What was seen of a replica.
@@ -39,14 +40,37 @@ struct Observed {
 /// Brings the process of one replica in line with its object.
 pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>, InstanceError> {
     let replica = role.config.store.get::<Replica>(name).await?;
-    let Some(replica) = replica.filter(|r| r.spec.node_id == role.config.node.as_str()) else {
+    let replica = replica.filter(|r| r.spec.node_id == role.config.node.as_str());
+    match (role.endings.progress(name), &replica) {
+        (Progress::None, _) | (Progress::Over(Work::End, Ok(())), _) | (Progress::Over(Work::Remove, Ok(())), None) => {
+        }
+        (Progress::GoesOn(work, true), Some(replica)) => {
+            return report_work(role, name, replica, work).await.map(|()| None);
+        }
+        (Progress::GoesOn(..), _) => return Ok(Some(ENDING_TOLD)),
+        (Progress::Over(Work::Remove, Ok(())), Some(replica)) if !is_wanted(replica) => {
+            return release(role, name, replica).await.map(|()| None);
+        }
+        // Of a replica with data nobody wished to remove any: this is another one of the name.
+        (Progress::Over(Work::Remove, Ok(())), Some(_)) => {}
+        (Progress::Over(_, Err(error)), _) => return Err(error),
+    }
+    let Some(replica) = replica else {
         // Nobody wishes for it any more. Its data stays: silence about it is no order to remove it.
-        return end(role, name).await.map(|()| None);
+        if role.replicas.is_known(name) {
+            endings::begin_end(role, name);
+        }
+        return Ok(None);
     };
     let observed = observe(role, name, &replica).await?;
     if matches!(observed.process, Process::None | Process::Ended(_)) {
         let directory = directory(&replica)?;
-        role.disk_calls.ask(Path::new(&replica.spec.disk_path), move || forget_unfinished(&directory)).await??;
+        match role.disk_calls.ask(Path::new(&replica.spec.disk_path), move || forget_unfinished(&directory)).await {
+            Ok(forgotten) => forgotten?,
+            // That a process has ended is told and dealt with whatever its disk does; none is started there.
+            Err(silent) if observed.process == Process::None => return Err(silent.into()),
+            Err(_) => {}
+        }
     }
     let image = match replica.spec.backing_image.as_str() {
         "" => None,
@@ -62,12 +86,21 @@ pub async fn reconcile(role: &Arc<Role>, name: &str) -> Result<Option<Duration>,
             Ok(retry_of(&observed))
         }
         Step::End => {
-            report(role, &replica, &decision, &observed).await?;
-            end(role, name).await?;
-            role.queue.add(Key::Replica(name.to_owned()));
+            match role.endings.problem(name) {
+                None => drop(report(role, &replica, &decision, &observed).await?),
+                Some(_) => report_work(role, name, &replica, Work::End).await?,
+            }
+            endings::begin_end(role, name);
             Ok(None)
         }
-        Step::Remove => remove(role, name, &replica).await.map(|()| None),
+        Step::Remove => {
+            role.disk_calls.check(Path::new(&replica.spec.disk_path))?;
+            if role.endings.problem(name).is_some() {
+                report_work(role, name, &replica, Work::Remove).await?;
+            }
+            endings::begin_removal(role, name, directory(&replica)?);
+            Ok(Some(ENDING_TOLD))
+        }
         Step::AwaitDisk => {
             let node = role.config.store.get::<Node>(role.config.node.as_str()).await?;
             let Some(decision) = node.and_then(|node| give_up(&replica, &node)) else {
@@ -112,16 +145,10 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     let alive = record.as_ref().filter(|r| r.identity.is_alive());
     let stored = match look(role, replica, &directory).await {
         Ok(stored) => stored,
-        // Its socket is on that disk too, so a process that runs is not asked either. What is known of it stays: its engine knows more.
         Err(silent) => {
-            let process = match (alive, &record) {
-                (Some(_), _) if is_wanted(replica) && replica.spec.desire_state == DesireState::Running => {
-                    return Err(silent.into());
-                }
-                (Some(_), _) if is_wanted(replica) => Process::Silent,
-                (None, Some(_)) if is_wanted(replica) => Process::Ended(role.replicas.last_words(name)),
-                _ => Process::DiskAway(silent.to_string()),
-            };
+            let ended = || role.replicas.last_words(name);
+            let recorded = record.as_ref().map(|_| alive.map(drop).ok_or_else(ended));
+            let process = behind_silence(replica, recorded, silent.to_string()).ok_or(silent)?;
             let actual_size_bytes = replica.status.as_ref().map_or(0, |s| s.actual_size_bytes);
             return Ok(Observed { process, record: None, port, actual_size_bytes });
         }
@@ -150,7 +177,8 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     };
     role.watch_end(&process.identity, Key::Replica(name.to_owned()));
     let socket = directory.join(file::CONTROL_SOCKET);
-    match control::ask::<Reply>(&socket, &Request::Status).await {
+    let disk = Path::new(&replica.spec.disk_path);
+    match control::ask_on_disk::<Reply>(&role.disk_calls, disk, socket, &Request::Status).await {
         Ok(Reply::Status { record, actual_size_bytes, .. }) => {
             let process = match (record.size_bytes, replica.spec.volume_size.0) {
                 (has, wanted) if has < wanted => Process::Outgrown { has, wanted },
@@ -236,16 +264,18 @@ async fn start(role: &Arc<Role>, name: &str, replica: &Replica, image: Option<Im
         .map_err(|source| InstanceError::Start { what: what(), source })?;
     role.config.metrics.replica_started();
     info!(replica = name, pid = record.identity.pid, "replica process started");
-    await_answer(&config.directory.join(file::CONTROL_SOCKET), &record.identity).await;
+    let disk = Path::new(&replica.spec.disk_path);
+    await_answer(role, disk, &config.directory.join(file::CONTROL_SOCKET), &record.identity).await;
     Ok(())
 }
 
 /// Waits until a new process answers or has ended, within a time; the next observation tells which.
-async fn await_answer(socket: &Path, process: &runtime::process::ProcessIdentity) {
+async fn await_answer(role: &Role, disk: &Path, socket: &Path, process: &ProcessIdentity) {
     let deadline = Instant::now() + CONTROL_TIMEOUT;
     let mut attempt = 0;
-    while Instant::now() < deadline && process.is_alive() {
-        if matches!(control::ask::<Reply>(socket, &Request::Status).await, Ok(Reply::Status { .. })) {
+    while Instant::now() < deadline && process.is_alive() && role.disk_calls.check(disk).is_ok() {
+        let asked = control::ask_on_disk::<Reply>(&role.disk_calls, disk, socket.to_owned(), &Request::Status);
+        if matches!(asked.await, Ok(Reply::Status { .. })) {
             return;
         }
         attempt += 1;
@@ -253,47 +283,32 @@ async fn await_answer(socket: &Path, process: &runtime::process::ProcessIdentity
     }
 }
 
-async fn end(role: &Arc<Role>, name: &str) -> Result<(), InstanceError> {
-    let path = role.replicas.directory(name);
-    let record = role.replicas.record(name).map_err(|source| InstanceError::File {
-        action: "read",
-        path: path.clone(),
-        source,
-    })?;
-    if let Some(record) = record {
-        let what = || format!("replica {name}");
-        record.identity.terminate(REPLICA_GRACE).await.map_err(|source| InstanceError::End { what: what(), source })?;
-        info!(replica = name, "replica process ended");
-    }
-    role.replicas.forget(name).map_err(|source| InstanceError::File { action: "remove", path, source })
-}
-
-async fn remove(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), InstanceError> {
-    role.disk_calls.check(Path::new(&replica.spec.disk_path))?;
-    end(role, name).await?;
-    let path = directory(replica)?;
-    let removed = {
-        let path = path.clone();
-        // Durably, because nobody looks for the directory any more once the object is released.
-        tokio::task::spawn_blocking(move || runtime::files::remove_dir_durably(&path)).await
-    };
-    removed.unwrap_or_else(|e| Err(io::Error::other(e))).map_err(|source| InstanceError::File {
-        action: "remove",
-        path,
-        source,
-    })?;
-    info!(replica = name, "replica data removed");
-    release(role, name, replica).await
-}
-
+/// Releases an object whose data is gone or given up, once nothing of its process is left.
 async fn release(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<(), InstanceError> {
-    end(role, name).await?;
+    if role.replicas.is_known(name) {
+        endings::begin_end(role, name);
+        return Ok(());
+    }
     let mut released = replica.clone();
     released.metadata.finalizers.get_or_insert_default().retain(|f| f != FINALIZER);
     match role.config.store.replace(&released).await {
         Err(store::StoreError::NotFound { .. }) => Ok(()),
         other => other.map(drop).map_err(InstanceError::from),
     }
+}
+
+/// Tells that a replica is still being ended or removed, and what is in the way, as far as that is known.
+async fn report_work(role: &Role, name: &str, replica: &Replica, work: Work) -> Result<(), InstanceError> {
+    let silent = || role.disk_calls.check(Path::new(&replica.spec.disk_path)).err().map(|silent| silent.to_string());
+    let problem = role.endings.problem(name).or_else(silent);
+    if work == Work::End && problem.is_none() {
+        // Why it is ended was told when that began.
+        return Ok(());
+    }
+    let decision = at_work(replica, work, problem);
+    let actual_size_bytes = replica.status.as_ref().map_or(0, |s| s.actual_size_bytes);
+    let observed = Observed { process: Process::Silent, record: None, port: 0, actual_size_bytes };
+    report(role, replica, &decision, &observed).await.map(drop)
 }
 
 /// Whether there was news.

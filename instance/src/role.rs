@@ -25,6 +25,7 @@ use tracing::{Instrument, debug, info_span, warn};
 
 use crate::claims::Claim;
 use crate::disk_calls::DiskCalls;
+use crate::endings::Endings;
 use crate::engine_progress::Progress;
 use crate::error::InstanceError;
 use crate::first_pass::FirstPass;
@@ -94,6 +95,7 @@ pub struct Role {
     pub tasks: TaskTracker,
     pub cancelled: CancellationToken,
     pub disk_calls: DiskCalls,
+    pub endings: Endings,
     /// One port is given at a time.
     pub ports: tokio::sync::Mutex<()>,
     /// The mark of this node on its loop devices.
@@ -189,6 +191,7 @@ pub async fn run(config: Config, cancelled: CancellationToken) -> Result<(), Ins
         tasks: TaskTracker::new(),
         cancelled: cancelled.child_token(),
         disk_calls: DiskCalls::new(DISK_ANSWER),
+        endings: Endings::default(),
         ports: tokio::sync::Mutex::new(()),
         loops,
         engine_replacement,

@@ -1,5 +1,6 @@
 //! A disk that hangs: the others of its node work on, also when the role begins, and the disk is told and comes back.
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use api::quantity::SizeBytes;
 use api::replica::ReplicaSpec;
 use api::{ConditionStatus, Node, Replica, condition};
 use backing_image_instance::{Config, run};
+use runtime::process::ProcessIdentity;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use store::Store;
@@ -45,6 +47,8 @@ impl Drop for Hung {
 struct World {
     store: Store,
     folder: tempfile::TempDir,
+    /// Of its own, since ports are given by node.
+    ip: IpAddr,
 }
 
 impl World {
@@ -78,11 +82,38 @@ impl World {
         self.store.create(&Replica::new(name, spec)).await.unwrap();
     }
 
+    /// The process of a replica.
+    fn process(&self, name: &str) -> Option<ProcessIdentity> {
+        let text = std::fs::read(self.path(&format!("instance/replicas/{name}/process.json"))).ok()?;
+        let record: serde_json::Value = serde_json::from_slice(&text).ok()?;
+        serde_json::from_value(record["identity"].clone()).ok()
+    }
+
+    async fn wish_stopped(&self, name: &str) {
+        self.store.modify::<Replica>(name, |r| r.spec.desire_state = DesireState::Stopped).await.unwrap();
+    }
+
+    async fn stop(&self, name: &str) {
+        self.wish_stopped(name).await;
+        let is_stopped = async || (self.replica(name).await.0 == InstanceState::Stopped).then_some(());
+        until(&format!("{name} is stopped"), is_stopped).await;
+    }
+
     async fn replica(&self, name: &str) -> (InstanceState, String) {
         let replica = self.store.get::<Replica>(name).await.unwrap().unwrap();
         let status = replica.status.unwrap_or_default();
         let message = condition::find(&status.conditions, READY).map(|c| c.message.clone());
         (status.current_state, message.unwrap_or_default())
+    }
+}
+
+impl Drop for World {
+    /// Nothing of a test that failed is in the way of the next one.
+    fn drop(&mut self) {
+        for entry in std::fs::read_dir(self.path("instance/replicas")).into_iter().flatten().flatten() {
+            let process = self.process(&entry.file_name().to_string_lossy());
+            let _ = process.map(|process| process.signal(rustix::process::Signal::KILL));
+        }
     }
 }
 
@@ -102,7 +133,7 @@ fn config(world: &World, ready: tokio::sync::watch::Sender<bool>) -> Config {
     let test = std::env::current_exe().unwrap();
     Config {
         node: "node-1".parse().unwrap(),
-        ip: [127, 83, 11, 7].into(),
+        ip: world.ip,
         directory: world.path("instance"),
         program: test.parent().unwrap().parent().unwrap().join("examples/replica"),
         store: world.store.clone(),
@@ -116,14 +147,20 @@ fn config(world: &World, ready: tokio::sync::watch::Sender<bool>) -> Config {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_disk_that_hangs_is_told_and_the_others_of_its_node_work() {
+/// A node with these disks, its role not begun.
+async fn world(ip: [u8; 4], disks: [&str; 2]) -> World {
     let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
-    let world = World { store, folder: tempfile::tempdir().unwrap() };
+    let world = World { store, folder: tempfile::tempdir().unwrap(), ip: ip.into() };
     let spec = |name: &str| DiskSpec { path: world.path(name).display().to_string(), ..Default::default() };
-    let disks = ["good", "hung"].map(|name| (name.to_owned(), spec(name))).into();
+    let disks = disks.map(|name| (name.to_owned(), spec(name))).into();
     let node = NodeSpec { name: "node-1".into(), disks, ..Default::default() };
     world.store.create(&Node::new("node-1", node)).await.unwrap();
+    world
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_hangs_is_told_and_the_others_of_its_node_work() {
+    let world = world([127, 83, 11, 7], ["good", "hung"]).await;
     std::fs::create_dir(world.path("hung")).unwrap();
     let hung = Hung::at(&world.path("hung"));
     // More than there are workers of the role.
@@ -153,9 +190,93 @@ async fn a_disk_that_hangs_is_told_and_the_others_of_its_node_work() {
         world.readiness("hung").await.filter(|(status, ..)| *status == ConditionStatus::True)
     })
     .await;
-    let end = |r: &mut Replica| r.spec.desire_state = DesireState::Stopped;
-    world.store.modify::<Replica>("good-0", end).await.unwrap();
-    until("it has ended", async || (world.replica("good-0").await.0 == InstanceState::Stopped).then_some(())).await;
+    world.stop("good-0").await;
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_a_process_is_told_while_its_disk_hangs() {
+    let world = world([127, 83, 11, 8], ["good", "hangs"]).await;
+    let (ready, mut is_ready) = tokio::sync::watch::channel(false);
+    let token = CancellationToken::new();
+    let role = tokio::spawn(run(config(&world, ready), token.clone()));
+    is_ready.wait_for(|ready| *ready).await.unwrap();
+    let uuid = world.disk("hangs").await.disk_uuid;
+    for name in ["ends", "stays"] {
+        world.replica_on("hangs", name, &uuid).await;
+        until("it runs", async || (world.replica(name).await.0 == InstanceState::Running).then_some(())).await;
+    }
+    let hung = Hung::at(&world.path("hangs"));
+    until("the disk is told", async || {
+        world.readiness("hangs").await.filter(|(status, ..)| *status == ConditionStatus::Unknown)
+    })
+    .await;
+    world.process("ends").unwrap().signal(rustix::process::Signal::KILL).unwrap();
+    let why = until("its end is told", async || {
+        let (state, why) = world.replica("ends").await;
+        (state == InstanceState::Error).then_some(why)
+    })
+    .await;
+    assert!(why.starts_with("the replica process ended"), "{why}");
+    assert_eq!(world.replica("stays").await.0, InstanceState::Running, "its engine knows more");
+    world.stop("ends").await;
+    drop(hung);
+    world.stop("stays").await;
+    token.cancel();
+    role.await.unwrap().unwrap();
+}
+
+/// More than there are workers of the role, each in an uninterruptible wait for the disk once it is asked to end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_that_cannot_end_hold_up_no_replica_of_another_disk() {
+    let world = world([127, 83, 11, 9], ["good", "hangs"]).await;
+    let (ready, mut is_ready) = tokio::sync::watch::channel(false);
+    let token = CancellationToken::new();
+    let role = tokio::spawn(run(config(&world, ready), token.clone()));
+    is_ready.wait_for(|ready| *ready).await.unwrap();
+    let (bad, good) = (world.disk("hangs").await.disk_uuid, world.disk("good").await.disk_uuid);
+    let names: Vec<String> = (0..10).map(|n| format!("bad-{n}")).collect();
+    for name in &names {
+        world.replica_on("hangs", name, &bad).await;
+    }
+    for name in &names {
+        until("it runs", async || (world.replica(name).await.0 == InstanceState::Running).then_some(())).await;
+    }
+    let hung = Hung::at(&world.path("hangs"));
+    until("the disk is told", async || {
+        world.readiness("hangs").await.filter(|(status, ..)| *status == ConditionStatus::Unknown)
+    })
+    .await;
+    for name in &names {
+        world.wish_stopped(name).await;
+    }
+    for name in &names {
+        let is_stopping = async || (world.replica(name).await.0 == InstanceState::Stopping).then_some(());
+        until("it is being stopped", is_stopping).await;
+    }
+    world.replica_on("good", "good-0", &good).await;
+    until("its replica runs", async || (world.replica("good-0").await.0 == InstanceState::Running).then_some(())).await;
+    assert!(names.iter().all(|name| world.process(name).unwrap().is_alive()), "nobody waited for any of them");
+    let why = until("what is in the way is told", async || {
+        let (_, why) = world.replica(&names[0]).await;
+        why.contains("does not end after SIGKILL; it may wait for a disk").then_some(why)
+    })
+    .await;
+    let again = |r: &mut Replica| r.spec.desire_state = DesireState::Running;
+    world.store.modify::<Replica>(&names[0], again).await.unwrap();
+    let before = world.process(&names[0]).unwrap();
+    until("no attachment waits for it", async || {
+        (world.replica(&names[0]).await.0 == InstanceState::Error).then_some(())
+    })
+    .await;
+    assert_eq!(world.process(&names[0]).as_ref(), Some(&before), "nothing takes its place while it may live");
+    drop(hung);
+    until(&format!("it has ended: {why}"), async || (!before.is_alive()).then_some(())).await;
+    for name in &names {
+        world.stop(name).await;
+    }
+    world.stop("good-0").await;
     token.cancel();
     role.await.unwrap().unwrap();
 }

@@ -20,6 +20,9 @@ use tokio::io::unix::AsyncFd;
 use birth::Birth;
 pub use birth::started;
 
+/// How long a process that was killed may take to end. One that waits for a disk ends only when that answers.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A process, for good: never mistaken for another one that got its pid.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -75,7 +78,7 @@ impl ProcessIdentity {
         Ok(())
     }
 
-    /// SIGTERM, then SIGKILL after `grace`; returns when the process has ended.
+    /// SIGTERM, then SIGKILL after `grace`; returns when the process has ended, with an error when it does not.
     pub async fn terminate(&self, grace: Duration) -> io::Result<()> {
         if !self.signal(Signal::TERM)? {
             return Ok(());
@@ -83,8 +86,17 @@ impl ProcessIdentity {
         if let Ok(ended) = tokio::time::timeout(grace, self.wait()).await {
             return ended;
         }
+        self.kill().await
+    }
+
+    /// SIGKILL; returns when the process has ended, with an error of kind `TimedOut` when it does not within 5 s.
+    pub async fn kill(&self) -> io::Result<()> {
         self.signal(Signal::KILL)?;
-        self.wait().await
+        let unkillable = |_| {
+            let text = format!("process {} does not end after SIGKILL; it may wait for a disk", self.pid);
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        };
+        tokio::time::timeout(KILL_TIMEOUT, self.wait()).await.map_err(unkillable)?
     }
 }
 

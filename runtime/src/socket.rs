@@ -63,6 +63,16 @@ pub fn bind_private(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Connects, without waiting for the listener: `WouldBlock` when too many others wait for it. The path may be on a disk that hangs.
+/// Neither does the stream block.
+pub fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let target = reachable(path)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(&target.path)?)?;
+    Ok(UnixStream::from(socket))
+}
+
 /// Connects within a tokio runtime.
 pub async fn connect(path: &Path) -> io::Result<tokio::net::UnixStream> {
     let target = reachable(path)?;
@@ -91,6 +101,9 @@ mod tests {
         let path = deep.join("control.sock");
         let private = bind_private(&path).unwrap();
         assert!(connect_blocking(&path).is_ok());
+        let waiting: Vec<_> = std::iter::from_fn(|| connect_at_once(&path).ok()).take(2 * BACKLOG as usize).collect();
+        assert!(!waiting.is_empty());
+        assert_eq!(connect_at_once(&path).unwrap_err().kind(), io::ErrorKind::WouldBlock, "the queue is full");
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
         drop(private);
         for _ in 0..2 {

@@ -227,7 +227,10 @@ impl Inner {
         record.process = Some(process.clone());
         let (records, started) = (self.records.clone(), record.clone());
         if let Err(error) = blocking(move || records.save(&started)).await {
-            process.terminate(Duration::ZERO).await?;
+            // Nobody would know it: its record goes with this failure.
+            if process.terminate(Duration::ZERO).await.is_err() {
+                process.wait().await?;
+            }
             return Err(error);
         }
         Ok((record, child))

@@ -313,7 +313,13 @@ impl Registry {
     }
 
     /// What lies on the disk besides the copies; `None`: the disk is not there, so nothing is known.
-    pub async fn survey(&self) -> Option<Survey> {
+    pub async fn survey(self: &Arc<Self>) -> Option<Survey> {
+        let registry = self.clone();
+        let look = async move { registry.tasks.run_until_cancelled(registry.look_through()).await.flatten() };
+        self.looks.take(&self.tracker, look).await.flatten()
+    }
+
+    async fn look_through(&self) -> Option<Survey> {
         let (disk, known) = (self.disk.clone(), self.keys());
         self.on_disk().await.ok()?;
         let found = blocking(move || survey::survey(&disk, &|key| known.contains(key))).await;

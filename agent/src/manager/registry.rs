@@ -14,11 +14,13 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::shared_look::SharedLook;
 use crate::bandwidth::Bandwidth;
 use crate::config_file::FileConfig;
 use crate::error::AgentError;
 use crate::layout::{Disk, ImageKey};
 use crate::limits::{MAX_PEER_READS, MAX_SCRUBS, MAX_SYNCS, MAX_VERIFICATIONS, PROGRESS_INTERVAL};
+use crate::survey::Survey;
 
 /// One copy as it is reported.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -129,6 +131,8 @@ pub(super) struct Registry {
     /// Slow readings, apart from the others so that nobody waits for one.
     pub scrubs: Semaphore,
     pub peer_reads: Semaphore,
+    /// At what else lies on the disk; `None` of one: the disk is not there, so nothing is known.
+    pub looks: SharedLook<Option<Survey>>,
     /// What may be sent.
     pub bandwidth: Bandwidth,
     pub tasks: CancellationToken,
@@ -157,6 +161,7 @@ impl Registry {
             verifications: Semaphore::new(MAX_VERIFICATIONS),
             scrubs: Semaphore::new(MAX_SCRUBS),
             peer_reads: Semaphore::new(MAX_PEER_READS),
+            looks: SharedLook::default(),
             bandwidth: Bandwidth::default(),
             tasks,
             tracker: TaskTracker::new(),

@@ -1,6 +1,6 @@
 //! Growing a filesystem to its device: ext2/3/4 before or after it is mounted, others by the kernel when they are mounted.
 //!
-//! What changes a filesystem from outside is never cut off: it has no time limit, and goes on when nobody waits for it any more.
+//! What changes a filesystem from outside has no time limit, and goes on when nobody waits for it any more (see [`run_to_end`]).
 //! Whoever comes meanwhile is told so. A filesystem that cannot grow is as good as it was, unless its checker says otherwise.
 
 use std::fs::OpenOptions;

@@ -9,7 +9,8 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{Config, ReplicaError};
 
-const LOCK: &str = "lock";
+/// Whose directory it is.
+pub(crate) const LOCK: &str = "lock";
 /// The daemon of a killed predecessor flushes what it holds before it lets go of the lock.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(30);
 /// A lock offers no event that could be waited for together with a time limit.
@@ -52,7 +53,8 @@ pub(super) fn open_record(config: &Config) -> Result<Record, ReplicaError> {
     if fs::exists(&head).map_err(|e| ReplicaError::io(format!("look for `{}`", head.display()), e))? {
         return Err(ReplicaError::Mismatch {
             message: format!(
-                "`{}` holds a head but no `{}`, so nobody knows how current it is; restore that file, or remove this replica",
+                "`{}` holds a head but no `{}`, so nobody knows how current it is: remove this replica. Only the very last state of that \
+                 file may be put back; with an older one old data counts as current, and what lies behind an older size is cut off",
                 directory.display(),
                 file::RECORD
             ),

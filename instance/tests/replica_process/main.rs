@@ -400,8 +400,11 @@ fn a_lost_head_or_a_foreign_directory_is_refused() {
     std::fs::rename(&head, &kept).unwrap();
     let said = replica.start_fails();
     assert!(said.contains("is missing") && !head.exists(), "{said}");
+    assert!(said.contains("only the very last state of the file may be put back"), "{said}");
     std::fs::rename(&kept, &head).unwrap();
     std::fs::remove_file(replica.config.directory.join("replica.json")).unwrap();
     let said = replica.start_fails();
     assert!(said.contains("holds a head but no `replica.json`"), "{said}");
+    // An older record than the last is worse than none: the head is cut to its size, and its generation counts.
+    assert!(said.contains("remove this replica. Only the very last state of that file may be put back"), "{said}");
 }

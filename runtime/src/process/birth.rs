@@ -48,7 +48,7 @@ impl Birth {
 /// Blocks while it is on its way to its program, 10 s at the most.
 pub fn started(path: &Path) -> io::Result<Option<ProcessIdentity>> {
     let file = match File::open(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
         other => other?,
     };
     let deadline = Instant::now() + PATIENCE;
@@ -61,23 +61,39 @@ pub fn started(path: &Path) -> io::Result<Option<ProcessIdentity>> {
         }
     };
     match written(path)? {
-        None if !is_over => {
+        Written::Process(process) => Ok(Some(process).filter(ProcessIdentity::is_alive)),
+        _ if !is_over => {
             let text = format!("a process that is being started has not come up for {PATIENCE:?}: {}", path.display());
             Err(io::Error::new(io::ErrorKind::TimedOut, text))
         }
-        process => Ok(process.filter(ProcessIdentity::is_alive)),
+        Written::Nothing => Ok(None),
+        Written::Nonsense => {
+            tracing::warn!(file = %path.display(), "what was started here cannot be read, and nothing is being started");
+            Ok(None)
+        }
     }
 }
 
-fn written(path: &Path) -> io::Result<Option<ProcessIdentity>> {
-    let text = fs::read_to_string(path)?;
-    let Some((boot_id, stat)) = text.split_once('\n').filter(|(_, stat)| !stat.is_empty()) else { return Ok(None) };
-    let pid = stat.split_once(' ').and_then(|(pid, _)| pid.parse().ok());
-    let Some((pid, (_, start_ticks))) = pid.zip(parse_stat(stat)) else {
-        let text = format!("{} does not name a process", path.display());
-        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+enum Written {
+    /// No process, or one of an earlier boot.
+    Nothing,
+    Process(ProcessIdentity),
+    Nonsense,
+}
+
+/// What stands in the file. It is never synced, so after a loss of power anything may; but then not the name of this boot.
+fn written(path: &Path) -> io::Result<Written> {
+    let bytes = fs::read(path)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let Some((boot_id, stat)) = text.split_once('\n').filter(|(_, stat)| !stat.is_empty()) else {
+        return Ok(Written::Nothing);
     };
-    Ok(Some(ProcessIdentity { pid, start_ticks, boot_id: boot_id.to_owned() }))
+    if boot_id != super::boot_id()? {
+        return Ok(Written::Nothing);
+    }
+    let pid = stat.split_once(' ').and_then(|(pid, _)| pid.parse().ok());
+    let Some((pid, (_, start_ticks))) = pid.zip(parse_stat(stat)) else { return Ok(Written::Nonsense) };
+    Ok(Written::Process(ProcessIdentity { pid, start_ticks, boot_id: boot_id.to_owned() }))
 }
 
 #[cfg(test)]
@@ -128,7 +144,18 @@ mod tests {
         let file = folder.path().join("started");
         drop(Birth::prepare(&file).unwrap());
         assert_eq!(started(&file).unwrap(), None);
-        fs::write(&file, "boot\nnonsense").unwrap();
-        assert!(started(&file).unwrap_err().to_string().contains("does not name a process"));
+    }
+
+    #[test]
+    fn what_a_loss_of_power_left_of_a_start_is_no_process() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("started");
+        let this_boot = boot_id().unwrap();
+        let texts = [&[][..], b"\0\0\0", b"\xff\xfe\n\xff", b"another boot\nnonsense", b"another boot\n1 (init) S 0"];
+        for text in texts.into_iter().chain([format!("{this_boot}\nnonsense").as_bytes()]) {
+            fs::write(&file, text).unwrap();
+            assert_eq!(started(&file).unwrap(), None, "{}", String::from_utf8_lossy(text));
+        }
+        assert_eq!(started(&file.join("started")).unwrap(), None, "a file where a directory should be");
     }
 }

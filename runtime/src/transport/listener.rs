@@ -147,7 +147,8 @@ struct Handshakes(Arc<Mutex<Running>>);
 #[derive(Default)]
 struct Running {
     begun: u64,
-    all: BTreeMap<u64, (IpAddr, AbortHandle)>,
+    /// Without a handle until its task is begun.
+    all: BTreeMap<u64, (IpAddr, Option<AbortHandle>)>,
 }
 
 /// One of them, until it is dropped.
@@ -163,18 +164,29 @@ impl Handshakes {
 
     /// Runs one more; when there are too many, another one ends.
     fn begin<F: Future<Output = ()> + Send + 'static>(&self, peer: SocketAddr, shake: impl FnOnce(Place) -> F) {
-        let mut running = self.running();
-        if running.all.len() >= MAX_HANDSHAKES
-            && let Some(number) = dispensable(running.all.iter().map(|(number, (address, _))| (*number, *address)))
-            && let Some((address, task)) = running.all.remove(&number)
-        {
-            task.abort();
+        let (number, dispensed) = self.running().give_number(peer.ip());
+        if let Some((address, task)) = dispensed {
+            task.iter().for_each(AbortHandle::abort);
             tracing::info!(peer = %address, problem = "too many handshakes at a time", "connection refused");
         }
-        running.begun += 1;
-        let number = running.begun;
+        // Not under the lock: a runtime that ends drops the handshake here, and with it its place, which locks too.
         let task = tokio::spawn(shake(Place { handshakes: self.clone(), number }));
-        running.all.insert(number, (peer.ip(), task.abort_handle()));
+        // Unless it has left its place already.
+        if let Some((_, handle)) = self.running().all.get_mut(&number) {
+            *handle = Some(task.abort_handle());
+        }
+    }
+}
+
+impl Running {
+    /// The number of one more, and the one that ends for it, if any.
+    fn give_number(&mut self, peer: IpAddr) -> (u64, Option<(IpAddr, Option<AbortHandle>)>) {
+        let is_full = self.all.len() >= MAX_HANDSHAKES;
+        let number = is_full.then(|| dispensable(self.all.iter().map(|(number, (address, _))| (*number, *address))));
+        let dispensed = number.flatten().and_then(|number| self.all.remove(&number));
+        self.begun += 1;
+        self.all.insert(self.begun, (peer, None));
+        (self.begun, dispensed)
     }
 }
 
@@ -220,6 +232,23 @@ async fn shake(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_runtime_that_ends_waits_for_no_handshake() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let handle = runtime.handle().clone();
+        drop(runtime);
+        let (handshakes, (tell, told)) = (Handshakes::default(), std::sync::mpsc::channel());
+        let own = handshakes.clone();
+        let begins = std::thread::spawn(move || {
+            let _within = handle.enter();
+            own.begin(([10, 0, 0, 7], 1).into(), |place| async move { drop(place) });
+            tell.send(()).unwrap();
+        });
+        told.recv_timeout(HANDSHAKE_TIMEOUT).expect("it begins and is dropped at once");
+        begins.join().unwrap();
+        assert!(handshakes.running().all.is_empty());
+    }
 
     #[test]
     fn strangers_at_one_address_end_their_own_handshakes_only() {

@@ -8,9 +8,6 @@ pub const STOP_GRACE: Duration = Duration::from_secs(10);
 /// The same for one that was not ready in time: it has nothing to finish.
 pub const LATE_GRACE: Duration = Duration::from_secs(1);
 
-/// How long SIGKILL may take. Longer means a process that hangs in the kernel.
-pub const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// How long a start may take until it is told what it waits for. A role process listens a few milliseconds after its start, and a fault
 /// is told within 10 s.
 pub const SLOW_START: Duration = Duration::from_secs(5);

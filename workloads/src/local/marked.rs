@@ -6,10 +6,9 @@ use std::io;
 
 use runtime::process::ProcessIdentity;
 use rustix::process::Signal;
-use tokio::time::timeout;
 
+use super::blocking;
 use super::record::{MARKER, Records};
-use super::{blocking, limits};
 
 /// Our marked processes, by the token of their start.
 #[derive(Debug, Default)]
@@ -54,10 +53,7 @@ pub async fn end(records: &Records, token: &str) -> io::Result<()> {
             process.signal(Signal::KILL)?;
         }
         for process in found {
-            let pid = process.pid;
-            let unkillable =
-                |_| io::Error::other(format!("process {pid} does not end after SIGKILL; it may wait for a disk"));
-            timeout(limits::KILL_TIMEOUT, process.wait()).await.map_err(unkillable)??;
+            process.kill().await?;
         }
     }
 }

@@ -176,7 +176,7 @@ async fn a_growth_that_the_kernel_refuses_keeps_nobody_from_the_volume() {
 
 /// Begun by a process that has ended since: the device is its alone.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_growth_that_goes_on_is_waited_for_and_never_cut_off() {
+async fn a_growth_that_goes_on_is_waited_for() {
     let world = World::grown("ext4").await;
     let alone = std::os::unix::fs::OpenOptionsExt::custom_flags(
         fs::File::options().read(true),
