@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use api::BackingImage;
 use api::manager::{BackingImageManagerSpec, FileInfo};
 
-use super::{Action, Agent, Decision, Observed, judge, one_file, verification};
+use super::copy::{judge, one_file};
+use super::{Action, Agent, Decision, Observed, verification};
 use crate::image::ready_disks;
 use crate::retry::sooner;
 

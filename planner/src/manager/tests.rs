@@ -1,6 +1,6 @@
 //! Decision tables.
 
-use api::image::{BackingImageSpec, DiskFileSpec, DiskFileStatus};
+use api::image::{BackingImageSpec, BackingImageStatus, DiskFileSpec, DiskFileStatus};
 use expect_test::{Expect, expect};
 
 use super::*;
