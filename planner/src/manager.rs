@@ -7,6 +7,7 @@ mod copy;
 mod files;
 mod object;
 pub mod orphans;
+mod over;
 mod verification;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,8 @@ use api::image::CopyState;
 use api::manager::{BackingImageManagerSpec, BackingImageManagerStatus, FileInfo, ManagerState};
 use api::names::condition::READY;
 use api::{
-    BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, ErrorKind, Owner, condition,
+    BackingImage, BackingImageDataSource, BackingImageManager, Condition, ConditionStatus, ErrorKind, Owner, Replica,
+    condition,
 };
 use jiff::Timestamp;
 
@@ -24,6 +26,7 @@ pub use self::bandwidth::Bandwidth;
 use self::files::{files, wanted};
 use self::object::{object, wish};
 use self::orphans::{Place, Remains, Sighting};
+pub use self::over::lies_over;
 use crate::disk::{Disk, Disks, Health};
 use crate::retry::{Retry, after};
 use crate::workload::{SILENCE_LIMIT, State, Wish, Workload};
@@ -89,6 +92,8 @@ pub struct Observed {
     pub agent: Option<Result<Agent, String>>,
     pub images: Vec<BackingImage>,
     pub data_sources: BTreeMap<String, BackingImageDataSource>,
+    /// Those on this disk, as far as they are of images whose copy here may be nobody's.
+    pub replicas: Vec<Replica>,
     /// Image name → addresses of other agents that have a ready copy of it.
     pub peers: BTreeMap<String, Vec<String>>,
     /// How old the last verification of a copy may become; zero: no limit.
@@ -234,7 +239,7 @@ pub fn decide(observed: &Observed) -> Decision {
         }
     };
     if let Some(agent) = running(o, disk, &mut decision) {
-        files(o, agent, &spec, &wanted, &mut decision);
+        files(o, (agent, disk), &spec, &wanted, &mut decision);
         orphans::plan(o, agent, disk, &mut decision);
         bandwidth::plan(o, agent, &mut decision);
     }

@@ -203,6 +203,7 @@ impl World {
             workload,
             images: self.images.values().cloned().collect(),
             data_sources: self.sources.clone(),
+            replicas: self.replicas.values().filter(|r| r.spec.disk_id == id).cloned().collect(),
             peers: self.peers(id),
             scrub_interval: self.settings.scrub_interval,
             removes_orphans: self.settings.removes_orphans,
