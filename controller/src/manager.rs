@@ -17,9 +17,9 @@ use planner::manager::orphans::Remains;
 use planner::manager::{Action, Agent, Decision, Memory, Observed, decide};
 use planner::retry::sooner;
 use planner::workload::State;
-use proto::bimrpc::VerifyRequest;
+use proto::bimrpc::{RemoveRemainsRequest, VerifyRequest};
 
-use self::removal::{may_go, remove_orphan};
+use self::removal::{is_to_be_replaced, may_go, remove_orphan};
 use crate::cache::{Cache, Facet};
 use crate::error::{Doing, ReconcileError};
 use crate::limits::{LIMIT_RETRY, REFUSED_RETRY};
@@ -209,7 +209,15 @@ async fn act(
                 }
             }
             Action::ReplaceFile { image, uuid } => {
-                shared.agents.delete_file(&ip, &image, &uuid).await?;
+                if !is_to_be_replaced(&image, &uuid, observed, shared).await? {
+                    // What follows would get it anew.
+                    return Ok(sooner(recheck, Some(REFUSED_RETRY)));
+                }
+                let only_the_copy =
+                    RemoveRemainsRequest { name: image.clone(), uuid, is_preparation: false, mark: String::new() };
+                if let Err(error) = shared.agents.remove_remains(&ip, only_the_copy).await {
+                    return refused(name, &image, &error, observed.now, shared);
+                }
                 tracing::info!(image, manager = name, "copy that is none of its image removed");
             }
             Action::FetchFile { file, from } => {

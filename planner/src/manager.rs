@@ -75,6 +75,15 @@ pub struct Attempt {
     pub kind: Option<ErrorKind>,
     /// An attempt was made whose end has not been seen.
     pub is_running: bool,
+    /// The last attempt was to take over what a data source prepared.
+    pub is_hand_over: bool,
+}
+
+impl Attempt {
+    /// Whether what a data source prepared was not there when it was to be taken over.
+    pub fn misses_the_prepared_file(&self) -> bool {
+        self.is_hand_over && self.kind == Some(ErrorKind::NotFound)
+    }
 }
 
 /// One reading.
@@ -116,7 +125,8 @@ pub enum Action {
         image: String,
         uuid: String,
     },
-    /// The same with one that its agent takes for good and that is no copy of the image: it is wanted, and got anew.
+    /// Remove a file that its agent takes for good and that is no copy of the image: it is wanted, and got anew. What a data source
+    /// prepared of the image stays: it may be what the copy is got from.
     ReplaceFile {
         image: String,
         uuid: String,

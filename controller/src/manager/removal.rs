@@ -1,8 +1,9 @@
 //! Asks the store right before something is removed from a disk: what the controller was told may be older than what users did.
 
+use api::manager::FileInfo;
 use api::{BackingImage, BackingImageDataSource, Replica};
 use jiff::Timestamp;
-use planner::image::ready_disks;
+use planner::image::{difference, ready_disks};
 use planner::manager::orphans::{Owner, Place, Remains, owner, refuse};
 use planner::manager::{Observed, lies_over};
 use proto::bimrpc::RemoveRemainsRequest;
@@ -34,6 +35,21 @@ pub(super) async fn may_go(
         Some(_) | None => {}
     }
     Ok(what_lies_over(image, uuid, stored.as_ref(), observed, shared).await?.is_none())
+}
+
+/// Whether a file that its agent takes for a copy of an image is none by what is stored now, and the copy is wanted.
+pub(super) async fn is_to_be_replaced(
+    image: &str,
+    uuid: &str,
+    observed: &Observed,
+    shared: &Shared,
+) -> Result<bool, ReconcileError> {
+    let stored: Option<BackingImage> = shared.store.get(image).await.doing("read the image")?;
+    let Some(stored) = stored.filter(|stored| is_wanted(stored, uuid, &observed.disk_id)) else { return Ok(false) };
+    let status = stored.status.clone().unwrap_or_default();
+    let mut files = observed.agent.iter().flatten().flat_map(|agent| &agent.files);
+    let is_it = |file: &FileInfo| file.name == image && file.uuid == uuid;
+    Ok(files.any(|file| is_it(file) && difference(file, &stored.spec, &status).is_some()))
 }
 
 /// Whether a copy on a disk is wanted. An image that shall be deleted keeps its places for as long as somebody uses it.
@@ -83,7 +99,7 @@ pub(super) async fn remove_orphan(
     }
     let Remains { place, image, uuid, mark, .. } = found;
     let is_preparation = place == Place::Preparations;
-    match shared.agents.remove_orphan(ip, RemoveRemainsRequest { name: image, uuid, is_preparation, mark }).await {
+    match shared.agents.remove_remains(ip, RemoveRemainsRequest { name: image, uuid, is_preparation, mark }).await {
         Ok(()) => {
             shared.metrics.count_removed_orphan();
             tracing::info!(path, manager = name, "orphan removed");

@@ -4,7 +4,6 @@ use api::node::{DiskSpec, DiskStatus, NodeSpec, NodeStatus};
 use api::replica::ReplicaSpec;
 use api::{Condition, ConditionStatus, Node, Setting, Volume};
 use planner::manager::orphans::WAIT;
-use proto::bimrpc::RemoveRemainsRequest;
 use store::Store;
 use store::embedded::Embedded;
 use tokio_util::sync::{CancellationToken, DropGuard};

@@ -35,6 +35,17 @@ pub(super) fn one_file(
         }
         None => None,
     };
+    // What went wrong before the file is made here is history.
+    let is_history = o.data_sources.get(&name).is_some_and(|source| {
+        let state = source.status.as_ref().map(|s| s.current_state).unwrap_or_default();
+        let is_here = !source.spec.file_transferred && source.spec.disk_uuid == o.disk_id;
+        is_here && !matches!(state, CopyState::ReadyForTransfer | CopyState::Ready)
+    });
+    if is_history && attempt.is_hand_over {
+        // It says nothing of the file that is made now.
+        attempt = Attempt::default();
+        decision.memory.copies.remove(&name);
+    }
     if let Some(message) = &failed
         && (attempt.is_running || attempt.retry.next.is_none())
     {
@@ -49,17 +60,13 @@ pub(super) fn one_file(
             if failed.is_some() && is_got_anew && verification::must_go_first(reported.as_ref()) {
                 decision.actions.push(Action::ReplaceFile { image: name.clone(), uuid: known.uuid.clone() });
             }
+            attempt.is_hand_over = matches!(step, Action::FetchFile { from: Some(_), .. });
             decision.actions.push(step);
             attempt.is_running = true;
         }
         None => decision.recheck_after = sooner(decision.recheck_after, attempt.retry.wait(o.now)),
     }
-    // A refused request left no file; its reason shall be seen all the same. What went wrong before the file is made here is history.
-    let is_history = o.data_sources.get(&name).is_some_and(|source| {
-        let state = source.status.as_ref().map(|s| s.current_state).unwrap_or_default();
-        let is_here = !source.spec.file_transferred && source.spec.disk_uuid == o.disk_id;
-        is_here && !matches!(state, CopyState::ReadyForTransfer | CopyState::Ready)
-    });
+    // A refused request left no file; its reason shall be seen all the same.
     if file.is_none() && !attempt.retry.message.is_empty() && !is_history {
         let message = attempt.retry.message.clone();
         file = Some(FileInfo { state: CopyState::Failed, message, error_kind: attempt.kind, ..Default::default() });

@@ -7,6 +7,7 @@ use super::*;
 use crate::disk::ready_disk;
 
 mod bandwidth;
+mod hand_over;
 mod strays;
 
 fn now() -> Timestamp {

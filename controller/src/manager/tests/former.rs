@@ -1,4 +1,4 @@
-//! Copies of images that are gone, or that lost their name to another one.
+//! Copies of images that are gone or lost their name to another one, and files that are no copy of theirs.
 
 use proto::bimrpc::BackingImageSpec;
 
@@ -120,4 +120,25 @@ async fn an_orphan_over_which_a_replica_lies_after_all_is_told_so_and_tried_agai
     world.pass().await;
     let told = world.told().await.unwrap_or_default();
     assert!(told.ends_with("(replica r of volume v lies over it)"), "{told}");
+}
+
+#[tokio::test]
+async fn a_file_is_replaced_only_when_the_store_says_that_it_is_no_copy_of_its_image() {
+    let check = async |change: fn(&mut BackingImage), expected: bool, what: &str| {
+        let world = World::with_copy(true).await;
+        let mut of = image("ubuntu", UUID);
+        of.spec.disk_file_spec_map.insert("uuid-1".into(), Default::default());
+        of.status.as_mut().unwrap().checksum = "another".into();
+        world.create_image(of).await;
+        world.hear().await;
+        let observed = observe(MANAGER, &world.shared).await.unwrap();
+        // What the cache does not show.
+        world.store.modify_status::<BackingImage>("ubuntu", change).await.unwrap();
+        world.store.modify::<BackingImage>("ubuntu", change).await.unwrap();
+        assert_eq!(is_to_be_replaced("ubuntu", UUID, &observed, &world.shared).await.unwrap(), expected, "{what}");
+    };
+    check(|_| {}, true, "it differs").await;
+    check(|image| image.status.as_mut().unwrap().checksum = "c0ffee".into(), false, "it does not differ").await;
+    check(|image| image.status.as_mut().unwrap().uuid = "ffffffff".into(), false, "it is of no image now").await;
+    check(|image| image.spec.disk_file_spec_map.clear(), false, "it is not wanted there").await;
 }
