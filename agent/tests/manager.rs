@@ -8,7 +8,8 @@ use std::time::{Duration, SystemTime};
 use backing_image_agent::config_file::FileConfig;
 use backing_image_agent::{client, manager};
 use proto::bimrpc::{
-    BackingImageSpec, BackupStatusRequest, DeleteRequest, GetRequest, PrepareDownloadRequest, SendRequest,
+    BackingImageSpec, BackupStatusRequest, DeleteRequest, GetRequest, PrepareDownloadRequest, RemoveRemainsRequest,
+    SendRequest,
 };
 use support::*;
 use tokio_stream::StreamExt;
@@ -116,6 +117,45 @@ async fn a_fetch_that_does_not_fit_is_refused_and_the_file_stays() {
     assert_eq!(error.code(), Code::Unavailable, "{error}");
     assert_eq!(data_source.get().await.state.as_str(), "ready-for-transfer", "nothing was let go");
     manager.fetch(spec(), &address).await.unwrap();
+}
+
+/// The only copy of the disk differs from the image, which was prepared again there.
+#[tokio::test]
+async fn a_copy_that_is_none_of_its_image_makes_room_for_the_prepared_file() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let manager = RunningManager::start(&disk).await;
+    prepare(&disk, &manager, &bytes[..MIB]).await;
+    let source = Source::of(&bytes).await;
+    let config = source_config(&disk, &[("url", &source.url())], Some(&sha512(&bytes)));
+    let data_source = RunningSource::start(config).await;
+    data_source.end().await;
+    let address = data_source.address.to_string();
+    let wanted = BackingImageSpec { checksum: sha512(&bytes), ..spec() };
+    let error = manager.fetch(wanted.clone(), &address).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+
+    // As the controller replaces it.
+    let (name, uuid) = (key().name.to_string(), key().uuid.to_string());
+    let only_the_copy = RemoveRemainsRequest { name, uuid, is_preparation: false, mark: String::new() };
+    manager.client().await.remove_remains(only_the_copy).await.unwrap();
+    let copy = manager.fetch(wanted, &address).await.unwrap();
+    let status = copy.status.unwrap();
+    assert_eq!((status.state.as_str(), status.checksum), ("ready", sha512(&bytes)));
+    assert!(std::fs::read(disk.copy_file()).unwrap() == bytes);
+    assert_eq!(source.requests().len(), 1, "it is prepared once");
+}
+
+#[tokio::test]
+async fn a_prepared_file_that_is_gone_is_refused_as_one_that_is_not_there() {
+    let (disk, bytes) = (TestDisk::new(), image());
+    let manager = RunningManager::start(&disk).await;
+    let source = Source::of(&bytes).await;
+    let data_source = RunningSource::start(source_config(&disk, &[("url", &source.url())], None)).await;
+    data_source.end().await;
+    std::fs::remove_file(disk.disk().source(&key()).file).unwrap();
+    let error = manager.fetch(spec(), &data_source.address.to_string()).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound, "{error}");
+    assert!(error.message().contains("is missing"), "{error}");
 }
 
 #[tokio::test]

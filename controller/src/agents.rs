@@ -111,9 +111,9 @@ impl Agents {
     }
 
     /// Removes what belongs to no image, if it still has that mark.
-    pub async fn remove_orphan(&self, ip: &str, request: RemoveRemainsRequest) -> Result<(), ReconcileError> {
+    pub async fn remove_remains(&self, ip: &str, request: RemoveRemainsRequest) -> Result<(), ReconcileError> {
         let done = self.client(ip)?.remove_remains(timed(request)).await;
-        done.map(drop).map_err(failed("remove an orphan", ip))
+        done.map(drop).map_err(failed("remove what lies there", ip))
     }
 
     /// Takes a file over from a data source, or adopts what is on the disk.

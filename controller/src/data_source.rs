@@ -10,6 +10,7 @@ use api::names::{data_source_workload_name, manager_name};
 use api::{BackingImage, BackingImageDataSource, BackingImageManager};
 use jiff::Timestamp;
 use planner::data_source::{Action, Observed, bandwidth_limit, decide};
+use planner::manager::Attempt;
 use planner::retry::sooner;
 use planner::workload::State;
 
@@ -46,12 +47,14 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         }
     }
     let taken_over = taken_over(name, &source, shared);
+    let is_missed = is_missed(name, &source, shared);
     let disks = shared.cache.nodes().disks.clone();
     let allowed_sources = shared.cache.settings().allowed_sources.clone();
     let image = shared.cache.get::<BackingImage>(name);
     let bandwidth_limit = bandwidth_limit(shared.cache.settings().bandwidth_limit, image.as_deref());
     let now = Timestamp::now();
-    let mut observed = Observed { now, disks, workload, report, taken_over, allowed_sources, bandwidth_limit, source };
+    let mut observed =
+        Observed { now, disks, workload, report, taken_over, is_missed, allowed_sources, bandwidth_limit, source };
     if decide(&observed).takes_away() {
         let Some(source) = store.get(name).await.doing("read the data source")? else {
             return Ok(Some(Duration::ZERO));
@@ -103,6 +106,14 @@ fn taken_over(name: &str, source: &BackingImageDataSource, shared: &Shared) -> O
     let manager = manager_of(source, shared)?;
     let file = manager.status.as_ref()?.backing_image_file_map.get(name).filter(|f| f.uuid == source.spec.uuid)?;
     Some(file.state)
+}
+
+/// Whether the agent of its disk did not find the prepared file when it was to take it over.
+fn is_missed(name: &str, source: &BackingImageDataSource, shared: &Shared) -> bool {
+    let Ok(disk) = source.spec.disk_uuid.parse() else { return false };
+    let memory = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner());
+    let attempt = memory.get(&manager_name(&disk)).and_then(|memory| memory.copies.get(name));
+    attempt.is_some_and(Attempt::misses_the_prepared_file)
 }
 
 /// What the agent of its disk says of the file when it is asked; `None`: it does not answer, which says nothing.

@@ -46,6 +46,9 @@ pub const FIRST_RETRY: Duration = Duration::from_millis(50);
 /// How soon an agent or data source that could not be told of a limit of bandwidth is told again.
 pub const LIMIT_RETRY: Duration = Duration::from_secs(5);
 
+/// How soon is looked again at what the store says is not to be removed yet, or that was ended a moment ago: the watch tells it sooner.
+pub const REFUSED_RETRY: Duration = Duration::from_secs(1);
+
 /// The longest line that a data source may send.
 pub const MAX_LINE_BYTES: usize = 1 << 20;
 

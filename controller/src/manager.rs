@@ -1,5 +1,7 @@
 //! Keeps the agent of one disk running while there is work, and tells it what to do with each file.
 
+mod removal;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +13,16 @@ use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica};
 use jiff::Timestamp;
 use kube::ResourceExt;
 use planner::concern;
-use planner::manager::orphans::{Owner, Place, Remains, owner, refuse};
+use planner::manager::orphans::Remains;
 use planner::manager::{Action, Agent, Decision, Memory, Observed, decide};
+use planner::retry::sooner;
 use planner::workload::State;
 use proto::bimrpc::{RemoveRemainsRequest, VerifyRequest};
 
+use self::removal::{is_to_be_replaced, may_go, remove_orphan};
 use crate::cache::{Cache, Facet};
 use crate::error::{Doing, ReconcileError};
-use crate::limits::LIMIT_RETRY;
+use crate::limits::{LIMIT_RETRY, REFUSED_RETRY};
 use crate::queue::Kind;
 use crate::{Shared, world};
 
@@ -56,8 +60,10 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
             shared.agents.follow(Kind::Manager, name, &workload.ip);
         }
     }
-    let names = images(&disk_id, manager.as_deref(), agent.as_ref().and_then(|agent| agent.as_ref().ok()), cache);
+    let answer = agent.as_ref().and_then(|agent| agent.as_ref().ok());
+    let names = images(&disk_id, manager.as_deref(), answer, cache);
     let images = names.iter().filter_map(|name| Some((name.clone(), cache.get::<BackingImage>(name)?))).collect();
+    let replicas = replicas(&disk_id, manager.as_deref(), answer, &images, cache);
     let sources = names.iter().filter_map(|name| cache.get::<BackingImageDataSource>(name));
     let settings = cache.settings();
     let memory = shared.manager_memory.lock().unwrap_or_else(|e| e.into_inner()).get(name).cloned();
@@ -75,6 +81,7 @@ async fn observe(name: &str, shared: &Shared) -> Result<Observed, ReconcileError
         bandwidth_limit: settings.bandwidth_limit,
         data_sources: sources.map(|source| (source.name_any(), BackingImageDataSource::clone(&source))).collect(),
         images: images.values().map(|image| BackingImage::clone(image)).collect(),
+        replicas,
         memory: memory.unwrap_or_default(),
     })
 }
@@ -88,6 +95,26 @@ fn images(disk: &str, manager: Option<&BackingImageManager>, agent: Option<&Agen
     let remains = agent.into_iter().flat_map(|agent| agent.remains.iter().flatten().map(|found| &found.image));
     let placed = placed.iter().map(|image| image.name_any());
     placed.chain(held.chain(files).chain(remains).cloned()).collect()
+}
+
+/// The replicas on this disk that are of images whose copy here may be nobody's: one that is recorded or was found, and is not what the
+/// image of that name has here.
+fn replicas(
+    disk: &str,
+    manager: Option<&BackingImageManager>,
+    agent: Option<&Agent>,
+    images: &BTreeMap<String, Arc<BackingImage>>,
+    cache: &Cache,
+) -> Vec<Replica> {
+    let uuid = |name: &String| images.get(name).and_then(|image| image.status.as_ref()).map(|status| &status.uuid);
+    let entry = |name: &String| manager.and_then(|manager| manager.spec.backing_images.get(name));
+    let recorded = manager.into_iter().flat_map(|manager| &manager.spec.backing_images);
+    let former = recorded.filter(|(name, of)| uuid(name) != Some(*of)).map(|(name, _)| name);
+    let found = agent.into_iter().flat_map(|agent| &agent.files);
+    let strays = found.filter(|file| entry(&file.name) != Some(&file.uuid)).map(|file| &file.name);
+    let names: BTreeSet<&String> = former.chain(strays).collect();
+    let of_images = names.into_iter().flat_map(|name| cache.of::<Replica>(&Facet::Image(name.clone())));
+    of_images.filter(|replica| replica.spec.disk_id == disk).map(|replica| Replica::clone(&replica)).collect()
 }
 
 /// Image name → addresses of the other agents that have a ready copy of it.
@@ -137,8 +164,6 @@ async fn act(
     let mut kept = BTreeMap::new();
     let mut undeleted = None;
     let mut recheck = decision.recheck_after;
-    let is_entry =
-        |image: &String, uuid: &String| stored.is_some_and(|m| m.spec.backing_images.get(image) == Some(uuid));
     for action in decision.actions {
         match action {
             Action::Create(manager) => {
@@ -168,12 +193,8 @@ async fn act(
             }
             Action::DeleteFile { image, uuid } => {
                 // The status, which no longer tells of this copy, was written before: who wants it again from here on makes it anew.
-                let stored: Option<BackingImage> = store.get(&image).await.doing("read the image")?;
-                // Nobody recorded it, and nobody knows its image: objects may have been lost.
-                let is_strange = stored.is_none() && !is_entry(&image, &uuid);
-                let is_wanted = stored.is_some_and(|stored| is_wanted(stored, &uuid, &observed.disk_id));
-                let removed = if is_strange || is_wanted {
-                    shared.queue.add(Kind::Manager, name);
+                let removed = if !may_go(&image, &uuid, observed, shared).await? {
+                    recheck = sooner(recheck, Some(REFUSED_RETRY));
                     false
                 } else if let Err(error) = shared.agents.delete_file(&ip, &image, &uuid).await {
                     // Other images of this disk need not wait for that.
@@ -183,12 +204,20 @@ async fn act(
                     tracing::info!(image, manager = name, "copy removed");
                     true
                 };
-                if !removed && is_entry(&image, &uuid) {
+                if !removed && stored.is_some_and(|m| m.spec.backing_images.get(&image) == Some(&uuid)) {
                     kept.insert(image, uuid);
                 }
             }
             Action::ReplaceFile { image, uuid } => {
-                shared.agents.delete_file(&ip, &image, &uuid).await?;
+                if !is_to_be_replaced(&image, &uuid, observed, shared).await? {
+                    // What follows would get it anew.
+                    return Ok(sooner(recheck, Some(REFUSED_RETRY)));
+                }
+                let only_the_copy =
+                    RemoveRemainsRequest { name: image.clone(), uuid, is_preparation: false, mark: String::new() };
+                if let Err(error) = shared.agents.remove_remains(&ip, only_the_copy).await {
+                    return refused(name, &image, &error, observed.now, shared);
+                }
                 tracing::info!(image, manager = name, "copy that is none of its image removed");
             }
             Action::FetchFile { file, from } => {
@@ -217,14 +246,12 @@ async fn act(
                 // It is told again in the next pass; nothing else waits for it.
                 if let Err(error) = shared.agents.limit_bandwidth(&ip, wish).await {
                     tracing::warn!(manager = name, error = error.chain(), "bandwidth cannot be limited");
-                    recheck = planner::retry::sooner(recheck, Some(LIMIT_RETRY));
+                    recheck = sooner(recheck, Some(LIMIT_RETRY));
                 }
             }
             Action::RemoveOrphan { place, image, uuid, mark } => {
                 let found = Remains { place, image, uuid, size: 0, mark, is_mixed: false };
-                if is_orphan(&found, &observed.disk_id, store).await? {
-                    remove_orphan(name, &ip, found, observed.now, shared).await;
-                }
+                remove_orphan(name, &ip, found, observed, shared).await?;
             }
             Action::Remove => {
                 if let Some(manager) = stored {
@@ -238,44 +265,6 @@ async fn act(
         }
     }
     undeleted.map_or(Ok(recheck), Err)
-}
-
-/// Whether a copy on a disk is wanted. An image that shall be deleted keeps its places for as long as somebody uses it.
-fn is_wanted(image: BackingImage, uuid: &str, disk: &str) -> bool {
-    let status = image.status.unwrap_or_default();
-    let has_place = image.spec.disk_file_spec_map.contains_key(disk) || status.disk_file_status_map.contains_key(disk);
-    status.uuid == uuid && has_place
-}
-
-/// Whether something still belongs to nobody by the objects that are stored now, and nothing lies over it. They are read after the
-/// agent has seen it, and no file comes before its object.
-async fn is_orphan(found: &Remains, disk: &str, store: &store::Store) -> Result<bool, ReconcileError> {
-    let image: Option<BackingImage> = store.get(&found.image).await.doing("read the image")?;
-    let source: Option<BackingImageDataSource> = store.get(&found.image).await.doing("read the data source")?;
-    if owner(found, disk, image.as_ref(), source.as_ref()) == Owner::Somebody {
-        return Ok(false);
-    }
-    let replicas: Vec<Replica> = world::list(store, "list replicas").await?;
-    let lies_over = |r: &Replica| r.spec.backing_image == found.image && r.spec.disk_id == disk;
-    Ok(found.place == Place::Preparations || !replicas.iter().any(lies_over))
-}
-
-/// A refusal holds up nothing else; it is told, and the orphan is tried again later.
-async fn remove_orphan(name: &str, ip: &str, found: Remains, now: Timestamp, shared: &Shared) {
-    let path = found.path();
-    let Remains { place, image, uuid, mark, .. } = found;
-    let is_preparation = place == Place::Preparations;
-    match shared.agents.remove_orphan(ip, RemoveRemainsRequest { name: image, uuid, is_preparation, mark }).await {
-        Ok(()) => {
-            shared.metrics.count_removed_orphan();
-            tracing::info!(path, manager = name, "orphan removed");
-        }
-        Err(error) => {
-            let why = said(&error);
-            tracing::warn!(path, manager = name, error = why, "orphan cannot be removed");
-            remember(name, shared, |memory| refuse(&mut memory.orphans, &path, now, why));
-        }
-    }
 }
 
 /// The log hears of an orphan before it is removed.

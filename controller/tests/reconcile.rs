@@ -162,7 +162,7 @@ async fn what_an_agent_takes_for_a_copy_and_is_none_is_replaced() {
     world.workloads.mistake(&manager_name(&"uuid-2".parse().unwrap()), "ubuntu");
     eventually("it is got anew", async || count("sync") > syncs).await;
     eventually("three copies", async || world.ready_copies("ubuntu").await == 3).await;
-    assert_eq!((count("delete"), count("source")), (1, source));
+    assert_eq!((count("remove"), count("delete"), count("source")), (1, 0, source), "what is prepared is not touched");
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ const PROCESS: &str = "the data source process";
 /// When a process that did not answer is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
-/// How long the agent of the disk must say that it does not have what was handed over. Its word may be older than the transfer: it takes
+/// How long the agent of the disk must say that it does not have what was handed over, or does not find what was prepared. Its word may be older than the transfer: it takes
 /// a pass over its disk until it tells of that. Shorter than the ten seconds within which a fault is told.
 const LOST_AFTER: Duration = Duration::from_secs(5);
 
@@ -62,6 +62,8 @@ pub struct Observed {
     pub report: Option<Result<Report, String>>,
     /// The state of the file at the manager of its disk, when that knows it.
     pub taken_over: Option<CopyState>,
+    /// The agent of the disk was to take the prepared file over, and did not find it.
+    pub is_missed: bool,
     /// The setting `backing-image-allowed-source-addresses`.
     pub allowed_sources: AllowedSources,
     /// Bytes a second that it may download, by [`bandwidth_limit`]; 0: no limit.
@@ -293,10 +295,17 @@ fn follow(
                 status.size = report.size.max(status.size);
                 return (remove, Some(fail(o, status, report.kind, report.message.clone())));
             }
-            let was_let_go = report.state == CopyState::Ready && status.current_state == CopyState::Ready;
-            let lost_in = if was_let_go { missed(o, status) } else { None };
-            if lost_in == Some(Duration::ZERO) {
-                let why = "the file was handed over, and the agent of the disk does not have it";
+            let lost = match report.state {
+                CopyState::Ready if status.current_state == CopyState::Ready => {
+                    Some("the file was handed over, and the agent of the disk does not have it")
+                }
+                CopyState::ReadyForTransfer if o.is_missed => {
+                    Some("the file was prepared, and is not there any more: the agent of the disk cannot take it over")
+                }
+                _ => None,
+            };
+            let lost_in = lost.and_then(|_| missed(o, status));
+            if let (Some(why), Some(Duration::ZERO)) = (lost, lost_in) {
                 return (remove, Some(fail(o, status, None, why.into())));
             }
             status.current_state =
@@ -342,7 +351,7 @@ fn comes_again(source_type: Option<SourceType>) -> bool {
     }
 }
 
-/// How long until what was handed over counts as lost, when the agent says that it does not have it.
+/// How long until what was handed over, or was to be, counts as lost, when the agent says that it does not have it.
 fn missed(o: &Observed, status: &mut BackingImageDataSourceStatus) -> Option<Duration> {
     if !matches!(o.taken_over, Some(CopyState::Failed | CopyState::FailedAndCleanup)) {
         return None;

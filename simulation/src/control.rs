@@ -143,6 +143,7 @@ impl World {
             workload,
             report,
             taken_over,
+            is_missed: self.is_missed(name, &source.spec.disk_uuid),
             allowed_sources: self.settings.allowed_sources.clone(),
             bandwidth_limit: data_source::bandwidth_limit(self.settings.bandwidth_limit, self.images.get(name)),
             source,
@@ -167,6 +168,11 @@ impl World {
                 return;
             }
         }
+    }
+
+    fn is_missed(&self, image: &str, disk: &str) -> bool {
+        let memory = self.manager_memory.get(&manager_name(&disk.parse().expect("a disk")));
+        memory.and_then(|memory| memory.copies.get(image)).is_some_and(manager::Attempt::misses_the_prepared_file)
     }
 
     /// Image name → addresses of the other agents that have a ready copy of it; as in `controller/src/manager.rs`.
@@ -203,6 +209,7 @@ impl World {
             workload,
             images: self.images.values().cloned().collect(),
             data_sources: self.sources.clone(),
+            replicas: self.replicas.values().filter(|r| r.spec.disk_id == id).cloned().collect(),
             peers: self.peers(id),
             scrub_interval: self.settings.scrub_interval,
             removes_orphans: self.settings.removes_orphans,
@@ -262,8 +269,14 @@ impl World {
             manager::Action::SetSpec(spec) => self.managers.get_mut(name).expect("it is there").spec = *spec,
             manager::Action::EnsureWorkload(wish) => self.ensure_workload(&wish),
             manager::Action::RemoveWorkload => drop(self.workloads.remove(name)),
-            manager::Action::DeleteFile { image, uuid } | manager::Action::ReplaceFile { image, uuid } => {
+            manager::Action::DeleteFile { image, uuid } => {
                 self.delete_file(id, &(image, uuid)).map_err(|why| (None, why))?;
+            }
+            manager::Action::ReplaceFile { image, uuid } => {
+                let key = (image, uuid);
+                let made = self.disks.get_mut(id).and_then(|disk| disk.made.remove(&key));
+                self.delete_file(id, &key).map_err(|why| (None, why))?;
+                self.disks.get_mut(id).expect("disks stay").made.extend(made.map(|made| (key, made)));
             }
             manager::Action::FetchFile { file, from } => {
                 self.fetch_file(id, &file, from.is_some()).map_err(|why| (Some(file.image), why))?;

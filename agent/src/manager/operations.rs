@@ -219,7 +219,8 @@ impl Registry {
                 "`{}` is missing, or is not what its `.cfg` and `.chunks` say: does the data source at `{data_source}` work on this disk?",
                 source.file.display()
             );
-            return Err(AgentError::NotReady { message });
+            // The one refusal of this kind: whoever asks has it prepared again.
+            return Err(AgentError::NotFound { message });
         };
         wanted.check(manifest.size_bytes, manifest.sha512.as_str(), "the prepared file")?;
         // What fails here leaves the file to the data source.

@@ -9,9 +9,12 @@ use store::embedded::Embedded;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
+use super::removal::is_wanted;
 use super::*;
 use crate::Context;
 use crate::fake_agents::FakeWorkloads;
+
+mod former;
 
 const MANAGER: &str = "bim-uuid-1";
 const UUID: &str = "0a1b2c3d";
@@ -65,13 +68,14 @@ fn data_source(name: &str, uuid: &str) -> BackingImageDataSource {
 }
 
 fn replica(disk: &str) -> Replica {
-    let spec = ReplicaSpec { backing_image: "ubuntu".into(), disk_id: disk.into(), ..Default::default() };
+    let (volume_name, backing_image) = ("v".into(), "ubuntu".into());
+    let spec = ReplicaSpec { volume_name, backing_image, disk_id: disk.into(), ..Default::default() };
     Replica::new("r", spec)
 }
 
 impl World {
-    /// A disk on which these lie, whose agent was heard, and which were told long enough ago.
-    async fn of(found: Vec<proto::bimrpc::Remains>) -> World {
+    /// A disk on which these lie, and nothing was looked at yet.
+    async fn begin(found: Vec<proto::bimrpc::Remains>) -> World {
         let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
         let created = store.create(&node()).await.unwrap();
         store.replace_status(&Node { status: node().status, ..created }).await.unwrap();
@@ -87,7 +91,12 @@ impl World {
             deposed: CancellationToken::new(),
         };
         let shared = Shared::new(context, &TaskTracker::new(), &stop);
-        let world = World { shared, store, workloads, _stop: stop.drop_guard() };
+        World { shared, store, workloads, _stop: stop.drop_guard() }
+    }
+
+    /// The same, whose agent was heard, and which were told long enough ago.
+    async fn of(found: Vec<proto::bimrpc::Remains>) -> World {
+        let world = World::begin(found).await;
         world.hear().await;
         // The object, the agent, and what it says.
         for _ in 0..3 {
@@ -95,12 +104,16 @@ impl World {
             world.hear().await;
         }
         assert!(!world.sightings().is_empty() && world.removed().is_empty(), "it is told first");
-        let mut memory = world.shared.manager_memory.lock().unwrap();
+        world.wait();
+        world
+    }
+
+    /// What was told was told long enough ago.
+    fn wait(&self) {
+        let mut memory = self.shared.manager_memory.lock().unwrap();
         for seen in memory.get_mut(MANAGER).unwrap().orphans.values_mut() {
             seen.since = seen.since.checked_sub(WAIT).unwrap();
         }
-        drop(memory);
-        world
     }
 
     /// The cache learns what the store has.
@@ -220,10 +233,10 @@ fn a_copy_with_a_place_is_wanted_also_while_the_deletion_of_its_image_waits() {
     let mut known = image("ubuntu", UUID);
     known.status.as_mut().unwrap().disk_file_status_map.insert("uuid-1".into(), Default::default());
     for mut image in [placed("uuid-1"), known] {
-        assert!(is_wanted(image.clone(), UUID, "uuid-1"));
+        assert!(is_wanted(&image, UUID, "uuid-1"));
         image.metadata.deletion_timestamp = Some(Time(Default::default()));
-        assert!(is_wanted(image.clone(), UUID, "uuid-1"), "a volume may use it");
-        assert!(!is_wanted(image, "ffffffff", "uuid-1"), "of another image of this name");
+        assert!(is_wanted(&image, UUID, "uuid-1"), "a volume may use it");
+        assert!(!is_wanted(&image, "ffffffff", "uuid-1"), "of another image of this name");
     }
-    assert!(!is_wanted(placed("uuid-2"), UUID, "uuid-1"));
+    assert!(!is_wanted(&placed("uuid-2"), UUID, "uuid-1"));
 }

@@ -363,6 +363,16 @@ impl BackingImageManagerService for FakeAgent {
             (&r.name, &r.uuid, r.is_preparation) == (&request.name, &request.uuid, request.is_preparation)
         };
         script.remains.iter_mut().for_each(|remains| remains.retain(|r| !is_it(r)));
+        *script.counts.entry("remove".into()).or_default() += 1;
+        if !request.is_preparation {
+            for files in [&self.disk, &self.known] {
+                let is_it = |file: &BackingImageResponse| file.spec.as_ref().is_some_and(|s| s.uuid == request.uuid);
+                let mut files = files.lock().unwrap();
+                if files.get(&request.name).is_some_and(is_it) {
+                    files.remove(&request.name);
+                }
+            }
+        }
         script.removed.push(request);
         Ok(Response::new(()))
     }

@@ -5,6 +5,8 @@ use expect_test::{Expect, expect};
 use super::*;
 use crate::disk::{Disk, ready_disk};
 
+mod missed;
+
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
 }
@@ -32,6 +34,7 @@ fn observed() -> Observed {
         workload: None,
         report: None,
         taken_over: None,
+        is_missed: false,
         allowed_sources: AllowedSources::none(),
         bandwidth_limit: 0,
     }

@@ -4,12 +4,14 @@
 
 use std::time::Duration;
 
+use api::BackingImageManager;
 use api::image::{BackingImageSpec, BackingImageStatus, CopyState, SourceType};
+use api::manager::ManagerState;
 use api::volume::VolumeState;
 use jiff::Timestamp;
 
 use super::ready_disks;
-use crate::disk::Disks;
+use crate::disk::{Disks, Health};
 use crate::retry::{after, parse};
 
 /// How a file is got once more.
@@ -65,20 +67,31 @@ pub struct Loss<'a> {
     pub spec: &'a BackingImageSpec,
     pub status: &'a BackingImageStatus,
     pub disks: &'a Disks,
+    pub managers: &'a [BackingImageManager],
     /// The state of the volume that it was made from, if it was and if that exists.
     pub exported: Option<VolumeState>,
     /// The setting `backing-image-recovery-wait-interval`.
     pub wait: Duration,
 }
 
+impl Loss<'_> {
+    /// Whether somebody on a disk makes what is wished there.
+    fn hears(&self, disk: &str) -> bool {
+        let runs =
+            |m: &BackingImageManager| m.status.as_ref().is_some_and(|s| s.current_state == ManagerState::Running);
+        self.disks.get(disk).is_some_and(|disk| disk.health == Health::Ready)
+            && self.managers.iter().any(|manager| manager.spec.disk_uuid == disk && runs(manager))
+    }
+}
+
 /// What to do about failed copies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Recovery {
-    /// A copy is ready: those on these disks are removed and got from it.
+    /// A copy is ready: the agents of these disks, whose copies have failed, get them from it, and nothing is asked of the source.
     FromCopy { anew: Vec<String> },
     /// Somebody who cannot be asked may have it still.
     Unknown { disk: String, why: String },
-    /// A copy may be ready soon.
+    /// A copy may be ready soon: somebody makes it, or hears that it is wished.
     UnderWay,
     /// All have failed, the last one not long enough ago.
     Later { at: Timestamp, again: Again },
@@ -101,7 +114,13 @@ pub fn decide(loss: &Loss<'_>) -> Recovery {
     if let Some((disk, copy)) = copies.iter().find(|(disk, copy)| silent(disk, copy.state)) {
         return Recovery::Unknown { disk: disk.clone(), why: copy.message.clone() };
     }
-    if copies.values().any(|copy| !has_failed(copy.state) && copy.state != CopyState::Unknown) {
+    let may_come = |disk: &str, state| match state {
+        CopyState::InProgress | CopyState::ReadyForTransfer => true,
+        // A wish that nobody hears comes to nothing for as long as nobody does.
+        CopyState::NotStarted | CopyState::Pending | CopyState::Starting => loss.hears(disk),
+        CopyState::Ready | CopyState::Failed | CopyState::FailedAndCleanup | CopyState::Unknown => false,
+    };
+    if copies.iter().any(|(disk, copy)| may_come(disk, copy.state)) {
         return Recovery::UnderWay;
     }
     let again = Again::of(loss.spec, loss.exported);

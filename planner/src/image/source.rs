@@ -199,6 +199,7 @@ fn recover(
         spec: &o.image.spec,
         status,
         disks: &o.disks,
+        managers: &o.managers,
         // Nothing is exported yet.
         exported: None,
         wait: o.settings.recovery_wait,

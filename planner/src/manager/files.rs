@@ -1,13 +1,20 @@
 //! Which files a disk shall hold, and which go.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use api::BackingImage;
+use api::image::CopyState;
 use api::manager::{BackingImageManagerSpec, FileInfo};
+use api::{BackingImage, ErrorKind};
 
-use super::{Action, Agent, Decision, Observed, judge, one_file, verification};
+use super::copy::{judge, one_file};
+use super::{Action, Agent, Decision, Observed, over, verification};
+use crate::disk::Disk;
 use crate::image::ready_disks;
 use crate::retry::sooner;
+
+/// When a copy is looked at again over which a replica lies and which is of no image any more: nobody tells that the replica is gone.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Image name → uuid of the copies that this disk shall hold: those that are wished, and those that their image has not let go yet
 /// (`image::guard`), so that an edit of the wish alone removes nothing.
@@ -27,18 +34,22 @@ pub(super) fn wanted(o: &Observed) -> BTreeMap<String, String> {
 /// Deletes what is not wanted, asks for what is, reports all.
 pub(super) fn files(
     o: &Observed,
-    agent: &Agent,
+    (agent, disk): (&Agent, &Disk),
     spec: &BackingImageManagerSpec,
     wanted: &BTreeMap<String, String>,
     decision: &mut Decision,
 ) {
     let mut left = spec.backing_images.clone();
-    for (image, uuid) in &spec.backing_images {
-        if wanted.get(image) != Some(uuid) {
-            decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: uuid.clone() });
-            decision.memory.copies.remove(image);
-            left.remove(image);
+    let mut kept = BTreeMap::new();
+    for (image, uuid) in spec.backing_images.iter().filter(|(image, uuid)| wanted.get(*image) != Some(*uuid)) {
+        if let Some(why) = over::keeps(o, disk, image, uuid) {
+            // `orphans` tells of it.
+            kept.insert(image, (uuid, why));
+            continue;
         }
+        decision.actions.push(Action::DeleteFile { image: image.clone(), uuid: uuid.clone() });
+        decision.memory.copies.remove(image);
+        left.remove(image);
     }
     let held_before = std::mem::take(&mut decision.status.backing_image_file_map);
     strays(o, agent, spec, wanted, decision);
@@ -60,13 +71,29 @@ pub(super) fn files(
                 .insert(image.clone(), FileInfo { name: image.clone(), uuid: uuid.clone(), ..file });
         }
     }
+    for (image, (former, why)) in kept {
+        decision.recheck_after = sooner(decision.recheck_after, Some(LOOK_AGAIN));
+        let Some(uuid) = wanted.get(image) else { continue };
+        let message =
+            format!("the disk still holds the copy of a former image of this name, with uuid {former}: {why}");
+        let waits = FileInfo {
+            name: image.clone(),
+            uuid: uuid.clone(),
+            state: CopyState::Failed,
+            message,
+            error_kind: Some(ErrorKind::NotReady),
+            ..Default::default()
+        };
+        decision.status.backing_image_file_map.insert(image.clone(), waits);
+    }
     decision.memory.copies.retain(|image, _| wanted.contains_key(image));
     let recheck = verification::plan(o, &decision.status.backing_image_file_map, &mut decision.actions);
     decision.recheck_after = sooner(decision.recheck_after, recheck);
 }
 
-/// Deals with the files that nobody recorded here, such as one whose entry was edited away. Those of an image that nobody knows: see
-/// `orphans`. The copy of an image without a ready one may be its last: it is told, and the image takes it back when it is whole.
+/// Deals with the files of an image that nobody recorded here, such as one whose entry was edited away. Those of an image that nobody
+/// knows, or that had the name before: see `orphans`. The copy of an image without a ready one may be its last: it is told, and the image
+/// takes it back when it is whole. One below a replica stays, too.
 fn strays(
     o: &Observed,
     agent: &Agent,
@@ -78,9 +105,13 @@ fn strays(
     for file in agent.files.iter().filter(is_stray) {
         let image = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(&file.name));
         let Some((image, status)) = image.map(|i| (i, i.status.clone().unwrap_or_default())) else { continue };
-        if status.uuid != file.uuid || ready_disks(&status).next().is_some() {
+        if status.uuid != file.uuid || wanted.contains_key(&file.name) {
+            continue;
+        }
+        let is_used = o.replicas.iter().any(|r| r.spec.backing_image == file.name && r.spec.disk_id == o.disk_id);
+        if ready_disks(&status).next().is_some() && !is_used {
             decision.actions.push(Action::DeleteFile { image: file.name.clone(), uuid: file.uuid.clone() });
-        } else if !wanted.contains_key(&file.name) {
+        } else {
             let mut told = file.clone();
             judge(&mut told, image, &status);
             decision.status.backing_image_file_map.insert(file.name.clone(), told);

@@ -8,12 +8,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use api::image::CopyState;
-use api::manager::Orphan;
+use api::manager::{FileInfo, Orphan};
 use api::names::condition::{NO_FOREIGN_FILES, NO_ORPHANS};
 use api::{BackingImage, BackingImageDataSource, Condition, ConditionStatus, condition};
 use jiff::Timestamp;
 
-use super::{Action, Agent, Decision, Observed};
+use super::{Action, Agent, Decision, Observed, over};
 use crate::disk::{Disk, Health};
 use crate::retry::{after, sooner, until};
 
@@ -157,9 +157,13 @@ pub(super) fn plan(o: &Observed, agent: &Agent, disk: &Disk, decision: &mut Deci
     };
     let before = std::mem::take(&mut decision.memory.orphans);
     decision.status.orphans.clear();
-    let is_named = |name: &String| o.images.iter().any(|i| i.metadata.name.as_ref() == Some(name));
-    // What its agent knows of an image that exists is dealt with as a copy of it.
-    let copies = agent.files.iter().filter(|f| !is_named(&f.name)).map(|f| Remains {
+    let is_of = |f: &FileInfo, image: &BackingImage| {
+        let uuid = image.status.as_ref().map(|s| &s.uuid);
+        image.metadata.name.as_ref() == Some(&f.name) && uuid == Some(&f.uuid)
+    };
+    // What its agent knows of an image that exists is dealt with as a copy of it. One of another uuid is of none.
+    let strange = agent.files.iter().filter(|f| !o.images.iter().any(|image| is_of(f, image)));
+    let copies = strange.map(|f| Remains {
         place: Place::Copies,
         image: f.name.clone(),
         uuid: f.uuid.clone(),
@@ -168,7 +172,7 @@ pub(super) fn plan(o: &Observed, agent: &Agent, disk: &Disk, decision: &mut Deci
         is_mixed: false,
     });
     for found in remains.iter().cloned().chain(copies) {
-        let Some(why) = nobodys(o, &found) else { continue };
+        let Some(why) = nobodys(o, disk, &found) else { continue };
         let path = found.path();
         let seen = before.get(&path).filter(|seen| seen.mark == found.mark && seen.since <= o.now).cloned();
         let seen = seen.unwrap_or(Sighting { mark: found.mark.clone(), since: o.now, refused: String::new() });
@@ -195,18 +199,26 @@ pub(super) fn plan(o: &Observed, agent: &Agent, disk: &Disk, decision: &mut Deci
 }
 
 /// Why something is nobody's; `None`: it may be somebody's.
-fn nobodys(o: &Observed, found: &Remains) -> Option<String> {
+fn nobodys(o: &Observed, disk: &Disk, found: &Remains) -> Option<String> {
     let image = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(&found.image));
     let is_same = image.and_then(|i| i.status.as_ref()).is_some_and(|s| s.uuid == found.uuid);
     // An entry that is still to be deleted takes all of its image along.
-    let is_entry = o.manager.as_ref().is_some_and(|m| m.spec.backing_images.get(&found.image) == Some(&found.uuid));
-    if is_entry && (!is_same || found.place == Place::Parts) {
+    if is_entry(o, found) && (!is_same || found.place == Place::Parts) && over_entry(o, disk, found).is_none() {
         return None;
     }
     match owner(found, &o.disk_id, image, o.data_sources.get(&found.image)) {
         Owner::Somebody => None,
         Owner::Nobody(why) => Some(why),
     }
+}
+
+fn is_entry(o: &Observed, found: &Remains) -> bool {
+    o.manager.as_ref().is_some_and(|m| m.spec.backing_images.get(&found.image) == Some(&found.uuid))
+}
+
+/// What lies over a copy that is recorded and of no image any more.
+fn over_entry(o: &Observed, disk: &Disk, found: &Remains) -> Option<String> {
+    if is_entry(o, found) { over::keeps(o, disk, &found.image, &found.uuid) } else { None }
 }
 
 /// Why an orphan is not removed, however long it is told.
@@ -217,17 +229,11 @@ fn kept(o: &Observed, disk: &Disk, found: &Remains) -> Option<String> {
     if found.is_mixed {
         return Some("it is left because files of somebody else lie in it".into());
     }
-    let key = format!("{}-{}", found.image, found.uuid);
-    match (found.place, &disk.under_replicas) {
-        (Place::Preparations, _) => None,
-        (Place::Copies | Place::Parts, None) => {
-            Some(format!("it is left because node {} does not say what lies below `replicas/`", disk.node))
-        }
-        (Place::Copies | Place::Parts, Some(used)) if used.contains(&key) => {
-            Some("it is left because a directory below `replicas/` lies over it".into())
-        }
-        (Place::Copies | Place::Parts, Some(_)) => None,
+    if found.place == Place::Preparations {
+        return None;
     }
+    let over = over_entry(o, disk, found).or_else(|| over::directory(&found.image, &found.uuid, disk))?;
+    Some(format!("it is left because {over}"))
 }
 
 fn report(o: &Observed, decision: &mut Decision) {

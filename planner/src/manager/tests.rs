@@ -1,12 +1,14 @@
 //! Decision tables.
 
-use api::image::{BackingImageSpec, DiskFileSpec, DiskFileStatus};
+use api::image::{BackingImageSpec, BackingImageStatus, DiskFileSpec};
 use expect_test::{Expect, expect};
 
 use super::*;
 use crate::disk::ready_disk;
 
 mod bandwidth;
+mod hand_over;
+mod strays;
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
@@ -32,6 +34,7 @@ fn world(text: &str) -> Observed {
         agent: None,
         images: vec![],
         data_sources: BTreeMap::new(),
+        replicas: vec![],
         peers: BTreeMap::new(),
         scrub_interval: Duration::ZERO,
         removes_orphans: true,
@@ -286,8 +289,8 @@ fn what_may_lie_on_a_disk_is_recorded_also_while_it_is_away() {
 }
 
 #[test]
-fn a_file_that_nobody_recorded_goes_only_when_its_image_is_known() {
-    check("object; elsewhere; process=running; file=ready; image", expect!["delete ubuntu; adopt | Running "]);
+fn a_file_that_nobody_recorded_stays_while_its_image_is_not_known() {
+    check("object; elsewhere; process=running; file=ready; image", expect!["adopt | Running "]);
     check("object; elsewhere; process=running; file=ready", expect!["adopt | Running "]);
 }
 
@@ -378,16 +381,11 @@ fn concludes_nothing_from_silence() {
 #[test]
 fn a_file_of_another_uuid_is_not_taken_for_the_copy_of_the_image() {
     for order in ["stray; file=ready", "file=ready; stray"] {
-        check(
-            &format!("wanted; held=ready; process=running; {order}"),
-            expect!["delete ubuntu-87654321 | Running ready"],
-        );
+        check(&format!("wanted; held=ready; process=running; {order}"), expect!["nothing | Running ready"]);
     }
     check(
         "wanted; held=ready; process=running; peers; stray",
-        expect![
-            "delete ubuntu-87654321; adopt | Running unknown the agent of the disk was started again and is asked to look at it"
-        ],
+        expect!["adopt | Running unknown the agent of the disk was started again and is asked to look at it"],
     );
 }
 
@@ -548,27 +546,4 @@ fn a_data_source_that_has_done_its_part_is_not_asked_again() {
     let mut o = world("wanted; held; process=running; peers; source=ready-for-transfer");
     o.data_sources.get_mut("ubuntu").unwrap().spec.file_transferred = true;
     assert!(matches!(decide(&o).actions[..], [Action::SyncFile { .. }]));
-}
-
-#[test]
-fn a_stray_copy_of_an_image_without_a_ready_one_is_kept_and_told() {
-    let strays = |file: &str, is_ready: bool| {
-        let mut o = world(&format!("wanted; object; process=running; {file}"));
-        o.images[0].spec.disk_file_spec_map.clear();
-        if is_ready {
-            let copy = DiskFileStatus { state: CopyState::Ready, ..Default::default() };
-            o.images[0].status.as_mut().unwrap().disk_file_status_map.insert("e".into(), copy);
-        }
-        let Some(Ok(agent)) = &mut o.agent else { unreachable!() };
-        agent.remains = Some(vec![]);
-        let decision = decide(&o);
-        let told = decision.status.backing_image_file_map.get("ubuntu");
-        (decision.actions, told.map_or(String::new(), |f| format!("{} {}", f.state.as_str(), f.message)))
-    };
-    let removed = [Action::DeleteFile { image: "ubuntu".into(), uuid: "12345678".into() }];
-    assert_eq!(strays("file=ready", false), (vec![], "ready ".into()));
-    assert_eq!(strays("file=ready", true), (removed.to_vec(), String::new()));
-    let differs = "failed the copy differs from the image: its checksum is other, that of the image is c";
-    assert_eq!(strays("other", false), (vec![], differs.into()));
-    assert_eq!(strays("other", true), (removed.to_vec(), String::new()));
 }

@@ -25,8 +25,8 @@ fn made_from(text: &str, source: SourceType) -> Observed {
 
 fn decided(o: &Observed, exported: Option<VolumeState>) -> Recovery {
     let status = o.image.status.as_ref().unwrap();
-    let (spec, disks) = (&o.image.spec, &o.disks);
-    recovery(&Loss { now: o.now, spec, status, disks, exported, wait: o.settings.recovery_wait })
+    let (spec, disks, managers) = (&o.image.spec, &o.disks, &o.managers);
+    recovery(&Loss { now: o.now, spec, status, disks, managers, exported, wait: o.settings.recovery_wait })
 }
 
 fn again(source: SourceType, attach: bool) -> Again {
@@ -104,6 +104,52 @@ fn a_copy_that_is_under_way_is_waited_for() {
     {
         let o = made_from(&format!("wanted=1; source; a=failed b={state}"), source);
         assert_eq!(decided(&o, None), Recovery::UnderWay, "{source:?} {state}");
+    }
+}
+
+#[test]
+fn what_was_only_wished_where_nobody_answers_is_no_copy_that_is_waited_for() {
+    let is_waited_for = |copy: &str, manager: Option<ManagerState>| {
+        let mut o = made_from(&format!("wanted=1; source; a=failed {copy}"), SourceType::Download);
+        o.managers.retain(|m| m.spec.disk_uuid != "b" || manager.is_some());
+        for known in o.managers.iter_mut().filter(|m| m.spec.disk_uuid == "b") {
+            known.status.as_mut().unwrap().current_state = manager.unwrap_or_default();
+        }
+        match decided(&o, None) {
+            Recovery::UnderWay => true,
+            Recovery::Now(Again::Download) => false,
+            other => panic!("{copy} {manager:?}: {other:?}"),
+        }
+    };
+    let running = Some(ManagerState::Running);
+    for state in ["pending", "starting", "-"] {
+        for away in ["silent", "down"] {
+            assert!(!is_waited_for(&format!("b={state}:{away}"), running), "{state} {away}");
+        }
+    }
+    for state in ["pending", "starting"] {
+        assert!(is_waited_for(&format!("b={state}"), running), "{state}");
+        for manager in [ManagerState::Error, ManagerState::Starting, ManagerState::Unknown, ManagerState::Stopped] {
+            assert!(!is_waited_for(&format!("b={state}"), Some(manager)), "{state} {manager:?}");
+        }
+        assert!(!is_waited_for(&format!("b={state}"), None), "{state}: nobody is there");
+        assert!(!is_waited_for(&format!("b={state}:gone"), running), "{state}: its disk is gone");
+    }
+    // What is on its way says so, whoever is known to answer.
+    for state in ["in-progress", "ready-for-transfer"] {
+        assert!(is_waited_for(&format!("b={state}"), Some(ManagerState::Error)), "{state}");
+    }
+}
+
+#[test]
+fn a_wish_for_a_disk_that_is_away_does_not_hold_up_the_download() {
+    for manager in [ManagerState::Running, ManagerState::Error] {
+        let mut o = made_from("wanted=1; source; a=failed b=pending:silent", SourceType::Download);
+        o.managers.iter_mut().for_each(|m| m.status.as_mut().unwrap().current_state = manager);
+        let text = describe(&o, &decide(&o));
+        let expected =
+            "set source disk=a transferred=false\nRecovering: every copy is lost; the image is downloaded again";
+        assert_eq!(text, expected, "{manager:?}");
     }
 }
 

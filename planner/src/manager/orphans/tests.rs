@@ -36,6 +36,7 @@ fn world(text: &str) -> Observed {
         agent: None,
         images: vec![],
         data_sources: BTreeMap::new(),
+        replicas: vec![],
         peers: BTreeMap::new(),
         scrub_interval: Duration::ZERO,
         removes_orphans: true,
@@ -112,6 +113,8 @@ fn check(text: &str, expected: Expect) {
     let first = decide(&o);
     let removes = |d: &Decision| d.actions.iter().any(|a| matches!(a, Action::RemoveOrphan { .. }));
     assert!(!removes(&first), "it is told first");
+    let is_deleted = first.actions.iter().any(|a| matches!(a, Action::DeleteFile { .. }));
+    assert_eq!(is_deleted, text.contains("entry"), "only what was recorded goes at once: {text}");
     let told = first.status.orphans.iter().map(|(path, orphan)| format!("{path}: {}", orphan.message));
     let told = told.collect::<Vec<_>>().join("\n");
     o.memory = first.memory;
@@ -136,12 +139,16 @@ fn what_belongs_to_no_image_is_told_and_then_removed() {
         tmp/ubuntu-12345678: image ubuntu does not exist; it is removed at 2026-01-01T00:01:00Z
         removed"#]],
     );
-    check(
-        "copy; image=87654321",
+    let another = || {
         expect![[r#"
         backing-images/ubuntu-12345678: image ubuntu is another one now, with uuid 87654321; it is removed at 2026-01-01T00:01:00Z
-        removed"#]],
-    );
+        removed"#]]
+    };
+    // Also one that its agent took in as a copy when it started: objects may have been lost and made again.
+    for copy in ["copy", "known"] {
+        check(&format!("{copy}; image=87654321"), another());
+        check(&format!("{copy}; image=87654321; ready"), another());
+    }
 }
 
 #[test]
@@ -232,6 +239,12 @@ fn what_a_replica_lies_over_is_no_orphan_to_remove() {
         left"#]],
     );
     check(
+        "known; image=87654321; ready; used",
+        expect![[r#"
+        backing-images/ubuntu-12345678: image ubuntu is another one now, with uuid 87654321; it is left because a directory below `replicas/` lies over it
+        left"#]],
+    );
+    check(
         "known; unsaid",
         expect![[r#"
         backing-images/ubuntu-12345678: image ubuntu does not exist; it is left because node n does not say what lies below `replicas/`
@@ -245,6 +258,12 @@ fn orphans_are_only_told_where_the_setting_says_so() {
         "copy; off",
         expect![[r#"
         backing-images/ubuntu-12345678: image ubuntu does not exist; setting orphan-backing-image-auto-deletion says to leave it
+        left"#]],
+    );
+    check(
+        "known; image=87654321; ready; off",
+        expect![[r#"
+        backing-images/ubuntu-12345678: image ubuntu is another one now, with uuid 87654321; setting orphan-backing-image-auto-deletion says to leave it
         left"#]],
     );
     check(
