@@ -51,7 +51,7 @@ async fn a_prepared_file_about_which_not_everything_agrees_is_not_taken_over() {
         data_source.end().await;
         change(&disk.disk().source(&key()));
         let error = manager.fetch(spec(), &data_source.address.to_string()).await.unwrap_err();
-        assert_eq!(error.code(), Code::FailedPrecondition, "{what}");
+        assert_eq!(error.code(), Code::NotFound, "{what}");
         assert!(error.message().contains("is not what its `.cfg` and `.chunks` say"), "{what}: {error}");
         assert_eq!(data_source.get().await.state, CopyState::ReadyForTransfer, "{what}: nothing was let go");
         let other = BackingImageSpec { uuid: "ffffffff".into(), ..spec() };
