@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use crate::disk_calls::DiskCalls;
+use crate::disk_calls::{DiskCalls, Silent};
 use crate::limits::{CONTROL_LINE_BYTES, CONTROL_TIMEOUT};
 
 /// An open control connection.
@@ -51,18 +51,16 @@ pub async fn ask<R: DeserializeOwned>(socket: &Path, request: &impl Serialize) -
     ask_through(Connection::open(socket), request).await
 }
 
-/// Asks once, as [`ask`], at a socket on a disk, which may hang.
+/// Asks once, as [`ask`], at a socket on a disk, unless that is silent.
 pub async fn ask_on_disk<R: DeserializeOwned>(
     calls: &DiskCalls,
     disk: &Path,
     socket: PathBuf,
     request: &impl Serialize,
-) -> io::Result<R> {
-    let connection = async {
-        let connected = calls.ask(disk, move || runtime::socket::connect_at_once(&socket)).await;
-        Ok(Connection::over(UnixStream::from_std(connected.map_err(io::Error::other)??)?))
-    };
-    ask_through(connection, request).await
+) -> Result<io::Result<R>, Silent> {
+    let connected = calls.ask(disk, move || runtime::socket::connect_at_once(&socket)).await?;
+    let connection = async { Ok(Connection::over(UnixStream::from_std(connected?)?)) };
+    Ok(ask_through(connection, request).await)
 }
 
 async fn ask_through<R: DeserializeOwned>(

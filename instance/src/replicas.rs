@@ -143,15 +143,16 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     let record = role.replicas.record(name).map_err(|source| InstanceError::File { action: "read", path, source })?;
     let port = record.as_ref().and_then(|r| r.port).unwrap_or(0);
     let alive = record.as_ref().filter(|r| r.identity.is_alive());
+    let behind = |silent: Silent| {
+        let ended = || role.replicas.last_words(name);
+        let recorded = record.as_ref().map(|_| alive.map(drop).ok_or_else(ended));
+        let process = behind_silence(replica, recorded, silent.to_string()).ok_or(silent)?;
+        let actual_size_bytes = replica.status.as_ref().map_or(0, |s| s.actual_size_bytes);
+        Ok(Observed { process, record: None, port, actual_size_bytes })
+    };
     let stored = match look(role, replica, &directory).await {
         Ok(stored) => stored,
-        Err(silent) => {
-            let ended = || role.replicas.last_words(name);
-            let recorded = record.as_ref().map(|_| alive.map(drop).ok_or_else(ended));
-            let process = behind_silence(replica, recorded, silent.to_string()).ok_or(silent)?;
-            let actual_size_bytes = replica.status.as_ref().map_or(0, |s| s.actual_size_bytes);
-            return Ok(Observed { process, record: None, port, actual_size_bytes });
-        }
+        Err(silent) => return behind(silent),
     };
     let seen = |process, record| Observed { process, record, port, actual_size_bytes: stored.bytes };
     let Some(process) = alive else {
@@ -179,7 +180,9 @@ async fn observe(role: &Arc<Role>, name: &str, replica: &Replica) -> Result<Obse
     let socket = directory.join(file::CONTROL_SOCKET);
     let disk = Path::new(&replica.spec.disk_path);
     match control::ask_on_disk::<Reply>(&role.disk_calls, disk, socket, &Request::Status).await {
-        Ok(Reply::Status { record, actual_size_bytes, .. }) => {
+        // It fell silent after the look.
+        Err(silent) => behind(silent),
+        Ok(Ok(Reply::Status { record, actual_size_bytes, .. })) => {
             let process = match (record.size_bytes, replica.spec.volume_size.0) {
                 (has, wanted) if has < wanted => Process::Outgrown { has, wanted },
                 _ => Process::Serving,
@@ -275,7 +278,7 @@ async fn await_answer(role: &Role, disk: &Path, socket: &Path, process: &Process
     let mut attempt = 0;
     while Instant::now() < deadline && process.is_alive() && role.disk_calls.check(disk).is_ok() {
         let asked = control::ask_on_disk::<Reply>(&role.disk_calls, disk, socket.to_owned(), &Request::Status);
-        if matches!(asked.await, Ok(Reply::Status { .. })) {
+        if matches!(asked.await, Ok(Ok(Reply::Status { .. }))) {
             return;
         }
         attempt += 1;
