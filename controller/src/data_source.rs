@@ -15,7 +15,7 @@ use planner::retry::sooner;
 use planner::workload::State;
 
 use crate::error::{Doing, ReconcileError};
-use crate::limits::LIMIT_RETRY;
+use crate::limits::{LIMIT_RETRY, REFUSED_RETRY};
 use crate::queue::Kind;
 use crate::{Shared, world};
 
@@ -57,7 +57,8 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         Observed { now, disks, workload, report, taken_over, is_missed, allowed_sources, bandwidth_limit, source };
     if decide(&observed).takes_away() {
         let Some(source) = store.get(name).await.doing("read the data source")? else {
-            return Ok(Some(Duration::ZERO));
+            // The watch tells of it sooner.
+            return Ok(Some(REFUSED_RETRY));
         };
         let taken_over = match observed.taken_over {
             // That the file is missed is the agent's own word of now, not what was told of it before the transfer.
@@ -130,4 +131,25 @@ async fn asked(name: &str, source: &BackingImageDataSource, shared: &Shared) -> 
 fn manager_of(source: &BackingImageDataSource, shared: &Shared) -> Option<Arc<BackingImageManager>> {
     let disk = source.spec.disk_uuid.parse().ok()?;
     shared.cache.get::<BackingImageManager>(&manager_name(&disk))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manager::tests::{World, data_source};
+
+    #[tokio::test]
+    async fn what_is_gone_from_the_store_is_waited_for_until_the_watch_tells_of_it() {
+        let world = World::begin(vec![]).await;
+        let mut source = data_source("ubuntu", "0a1b2c3d");
+        source.metadata.finalizers = Some(vec![api::names::FINALIZER.into()]);
+        world.store.create(&source).await.unwrap();
+        world.store.delete::<BackingImageDataSource>("ubuntu", &Default::default()).await.unwrap();
+        world.hear().await;
+        world::remove_finalizer::<BackingImageDataSource>(&world.store, "ubuntu").await.unwrap();
+        let recheck = reconcile("ubuntu", &world.shared).await.unwrap();
+        assert_eq!(recheck, Some(REFUSED_RETRY), "asked at once it would be asked all the time");
+        world.hear().await;
+        assert_eq!(reconcile("ubuntu", &world.shared).await.unwrap(), None);
+    }
 }

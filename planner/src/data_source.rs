@@ -69,9 +69,11 @@ pub struct Observed {
     pub bandwidth_limit: u64,
 }
 
-/// What the data source of an image may download, by the setting `backing-image-bandwidth-limit` and the image's own limit.
+/// What the data source of an image may download, by the setting `backing-image-bandwidth-limit` and the image's own limit. One that
+/// cannot be kept counts as none.
 pub fn bandwidth_limit(setting: u64, image: Option<&BackingImage>) -> u64 {
-    bandwidth::stricter(setting, image.map_or(0, |image| image.spec.bandwidth_limit))
+    let own = image.map(|image| image.spec.bandwidth_limit).filter(|limit| bandwidth::is_possible(*limit));
+    bandwidth::stricter(setting, own.unwrap_or(0))
 }
 
 /// One step; each can be repeated.

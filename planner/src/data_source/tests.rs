@@ -279,7 +279,11 @@ fn a_download_is_told_of_its_limit_while_it_runs() {
         image.spec.bandwidth_limit = limit;
         image
     };
-    assert_eq!([bandwidth_limit(0, None), bandwidth_limit(7, None), bandwidth_limit(7, Some(&image(5)))], [0, 7, 5]);
+    assert_eq!([bandwidth_limit(0, None), bandwidth_limit(70_000, None)], [0, 70_000]);
+    // One that got in although it cannot be kept counts as none.
+    for (of_image, expected) in [(65_536, 65_536), (80_000, 70_000), (65_535, 70_000), (1, 70_000)] {
+        assert_eq!(bandwidth_limit(70_000, Some(&image(of_image))), expected, "{of_image}");
+    }
     let mut o = observed();
     o.bandwidth_limit = 65536;
     let started = actions(&o);
