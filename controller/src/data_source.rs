@@ -1,6 +1,7 @@
 //! Starts, follows and ends the process that prepares an image's first file.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use api::ids::ImageName;
@@ -31,6 +32,7 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         None => None,
     };
     let Some(source) = source else {
+        met_silence(shared).remove(name);
         if let Some(workload) = workload {
             // Its object went without it.
             shared.agents.forget(Kind::DataSource, name);
@@ -52,9 +54,18 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     let allowed_sources = shared.cache.settings().allowed_sources.clone();
     let image = shared.cache.get::<BackingImage>(name);
     let bandwidth_limit = bandwidth_limit(shared.cache.settings().bandwidth_limit, image.as_deref());
-    let now = Timestamp::now();
-    let mut observed =
-        Observed { now, disks, workload, report, taken_over, is_missed, allowed_sources, bandwidth_limit, source };
+    let mut observed = Observed {
+        now: Timestamp::now(),
+        met_silence_at: met_silence(shared).get(name).copied(),
+        disks,
+        workload,
+        report,
+        taken_over,
+        is_missed,
+        allowed_sources,
+        bandwidth_limit,
+        source,
+    };
     if decide(&observed).takes_away() {
         let Some(source) = store.get(name).await.doing("read the data source")? else {
             // The watch tells of it sooner.
@@ -68,6 +79,11 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         observed = Observed { disks: world::nodes(store).await?.disks, source, taken_over, ..observed };
     }
     let decision = decide(&observed);
+    if decision.status.silent_since.is_empty() {
+        met_silence(shared).remove(name);
+    } else {
+        met_silence(shared).insert(name.to_owned(), observed.now);
+    }
     if observed.source.status.as_ref() != Some(&decision.status) {
         let status = decision.status;
         store
@@ -100,6 +116,11 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         }
     }
     Ok(recheck)
+}
+
+/// When processes that did not answer were asked last, by the image.
+fn met_silence(shared: &Shared) -> MutexGuard<'_, HashMap<String, Timestamp>> {
+    shared.source_silence.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// What the status of the manager of its disk says of the file.

@@ -6,6 +6,7 @@ use super::*;
 use crate::disk::{Disk, ready_disk};
 
 mod missed;
+mod silence;
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
@@ -33,6 +34,7 @@ fn observed() -> Observed {
         disks,
         workload: None,
         report: None,
+        met_silence_at: None,
         taken_over: None,
         is_missed: false,
         allowed_sources: AllowedSources::none(),
@@ -406,10 +408,11 @@ fn nothing_is_started_on_a_disk_that_nobody_has_reported() {
     assert_eq!((decision.actions, decision.status.current_state), (vec![], CopyState::Unknown));
 }
 
-/// Nobody has heard of the process for so long.
+/// Nobody has heard of the process for so long, and it was asked all the time.
 fn silent_for(o: &mut Observed, wait: Duration) -> Decision {
     o.report = Some(Err("timeout".into()));
     o.now = after(now(), wait);
+    o.met_silence_at = Some(o.now);
     let decision = decide(o);
     o.source.status = Some(decision.status.clone());
     decision
@@ -488,6 +491,7 @@ fn an_upload_that_hangs_is_told_and_never_thrown_away() {
         let mut status = BackingImageDataSourceStatus { silent_since: now().to_string(), ..Default::default() };
         o.source.status = Some(status.clone());
         o.now = after(now(), 10 * SILENCE_LIMIT);
+        o.met_silence_at = Some(o.now);
         let workload = o.workload.clone().unwrap();
         let (actions, _) = follow(&o, &mut status, &workload, REMOVE);
         assert_eq!(!actions.is_empty(), is_ended, "{}", source_type.as_str());
