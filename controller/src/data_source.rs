@@ -1,6 +1,7 @@
 //! Starts, follows and ends the process that prepares an image's first file.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use api::ids::ImageName;
@@ -15,7 +16,7 @@ use planner::retry::sooner;
 use planner::workload::State;
 
 use crate::error::{Doing, ReconcileError};
-use crate::limits::LIMIT_RETRY;
+use crate::limits::{LIMIT_RETRY, REFUSED_RETRY};
 use crate::queue::Kind;
 use crate::{Shared, world};
 
@@ -31,6 +32,7 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         None => None,
     };
     let Some(source) = source else {
+        met_silence(shared).remove(name);
         if let Some(workload) = workload {
             // Its object went without it.
             shared.agents.forget(Kind::DataSource, name);
@@ -52,12 +54,22 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     let allowed_sources = shared.cache.settings().allowed_sources.clone();
     let image = shared.cache.get::<BackingImage>(name);
     let bandwidth_limit = bandwidth_limit(shared.cache.settings().bandwidth_limit, image.as_deref());
-    let now = Timestamp::now();
-    let mut observed =
-        Observed { now, disks, workload, report, taken_over, is_missed, allowed_sources, bandwidth_limit, source };
+    let mut observed = Observed {
+        now: Timestamp::now(),
+        met_silence_at: met_silence(shared).get(name).copied(),
+        disks,
+        workload,
+        report,
+        taken_over,
+        is_missed,
+        allowed_sources,
+        bandwidth_limit,
+        source,
+    };
     if decide(&observed).takes_away() {
         let Some(source) = store.get(name).await.doing("read the data source")? else {
-            return Ok(Some(Duration::ZERO));
+            // The watch tells of it sooner.
+            return Ok(Some(REFUSED_RETRY));
         };
         let taken_over = match observed.taken_over {
             // That the file is missed is the agent's own word of now, not what was told of it before the transfer.
@@ -67,6 +79,11 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
         observed = Observed { disks: world::nodes(store).await?.disks, source, taken_over, ..observed };
     }
     let decision = decide(&observed);
+    if decision.status.silent_since.is_empty() {
+        met_silence(shared).remove(name);
+    } else {
+        met_silence(shared).insert(name.to_owned(), observed.now);
+    }
     if observed.source.status.as_ref() != Some(&decision.status) {
         let status = decision.status;
         store
@@ -101,6 +118,11 @@ pub async fn reconcile(name: &str, shared: &Shared) -> Result<Option<Duration>, 
     Ok(recheck)
 }
 
+/// When processes that did not answer were asked last, by the image.
+fn met_silence(shared: &Shared) -> MutexGuard<'_, HashMap<String, Timestamp>> {
+    shared.source_silence.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 /// What the status of the manager of its disk says of the file.
 fn taken_over(name: &str, source: &BackingImageDataSource, shared: &Shared) -> Option<CopyState> {
     let manager = manager_of(source, shared)?;
@@ -130,4 +152,25 @@ async fn asked(name: &str, source: &BackingImageDataSource, shared: &Shared) -> 
 fn manager_of(source: &BackingImageDataSource, shared: &Shared) -> Option<Arc<BackingImageManager>> {
     let disk = source.spec.disk_uuid.parse().ok()?;
     shared.cache.get::<BackingImageManager>(&manager_name(&disk))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manager::tests::{World, data_source};
+
+    #[tokio::test]
+    async fn what_is_gone_from_the_store_is_waited_for_until_the_watch_tells_of_it() {
+        let world = World::begin(vec![]).await;
+        let mut source = data_source("ubuntu", "0a1b2c3d");
+        source.metadata.finalizers = Some(vec![api::names::FINALIZER.into()]);
+        world.store.create(&source).await.unwrap();
+        world.store.delete::<BackingImageDataSource>("ubuntu", &Default::default()).await.unwrap();
+        world.hear().await;
+        world::remove_finalizer::<BackingImageDataSource>(&world.store, "ubuntu").await.unwrap();
+        let recheck = reconcile("ubuntu", &world.shared).await.unwrap();
+        assert_eq!(recheck, Some(REFUSED_RETRY), "asked at once it would be asked all the time");
+        world.hear().await;
+        assert_eq!(reconcile("ubuntu", &world.shared).await.unwrap(), None);
+    }
 }

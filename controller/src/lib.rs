@@ -81,6 +81,8 @@ pub(crate) struct Shared {
     agents: Agents,
     /// Attempts by manager; lost at a restart, after which everything is tried at once.
     manager_memory: Mutex<HashMap<String, planner::manager::Memory>>,
+    /// When a data source process was asked last, of those that did not answer then.
+    source_silence: Mutex<HashMap<String, jiff::Timestamp>>,
     /// Unwanted ends of engines by volume.
     volume_restarts: Mutex<HashMap<String, Retry>>,
     /// Held by whoever adds copies that no replica asks for, from counting to adding.
@@ -104,6 +106,7 @@ impl Shared {
             queue,
             agents,
             manager_memory: Mutex::default(),
+            source_silence: Mutex::default(),
             volume_restarts: Mutex::default(),
             replenishing: tokio::sync::Mutex::default(),
             turns: Turns::default(),

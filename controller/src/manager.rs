@@ -314,4 +314,4 @@ fn refused(
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

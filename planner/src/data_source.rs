@@ -31,6 +31,10 @@ const PROCESS: &str = "the data source process";
 /// When a process that did not answer is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
+/// Looks that are further apart say nothing of the time between them: the controller may have been away, and not the process. Many
+/// times [`ASK_AGAIN`], since a look at one that is silent takes seconds.
+const LOOKS_APART: Duration = Duration::from_secs(30);
+
 /// How long the agent of the disk must say that it does not have what was handed over, or does not find what was prepared. Its word may be older than the transfer: it takes
 /// a pass over its disk until it tells of that. Shorter than the ten seconds within which a fault is told.
 const LOST_AFTER: Duration = Duration::from_secs(5);
@@ -60,6 +64,8 @@ pub struct Observed {
     pub workload: Option<Workload>,
     /// `Err`: it does not answer, and why.
     pub report: Option<Result<Report, String>>,
+    /// When this controller looked last, if it met silence then.
+    pub met_silence_at: Option<Timestamp>,
     /// The state of the file at the manager of its disk, when that knows it.
     pub taken_over: Option<CopyState>,
     /// The agent of the disk was to take the prepared file over, and did not find it.
@@ -70,9 +76,11 @@ pub struct Observed {
     pub bandwidth_limit: u64,
 }
 
-/// What the data source of an image may download, by the setting `backing-image-bandwidth-limit` and the image's own limit.
+/// What the data source of an image may download, by the setting `backing-image-bandwidth-limit` and the image's own limit. One that
+/// cannot be kept counts as none.
 pub fn bandwidth_limit(setting: u64, image: Option<&BackingImage>) -> u64 {
-    bandwidth::stricter(setting, image.map_or(0, |image| image.spec.bandwidth_limit))
+    let own = image.map(|image| image.spec.bandwidth_limit).filter(|limit| bandwidth::is_possible(*limit));
+    bandwidth::stricter(setting, own.unwrap_or(0))
 }
 
 /// One step; each can be repeated.
@@ -270,7 +278,9 @@ fn follow(
             (vec![], None)
         }
         (State::Running, Some(Err(why))) => {
-            let since = begun(o.now, o.source.status.as_ref().map_or("", |before| &before.silent_since));
+            let goes_on = o.met_silence_at.is_some_and(|at| after(at, LOOKS_APART) >= o.now);
+            let before = o.source.status.as_ref().filter(|_| goes_on);
+            let since = begun(o.now, before.map_or("", |before| &before.silent_since));
             let limit = after(since, SILENCE_LIMIT);
             let said = format!("{PROCESS} does not answer, since {since}: {why}");
             let comes_again = comes_again(o.source.spec.source_type);

@@ -142,6 +142,7 @@ impl World {
             disks: self.disks(),
             workload,
             report,
+            met_silence_at: self.source_silence.get(name).copied(),
             taken_over,
             is_missed: self.is_missed(name, &source.spec.disk_uuid),
             allowed_sources: self.settings.allowed_sources.clone(),
@@ -150,6 +151,10 @@ impl World {
         };
         let decision = data_source::decide(&observed);
         self.judge_conditions("data source", name, &decision.status.conditions);
+        self.source_silence.remove(name);
+        if !decision.status.silent_since.is_empty() {
+            self.source_silence.insert(name.to_owned(), self.now);
+        }
         if self.dies(random) {
             return;
         }

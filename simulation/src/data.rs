@@ -69,6 +69,9 @@ impl World {
             // Its data lies on a disk that is away: until that is back, taken off the node, or replaced there.
             let is_replaced = self.known_at(&spec.disk_path).is_some_and(|id| id != spec.disk_id);
             if is_there || is_replaced || !self.wished_paths().contains(&spec.disk_path) {
+                if is_there && let Some(disk) = self.disks.get_mut(&spec.disk_id) {
+                    disk.over.remove(name);
+                }
                 self.replica_files.remove(name);
                 remove_finalizer(&mut self.replicas, name);
             }
@@ -88,6 +91,9 @@ impl World {
         if is_wished && !files.has_ended && !files.is_up && is_told && is_there {
             // Without the file that it was told of its process ends.
             (files.is_up, files.has_ended) = (has_copy, !has_copy);
+            if has_copy && let Some(disk) = self.disks.get_mut(&spec.disk_id) {
+                disk.over.insert(name.to_owned(), key);
+            }
         }
         files.is_up &= is_wished;
         if is_wished && !is_there && !files.is_up {

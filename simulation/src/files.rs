@@ -36,6 +36,8 @@ pub struct Disk {
     pub made: BTreeMap<Key, Report>,
     /// What the present life of its agent knows.
     pub known: BTreeMap<Key, FileInfo>,
+    /// The directories of replicas, and the files that they lie over. One stays when its object goes while the disk is away.
+    pub over: BTreeMap<String, Key>,
     /// Syncs under way: the disks of the peers.
     pub syncs: BTreeMap<Key, Vec<String>>,
     /// The limits that its agent keeps.
@@ -71,6 +73,11 @@ impl Disk {
         let copies = unknown.map(|(key, file)| of(Place::Copies, key, format!("{file:?}")));
         let made = self.made.iter().filter(|(_, report)| report.state != CopyState::Ready);
         copies.chain(made.map(|(key, report)| of(Place::Preparations, key, format!("{report:?}")))).collect()
+    }
+
+    /// Whether a directory of a replica lies over that file.
+    pub fn is_base(&self, key: &Key) -> bool {
+        self.over.values().any(|base| base == key)
     }
 
     pub fn is_good(&self, key: &Key) -> bool {
@@ -137,7 +144,9 @@ impl World {
                 (None, Some(disk)) => {
                     status.disk_uuid = mounted.clone().unwrap_or_default();
                     status.holds_image_files = disk.holds_image_files();
-                    status.images_under_replicas = Some(vec![]);
+                    let under: BTreeSet<String> =
+                        disk.over.values().map(|(name, uuid)| format!("{name}-{uuid}")).collect();
+                    status.images_under_replicas = Some(under.into_iter().collect());
                     (status.storage_available, status.storage_maximum) = (disk.free(), disk.capacity);
                     let pressure = Condition::new("Schedulable", ConditionStatus::False, "DiskPressure", "it is full");
                     let fine = Condition::new("Schedulable", ConditionStatus::True, "Schedulable", "");

@@ -389,6 +389,11 @@ impl World {
             "{} on {id} is removed as an orphan, and it is none",
             found.path()
         );
+        assert!(
+            found.place == Place::Preparations || !self.disks[id].is_base(key),
+            "{} on {id} is removed as an orphan, and a directory of a replica lies over it",
+            found.path()
+        );
         // The only whole file that there is of an image: it is not left for nothing.
         let is_whole = self.disks[id].made.get(key).is_some_and(|r| r.state == CopyState::ReadyForTransfer);
         let is_elsewhere = self.disks.values().any(|disk| disk.files.contains_key(key)) || source.is_some();

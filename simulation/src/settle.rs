@@ -246,7 +246,10 @@ impl World {
         let wants = |disk: &str| self.images.values().any(|i| i.spec.disk_file_spec_map.contains_key(disk));
         let disks = self.disks();
         for (name, manager) in &self.managers {
-            if !wants(&manager.spec.disk_uuid) {
+            // It looks after what a directory of a lost replica lies over.
+            let keeps =
+                self.disks.get(&manager.spec.disk_uuid).is_some_and(|d| d.files.keys().any(|key| d.is_base(key)));
+            if !wants(&manager.spec.disk_uuid) && !keeps {
                 return Some(format!("manager {name} is left without work: {:?}", manager.spec.backing_images));
             }
         }
@@ -266,7 +269,7 @@ impl World {
                 self.uuid_of(&key.0) == key.1 && self.images[&key.0].spec.disk_file_spec_map.contains_key(id)
             };
             let manager = self.managers.get(&manager_name(&id.parse().expect("a disk")));
-            if let Some(key) = disk.files.keys().find(|key| !is_wanted(key)) {
+            if let Some(key) = disk.files.keys().find(|key| !is_wanted(key) && !disk.is_base(key)) {
                 let entries = manager.map(|m| &m.spec.backing_images);
                 return Some(format!("file {key:?} is left on {id}, its manager has {entries:?}"));
             }

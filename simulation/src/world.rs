@@ -51,6 +51,8 @@ pub struct World {
     pub acknowledged: BTreeMap<String, u64>,
     pub manager_memory: BTreeMap<String, planner::manager::Memory>,
     pub restarts: BTreeMap<String, Retry>,
+    /// When the controller asked a data source last, of those that were silent then.
+    pub source_silence: BTreeMap<String, Timestamp>,
     /// The latest time that any clock showed.
     pub latest: Timestamp,
     pub faults: bool,
@@ -97,6 +99,7 @@ impl World {
             acknowledged: BTreeMap::new(),
             manager_memory: BTreeMap::new(),
             restarts: BTreeMap::new(),
+            source_silence: BTreeMap::new(),
             latest: Timestamp::MIN,
             faults: true,
             told: false,
@@ -193,6 +196,7 @@ impl World {
     pub fn crash_controller(&mut self) {
         self.manager_memory.clear();
         self.restarts.clear();
+        self.source_silence.clear();
         self.happens("crashes of the controller", "");
     }
 }

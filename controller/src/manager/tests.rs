@@ -21,10 +21,10 @@ const UUID: &str = "0a1b2c3d";
 const MARK: &str = "m1";
 
 /// One pass after the other over the manager of one disk, whose cache knows only what it is told.
-struct World {
-    shared: Shared,
+pub(crate) struct World {
+    pub shared: Shared,
     /// As others use the store.
-    store: Store,
+    pub store: Store,
     workloads: FakeWorkloads,
     _stop: DropGuard,
 }
@@ -61,7 +61,7 @@ fn image(name: &str, uuid: &str) -> BackingImage {
     image
 }
 
-fn data_source(name: &str, uuid: &str) -> BackingImageDataSource {
+pub(crate) fn data_source(name: &str, uuid: &str) -> BackingImageDataSource {
     let mut source = BackingImageDataSource::new(name, Default::default());
     (source.spec.uuid, source.spec.disk_uuid) = (uuid.into(), "uuid-1".into());
     source
@@ -75,7 +75,7 @@ fn replica(disk: &str) -> Replica {
 
 impl World {
     /// A disk on which these lie, and nothing was looked at yet.
-    async fn begin(found: Vec<proto::bimrpc::Remains>) -> World {
+    pub async fn begin(found: Vec<proto::bimrpc::Remains>) -> World {
         let store = Store::new(Arc::new(Embedded::in_memory()), "longhorn-system");
         let created = store.create(&node()).await.unwrap();
         store.replace_status(&Node { status: node().status, ..created }).await.unwrap();
@@ -117,7 +117,7 @@ impl World {
     }
 
     /// The cache learns what the store has.
-    async fn hear(&self) {
+    pub async fn hear(&self) {
         let (cache, store) = (&self.shared.cache, &self.store);
         cache.list::<Node>(store).await.unwrap();
         cache.list::<Setting>(store).await.unwrap();

@@ -6,6 +6,7 @@ use super::*;
 use crate::disk::{Disk, ready_disk};
 
 mod missed;
+mod silence;
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().unwrap()
@@ -33,6 +34,7 @@ fn observed() -> Observed {
         disks,
         workload: None,
         report: None,
+        met_silence_at: None,
         taken_over: None,
         is_missed: false,
         allowed_sources: AllowedSources::none(),
@@ -287,7 +289,11 @@ fn a_download_is_told_of_its_limit_while_it_runs() {
         image.spec.bandwidth_limit = limit;
         image
     };
-    assert_eq!([bandwidth_limit(0, None), bandwidth_limit(7, None), bandwidth_limit(7, Some(&image(5)))], [0, 7, 5]);
+    assert_eq!([bandwidth_limit(0, None), bandwidth_limit(70_000, None)], [0, 70_000]);
+    // One that got in although it cannot be kept counts as none.
+    for (of_image, expected) in [(65_536, 65_536), (80_000, 70_000), (65_535, 70_000), (1, 70_000)] {
+        assert_eq!(bandwidth_limit(70_000, Some(&image(of_image))), expected, "{of_image}");
+    }
     let mut o = observed();
     o.bandwidth_limit = 65536;
     let started = actions(&o);
@@ -410,10 +416,11 @@ fn nothing_is_started_on_a_disk_that_nobody_has_reported() {
     assert_eq!((decision.actions, decision.status.current_state), (vec![], CopyState::Unknown));
 }
 
-/// Nobody has heard of the process for so long.
+/// Nobody has heard of the process for so long, and it was asked all the time.
 fn silent_for(o: &mut Observed, wait: Duration) -> Decision {
     o.report = Some(Err("timeout".into()));
     o.now = after(now(), wait);
+    o.met_silence_at = Some(o.now);
     let decision = decide(o);
     o.source.status = Some(decision.status.clone());
     decision
@@ -492,6 +499,7 @@ fn an_upload_that_hangs_is_told_and_never_thrown_away() {
         let mut status = BackingImageDataSourceStatus { silent_since: now().to_string(), ..Default::default() };
         o.source.status = Some(status.clone());
         o.now = after(now(), 10 * SILENCE_LIMIT);
+        o.met_silence_at = Some(o.now);
         let workload = o.workload.clone().unwrap();
         let (actions, _) = follow(&o, &mut status, &workload, REMOVE);
         assert_eq!(!actions.is_empty(), is_ended, "{}", source_type.as_str());

@@ -79,8 +79,8 @@ fn want(map: &mut BTreeMap<String, DiskFileSpec>, Chosen { disk, why }: Chosen) 
 }
 
 fn begin(o: &Observed, status: &BackingImageStatus, map: &mut BTreeMap<String, DiskFileSpec>) -> Plan {
-    let unknown = status.disk_file_status_map.iter().find(|(_, f)| f.state == CopyState::Unknown);
-    if let Some((disk, file)) = unknown.filter(|(d, _)| !o.disks.is_gone(d)) {
+    let mut copies = status.disk_file_status_map.iter();
+    if let Some((disk, file)) = copies.find(|(d, f)| f.state == CopyState::Unknown && !o.disks.is_gone(d)) {
         let message = format!("the copy on {} cannot be asked: {}", o.disks.label(disk), file.message);
         return (vec![], waiting("Unknown", message), None);
     }

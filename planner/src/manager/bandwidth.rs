@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use api::ConditionStatus;
+use api::bandwidth::is_possible;
 use api::names::condition::READY;
 
 use super::{Action, Agent, Decision, Observed};
@@ -18,9 +19,10 @@ pub struct Bandwidth {
     pub images: BTreeMap<String, u64>,
 }
 
-/// What is wished for the images that a disk is about.
+/// What is wished for the images that a disk is about. A limit that cannot be kept counts as none: an agent would refuse all others with it.
 fn wish(o: &Observed) -> Bandwidth {
-    let limited = o.images.iter().filter(|image| image.spec.bandwidth_limit > 0);
+    let is_limit = |limit| limit > 0 && is_possible(limit);
+    let limited = o.images.iter().filter(|image| is_limit(image.spec.bandwidth_limit));
     let images = limited.filter_map(|image| Some((image.metadata.name.clone()?, image.spec.bandwidth_limit)));
     Bandwidth { total: o.bandwidth_limit, images: images.collect() }
 }

@@ -6,6 +6,7 @@ use api::node::DiskStatus;
 use api::{Condition, Node, condition};
 
 use super::{Story, is_problem};
+use crate::disk::Disks;
 
 impl Story<'_> {
     /// `disk-1 of node-1`, or the UUID of a disk that nobody reports.
@@ -18,11 +19,18 @@ impl Story<'_> {
     }
 
     fn find_disk(&self, uuid: &str) -> Option<(Node, String, DiskStatus)> {
-        self.world.nodes.iter().find_map(|node| {
-            let disks = &node.status.as_ref()?.disk_status;
-            let (name, status) = disks.iter().find(|(_, d)| d.disk_uuid == uuid && !uuid.is_empty())?;
-            Some((node.clone(), name.clone(), status.clone()))
-        })
+        // Of two nodes that name it, after a move, the one that the decisions follow.
+        let disks = Disks::of(&self.world.nodes);
+        let followed = disks.get(uuid).map(|disk| (disk.node.as_str(), disk.name.as_str()));
+        let mut found = self.world.nodes.iter().flat_map(|node| {
+            let disks = node.status.iter().flat_map(|status| &status.disk_status);
+            let named = disks.filter(|(_, d)| d.disk_uuid == uuid && !uuid.is_empty());
+            named.map(|(name, status)| (node.clone(), name.clone(), status.clone()))
+        });
+        let is_followed = |node: &Node, name: &str| {
+            followed.is_none_or(|at| at == (node.metadata.name.as_deref().unwrap_or_default(), name))
+        };
+        found.find(|(node, name, _)| is_followed(node, name))
     }
 
     /// What is wrong with a disk or its node.

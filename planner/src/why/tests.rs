@@ -306,6 +306,26 @@ fn a_download_between_two_attempts_is_told_once() {
     );
 }
 
+/// The former node is silent, and names the disk for as long as it is.
+#[test]
+fn a_disk_that_was_moved_is_told_where_it_answers() {
+    let held = |name: &str, verdict| {
+        let mut node = node(name, "d1");
+        node.spec.disks.insert("disk-1".into(), Default::default());
+        let conditions = &mut node.status.as_mut().unwrap().conditions;
+        conditions.clear();
+        conditions.push(Condition::new(types::READY, verdict, "Ready", "it is cut off"));
+        node
+    };
+    let failed = image("ubuntu", &[("d1", CopyState::Failed, "broken")]);
+    for (former, present) in [("node-1", "node-2"), ("node-2", "node-1")] {
+        let nodes = vec![held(former, ConditionStatus::Unknown), held(present, ConditionStatus::True)];
+        let world = World { images: vec![failed.clone()], nodes, ..Default::default() };
+        let told = render(&explain(&world, &Subject::Image("ubuntu".into()), now()).unwrap());
+        assert!(told.contains(present) && !told.contains(former), "{told}");
+    }
+}
+
 #[test]
 fn a_claim_says_what_its_growth_waits_for() {
     let claim = serde_json::from_value(serde_json::json!({

@@ -95,6 +95,12 @@ fn unknown_is_not_failed_and_removes_nothing() {
         let text = describe(&o, &decide(&o));
         assert!(text.starts_with("nothing\nUnknown: the copy on b of node-b cannot be asked"), "{source:?}: {text}");
     }
+    // Nor is anything begun while one may be somewhere, also behind one whose disk is gone.
+    for text in ["wanted=1; a=unknown:silent b=-", "wanted=1; a=unknown:gone b=unknown:silent c=-"] {
+        let o = made_from(text, SourceType::Download);
+        let text = describe(&o, &decide(&o));
+        assert!(text.starts_with("nothing\nUnknown: the copy on "), "{text}");
+    }
 }
 
 #[test]

@@ -30,6 +30,10 @@ fn an_agent_is_told_of_limits_until_they_hold() {
         ((70_000, 80_000), (70_000, 90_000), limit(70_000, &[("ubuntu", 90_000)])),
         ((70_000, 80_000), (70_000, 0), limit(70_000, &[])),
         ((0, 80_000), (0, 80_000), vec![]),
+        // One that got in although it cannot be kept: its agent would refuse all others together with it.
+        ((70_000, 0), (70_000, 1), vec![]),
+        ((0, 0), (70_000, 65_535), limit(70_000, &[])),
+        ((70_000, 80_000), (70_000, 65_535), limit(70_000, &[])),
     ];
     for (holds, wished, expected) in cases {
         assert_eq!(told(Some(holds), wished).0, expected, "{holds:?} {wished:?}");
