@@ -127,5 +127,5 @@ func TestABandwidthLimitSlowsATransferAndIsLiftedLive(t *testing.T) {
 	if code == http.StatusOK {
 		t.Error("an image's limit of 1000 was taken")
 	}
-	mentions(t, "the refusal", answer, "spec.bandwidthLimit", "at least 64Ki")
+	mentions(t, "the refusal", answer, "spec.bandwidthLimit", "at least 65536")
 }
