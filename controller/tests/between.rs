@@ -1,5 +1,7 @@
 //! A change that rests on no version is decided on what is there when it is written, whatever happens in between.
 
+mod world;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -10,65 +12,39 @@ use axum::http::Request;
 use backing_image_controller::http::{ApiState, router};
 use serde_json::{Value, json};
 use store::embedded::Embedded;
-use store::{
-    Object, ObjectKey, ObjectList, ObjectStore, Preconditions, ResourceType, Selector, Store, StoreError, WatchStream,
-};
+use store::{ObjectStore, Store, StoreError};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
+use world::before::{Before, Call, Hook};
 
 const IMAGES: &str = "/apis/longhorn.io/v1beta2/namespaces/longhorn-system/backingimages";
 
-/// A store in which somebody else's write comes right before the next ones of the API.
+/// Somebody else's write that comes right before the next ones of the API.
 struct Busy {
-    inner: Embedded,
     /// How many writes are still to be overtaken.
     ahead: AtomicUsize,
     /// What the first one that overtakes writes into the status.
     status: Value,
 }
 
-impl Busy {
+#[async_trait]
+impl Hook for Busy {
     /// Another status each time, so that each is another version.
-    async fn overtake(&self, resource: &ResourceType, key: &ObjectKey) -> Result<(), StoreError> {
+    async fn before(&self, call: Call<'_>, inner: &Embedded) -> Result<(), StoreError> {
+        let Call::Replace(resource, object) = call else { return Ok(()) };
         let take = |left: usize| left.checked_sub(1);
         let Ok(left) = self.ahead.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take) else { return Ok(()) };
-        let mut object = self.inner.get(resource, key).await?.expect("it is there");
+        let mut object = inner.get(resource, &object.key()).await?.expect("it is there");
         let mut status = self.status.clone();
         status["size"] = left.into();
         object.0.insert("status".into(), status);
-        self.inner.replace_status(resource, object).await.map(drop)
-    }
-}
-
-#[async_trait]
-impl ObjectStore for Busy {
-    async fn create(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
-        self.inner.create(resource, object).await
-    }
-    async fn get(&self, resource: &ResourceType, key: &ObjectKey) -> Result<Option<Object>, StoreError> {
-        self.inner.get(resource, key).await
-    }
-    async fn list(&self, r: &ResourceType, namespace: Option<&str>, s: &Selector) -> Result<ObjectList, StoreError> {
-        self.inner.list(r, namespace, s).await
-    }
-    async fn replace(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
-        self.overtake(resource, &object.key()).await?;
-        self.inner.replace(resource, object).await
-    }
-    async fn replace_status(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
-        self.inner.replace_status(resource, object).await
-    }
-    async fn delete(&self, r: &ResourceType, k: &ObjectKey, p: &Preconditions) -> Result<Option<Object>, StoreError> {
-        self.inner.delete(r, k, p).await
-    }
-    async fn watch(&self, r: &ResourceType, ns: Option<&str>, from: Option<String>) -> Result<WatchStream, StoreError> {
-        self.inner.watch(r, ns, from).await
+        inner.replace_status(resource, object).await.map(drop)
     }
 }
 
 fn api(ahead: usize, status: Value) -> Router {
     let (_sender, ready) = tokio::sync::watch::channel(Ok(()));
-    let busy = Busy { inner: Embedded::in_memory(), ahead: ahead.into(), status };
+    let busy = Before { inner: Embedded::in_memory(), hook: Busy { ahead: ahead.into(), status } };
     let store = Store::new(Arc::new(busy), "longhorn-system");
     router(ApiState { store, metrics: Default::default(), ready, shutdown: CancellationToken::new() })
 }

@@ -8,53 +8,35 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use backing_image_controller::{Context, Metrics, run};
 use store::embedded::Embedded;
-use store::{
-    Object, ObjectKey, ObjectList, ObjectStore, Preconditions, ResourceType, Selector, Store, StoreError, WatchStream,
-};
+use store::{Store, StoreError};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use world::agents::FakeWorkloads;
+use world::before::{Before, Call, Hook};
 
-/// A store that gives watches of replicas once it may.
+/// Gives watches of replicas once it may.
 struct Gate {
-    inner: Embedded,
     open: watch::Receiver<bool>,
     /// Lists, by kind.
     lists: Arc<Mutex<BTreeMap<String, usize>>>,
 }
 
 #[async_trait]
-impl ObjectStore for Gate {
-    async fn create(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
-        self.inner.create(resource, object).await
-    }
-    async fn get(&self, resource: &ResourceType, key: &ObjectKey) -> Result<Option<Object>, StoreError> {
-        self.inner.get(resource, key).await
-    }
-    async fn list(&self, r: &ResourceType, namespace: Option<&str>, s: &Selector) -> Result<ObjectList, StoreError> {
-        *self.lists.lock().unwrap().entry(r.kind.clone()).or_default() += 1;
-        self.inner.list(r, namespace, s).await
-    }
-    async fn replace(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
-        self.inner.replace(resource, object).await
-    }
-    async fn replace_status(&self, resource: &ResourceType, object: Object) -> Result<Object, StoreError> {
-        self.inner.replace_status(resource, object).await
-    }
-    async fn delete(&self, r: &ResourceType, k: &ObjectKey, p: &Preconditions) -> Result<Option<Object>, StoreError> {
-        self.inner.delete(r, k, p).await
-    }
-    async fn watch(&self, r: &ResourceType, ns: Option<&str>, from: Option<String>) -> Result<WatchStream, StoreError> {
-        if r.kind == "Replica" {
-            let _ = self.open.clone().wait_for(|open| *open).await;
+impl Hook for Gate {
+    async fn before(&self, call: Call<'_>, _: &Embedded) -> Result<(), StoreError> {
+        match call {
+            Call::List(r) => *self.lists.lock().unwrap().entry(r.kind.clone()).or_default() += 1,
+            Call::Watch(r) if r.kind == "Replica" => drop(self.open.clone().wait_for(|open| *open).await),
+            Call::Watch(_) | Call::Replace(..) => {}
         }
-        self.inner.watch(r, ns, from).await
+        Ok(())
     }
 }
 
 fn context(gate: Gate, watching: watch::Sender<bool>) -> Context {
+    let gated = Before { inner: Embedded::in_memory(), hook: gate };
     Context {
-        store: Store::new(Arc::new(gate), "longhorn-system"),
+        store: Store::new(Arc::new(gated), "longhorn-system"),
         workloads: Arc::new(FakeWorkloads::new()),
         metrics: Metrics::default(),
         security: Default::default(),
@@ -73,7 +55,7 @@ async fn until(sees: &mut watch::Receiver<bool>, wanted: bool) {
 async fn reconcilers_that_wait_for_a_watch_say_that_they_do_not_see() {
     let (gate, open) = watch::channel(false);
     let (watching, mut sees) = watch::channel(true);
-    let context = context(Gate { inner: Embedded::in_memory(), open, lists: Arc::default() }, watching);
+    let context = context(Gate { open, lists: Arc::default() }, watching);
     // They are cut off in the middle, as when the lease is lost: then there is nothing to see.
     let running = tokio::spawn(run(context.clone(), CancellationToken::new()));
     until(&mut sees, false).await;
@@ -97,7 +79,7 @@ async fn the_beginning_costs_one_list_of_each_kind() {
     let lists = Arc::new(Mutex::new(BTreeMap::new()));
     let (_gate, open) = watch::channel(true);
     let (watching, mut sees) = watch::channel(false);
-    let context = context(Gate { inner: Embedded::in_memory(), open, lists: lists.clone() }, watching);
+    let context = context(Gate { open, lists: lists.clone() }, watching);
     let store = context.store.clone();
     let stop = CancellationToken::new();
     let running = tokio::spawn(run(context, stop.clone()));

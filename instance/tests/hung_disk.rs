@@ -82,6 +82,11 @@ impl World {
         self.store.create(&Replica::new(name, spec)).await.unwrap();
     }
 
+    async fn runs(&self, name: &str) {
+        let is_running = async || (self.replica(name).await.0 == InstanceState::Running).then_some(());
+        until(&format!("{name} runs"), is_running).await;
+    }
+
     /// The process of a replica.
     fn process(&self, name: &str) -> Option<ProcessIdentity> {
         let text = std::fs::read(self.path(&format!("instance/replicas/{name}/process.json"))).ok()?;
@@ -177,7 +182,7 @@ async fn a_disk_that_hangs_is_told_and_the_others_of_its_node_work() {
     assert_eq!(world.readiness("good").await.unwrap().0, ConditionStatus::True);
     tokio::time::timeout(LIMIT, is_ready.wait_for(|ready| *ready)).await.expect("the node is in service").unwrap();
     world.replica_on("good", "good-0", &world.disk("good").await.disk_uuid).await;
-    until("its replica runs", async || (world.replica("good-0").await.0 == InstanceState::Running).then_some(())).await;
+    world.runs("good-0").await;
     let (state, why) = until("the other says why it does not", async || {
         Some(world.replica("hung-11").await).filter(|(state, _)| *state == InstanceState::Error)
     })
@@ -205,7 +210,7 @@ async fn the_end_of_a_process_is_told_while_its_disk_hangs() {
     let uuid = world.disk("hangs").await.disk_uuid;
     for name in ["ends", "stays"] {
         world.replica_on("hangs", name, &uuid).await;
-        until("it runs", async || (world.replica(name).await.0 == InstanceState::Running).then_some(())).await;
+        world.runs(name).await;
     }
     let hung = Hung::at(&world.path("hangs"));
     until("the disk is told", async || {
@@ -249,7 +254,7 @@ async fn processes_that_cannot_end_hold_up_no_replica_of_another_disk() {
         world.replica_on("hangs", name, &bad).await;
     }
     for name in &names {
-        until("it runs", async || (world.replica(name).await.0 == InstanceState::Running).then_some(())).await;
+        world.runs(name).await;
     }
     let hung = Hung::at(&world.path("hangs"));
     until("the disk is told", async || {
@@ -264,7 +269,7 @@ async fn processes_that_cannot_end_hold_up_no_replica_of_another_disk() {
         until("it is being stopped", is_stopping).await;
     }
     world.replica_on("good", "good-0", &good).await;
-    until("its replica runs", async || (world.replica("good-0").await.0 == InstanceState::Running).then_some(())).await;
+    world.runs("good-0").await;
     let processes: Vec<ProcessIdentity> = names.iter().map(|name| world.process(name).unwrap()).collect();
     assert!(processes.iter().all(|p| p.is_alive() && !is_killed(p)), "it waited until one of them was given up");
     let (stuck, before) = until("what is in the way is told", async || {

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub mod agents;
+pub mod before;
 pub mod instance;
 
 use std::sync::Arc;
