@@ -55,6 +55,13 @@ pub struct BackingImageManagerSpec {
     pub other: Unknown,
 }
 
+impl BackingImageManagerSpec {
+    /// Whether this disk shall hold the copy of an image with that uuid.
+    pub fn records(&self, image: &str, uuid: &str) -> bool {
+        self.backing_images.get(image).is_some_and(|recorded| recorded == uuid)
+    }
+}
+
 /// What is known of an agent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]

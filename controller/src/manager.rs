@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::image::CopyState;
-use api::manager::ManagerState;
+use api::manager::{FileInfo, ManagerState};
 use api::names::{MANAGER_PORT, manager_name};
 use api::{BackingImage, BackingImageDataSource, BackingImageManager, Replica};
 use jiff::Timestamp;
@@ -107,11 +107,11 @@ fn replicas(
     cache: &Cache,
 ) -> Vec<Replica> {
     let uuid = |name: &String| images.get(name).and_then(|image| image.status.as_ref()).map(|status| &status.uuid);
-    let entry = |name: &String| manager.and_then(|manager| manager.spec.backing_images.get(name));
+    let is_recorded = |file: &&FileInfo| manager.is_some_and(|m| m.spec.records(&file.name, &file.uuid));
     let recorded = manager.into_iter().flat_map(|manager| &manager.spec.backing_images);
     let former = recorded.filter(|(name, of)| uuid(name) != Some(*of)).map(|(name, _)| name);
     let found = agent.into_iter().flat_map(|agent| &agent.files);
-    let strays = found.filter(|file| entry(&file.name) != Some(&file.uuid)).map(|file| &file.name);
+    let strays = found.filter(|file| !is_recorded(file)).map(|file| &file.name);
     let names: BTreeSet<&String> = former.chain(strays).collect();
     let of_images = names.into_iter().flat_map(|name| cache.of::<Replica>(&Facet::Image(name.clone())));
     of_images.filter(|replica| replica.spec.disk_id == disk).map(|replica| Replica::clone(&replica)).collect()
@@ -204,7 +204,7 @@ async fn act(
                     tracing::info!(image, manager = name, "copy removed");
                     true
                 };
-                if !removed && stored.is_some_and(|m| m.spec.backing_images.get(&image) == Some(&uuid)) {
+                if !removed && stored.is_some_and(|m| m.spec.records(&image, &uuid)) {
                     kept.insert(image, uuid);
                 }
             }

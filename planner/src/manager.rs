@@ -113,6 +113,13 @@ pub struct Observed {
     pub memory: Memory,
 }
 
+impl Observed {
+    /// The image of that name.
+    fn image(&self, name: &str) -> Option<&BackingImage> {
+        self.images.iter().find(|image| image.metadata.name.as_deref() == Some(name))
+    }
+}
+
 /// One step; each can be repeated.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {

@@ -330,7 +330,7 @@ impl World {
     /// Whether the manager of a disk knows that something of a file may lie there.
     fn is_remembered(&self, id: &str, key: &Key) -> bool {
         let mut managers = self.managers.values().filter(|m| m.spec.disk_uuid == id);
-        managers.any(|m| m.spec.backing_images.get(&key.0) == Some(&key.1))
+        managers.any(|m| m.spec.records(&key.0, &key.1))
     }
 
     /// Nothing of an image is left when its object goes, except on disks that are away.

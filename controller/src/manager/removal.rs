@@ -19,8 +19,7 @@ pub(super) async fn may_go(
     observed: &Observed,
     shared: &Shared,
 ) -> Result<bool, ReconcileError> {
-    let is_recorded =
-        observed.manager.as_ref().is_some_and(|m| m.spec.backing_images.get(image).is_some_and(|entry| entry == uuid));
+    let is_recorded = observed.manager.as_ref().is_some_and(|m| m.spec.records(image, uuid));
     let stored: Option<BackingImage> = shared.store.get(image).await.doing("read the image")?;
     if stored.as_ref().is_some_and(|stored| is_wanted(stored, uuid, &observed.disk_id)) {
         return Ok(false);

@@ -60,8 +60,8 @@ pub(super) fn files(
         let emptied = BackingImageManagerSpec { backing_images: left, ..spec.clone() };
         decision.actions.push(Action::SetSpec(Box::new(emptied)));
     }
-    for (image, uuid) in wanted.iter().filter(|(i, u)| spec.backing_images.get(*i) == Some(u)) {
-        let Some(object) = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(image)) else { continue };
+    for (image, uuid) in wanted.iter().filter(|(image, uuid)| spec.records(image, uuid)) {
+        let Some(object) = o.image(image) else { continue };
         let reported = agent.file(image, uuid).cloned();
         let before = held_before.get(image).filter(|f| f.uuid == *uuid);
         if let Some(file) = one_file(o, object, reported, before, decision) {
@@ -101,9 +101,9 @@ fn strays(
     wanted: &BTreeMap<String, String>,
     decision: &mut Decision,
 ) {
-    let is_stray = |file: &&FileInfo| spec.backing_images.get(&file.name) != Some(&file.uuid);
+    let is_stray = |file: &&FileInfo| !spec.records(&file.name, &file.uuid);
     for file in agent.files.iter().filter(is_stray) {
-        let image = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(&file.name));
+        let image = o.image(&file.name);
         let Some((image, status)) = image.map(|i| (i, i.status.clone().unwrap_or_default())) else { continue };
         if status.uuid != file.uuid || wanted.contains_key(&file.name) {
             continue;

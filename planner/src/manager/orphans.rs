@@ -200,7 +200,7 @@ pub(super) fn plan(o: &Observed, agent: &Agent, disk: &Disk, decision: &mut Deci
 
 /// Why something is nobody's; `None`: it may be somebody's.
 fn nobodys(o: &Observed, disk: &Disk, found: &Remains) -> Option<String> {
-    let image = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(&found.image));
+    let image = o.image(&found.image);
     let is_same = image.and_then(|i| i.status.as_ref()).is_some_and(|s| s.uuid == found.uuid);
     // An entry that is still to be deleted takes all of its image along.
     if is_entry(o, found) && (!is_same || found.place == Place::Parts) && over_entry(o, disk, found).is_none() {
@@ -213,7 +213,7 @@ fn nobodys(o: &Observed, disk: &Disk, found: &Remains) -> Option<String> {
 }
 
 fn is_entry(o: &Observed, found: &Remains) -> bool {
-    o.manager.as_ref().is_some_and(|m| m.spec.backing_images.get(&found.image) == Some(&found.uuid))
+    o.manager.as_ref().is_some_and(|m| m.spec.records(&found.image, &found.uuid))
 }
 
 /// What lies over a copy that is recorded and of no image any more.

@@ -40,7 +40,7 @@ pub(super) fn directory(image: &str, uuid: &str, disk: &Disk) -> Option<String> 
 
 /// Why a copy that this manager records stays although its image is gone or another one.
 pub(super) fn keeps(o: &Observed, disk: &Disk, image: &str, uuid: &str) -> Option<String> {
-    let now = o.images.iter().find(|i| i.metadata.name.as_deref() == Some(image));
+    let now = o.image(image);
     // What its own image lets go is guarded there.
     let is_its_own = now.is_some_and(|image| uuid_of(image) == uuid);
     if is_its_own { None } else { lies_over((image, uuid), disk, now, &o.replicas) }

@@ -19,7 +19,7 @@ pub(super) fn plan(o: &Observed, files: &BTreeMap<String, FileInfo>, actions: &m
     let mut overdue: Option<(Timestamp, Action)> = None;
     let mut recheck = None;
     for (name, file) in files.iter().filter(|(_, file)| file.state == CopyState::Ready) {
-        let Some(image) = o.images.iter().find(|i| i.metadata.name.as_ref() == Some(name)) else { continue };
+        let Some(image) = o.image(name) else { continue };
         let verify = |requested_at: &str, bytes_per_second| Action::VerifyFile {
             image: name.clone(),
             uuid: file.uuid.clone(),
